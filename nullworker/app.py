@@ -1,0 +1,373 @@
+"""The wiring of a worker: build, start, drain, stop. The only file that knows all the others.
+
+The one rule: whatever ends the worker, what is owed is in the log, and nobody waits for more than NULL_DRAIN_SECONDS
+and STOP_SECONDS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hmac
+import signal
+from collections.abc import Coroutine
+from typing import Any, Final
+
+import structlog
+from aiohttp import web
+from prometheus_client.aiohttp import make_aiohttp_handler
+
+from nullworker import __version__, logs
+from nullworker.autoscaler import STATUS_PATH, Identity, failed_start
+from nullworker.clock import SystemClock
+from nullworker.condition import Condition
+from nullworker.errors import CannotStart, LogUnavailable, Unauthorized
+from nullworker.fsm.book import Limits
+from nullworker.health import HealthPoll
+from nullworker.http.control import Control, control_app
+from nullworker.http.external import External, external_app, session_end_app
+from nullworker.http.grants import Gate
+from nullworker.http.sessions import Sessions
+from nullworker.http.wire import make_app
+from nullworker.link import Link
+from nullworker.log import EventLog, open_log
+from nullworker.metrics.exporter import Exporter, Readings
+from nullworker.metrics.reporter import OUTCOMES, STATUS, Reporter
+from nullworker.ports import listen, tls
+from nullworker.service import Commit, Observer, Service
+from nullworker.settings import Settings
+from nullworker.webhooks import Callbacks
+
+log = structlog.get_logger(__name__)
+
+#: Seconds for the last reports, and for open connections to be closed: both at once, within the 3 s that the contract
+#: gives to the stop beside NULL_DRAIN_SECONDS.
+STOP_SECONDS: Final = 2.0
+#: Seconds between two looks whether the log can still be written.
+PROBE_SECONDS: Final = 10.0
+
+
+def serve(settings: Settings) -> int:
+    """Run a worker until it is told to stop. Returns the exit code."""
+    logs.configure(settings.null_log_format, settings.null_log_level)
+    return asyncio.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> int:
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            worker = Worker(settings, open_log(settings.event_log, sync=settings.null_log_sync))
+            stack.push_async_callback(worker.stop)
+            await worker.start()
+            return await worker.run()
+    except CannotStart as error:
+        if error.tell:
+            await _tell_failed_start(settings, str(error))
+        raise
+
+
+async def _tell_failed_start(settings: Settings, why: str) -> None:
+    """The autoscaler should not wait for a worker that will not come."""
+    me = identity(settings)
+    if me is None:
+        return
+    link = Link(settings.report_addr)
+    delivery = await link.post(STATUS_PATH, failed_start(me, why), seconds=STOP_SECONDS)
+    log.error("start_failed", why=why, autoscaler_told=delivery == "ok")
+    await link.close()
+
+
+def identity(settings: Settings) -> Identity | None:
+    """Who this worker is to the autoscaler; None when standalone."""
+    if settings.container_id is None:
+        return None
+    return Identity(settings.container_id, settings.master_token, settings.own_url, settings.null_max_perf)
+
+
+class Alarm:
+    """Rings the service when time has brought something. An observer: each commit may move the next deadline."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = float("inf")
+
+    def set(self, _: Commit | None = None) -> None:
+        """Ring at the next deadline; one that has moved away is found out when the bell rings for the old one."""
+        deadline = self._service.next_deadline()
+        if deadline is None or deadline >= self._due:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._due = deadline
+        delay = max(deadline - self._service.now(), 0.0)
+        self._timer = asyncio.get_running_loop().call_later(delay, self._ring)
+
+    def _ring(self) -> None:
+        self._due, self._timer = float("inf"), None
+        try:
+            self._service.tick()
+        finally:
+            self.set()
+
+    def stop(self) -> None:
+        """Ring no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class Worker:
+    """One worker process."""
+
+    def __init__(self, settings: Settings, event_log: EventLog) -> None:
+        self.settings = settings
+        self.log = event_log
+        condition = Condition(
+            key=None if settings.unsecured else "the autoscaler's key is not loaded yet",
+            starting="the consumer has not been healthy yet" if settings.backend_health_url else None,
+        )
+        limits = Limits(settings.max_reservation_seconds, settings.null_max_queue_seconds, settings.null_max_queued)
+        clock = SystemClock(event_log.anchor())
+        with contextlib.suppress(LogUnavailable):
+            event_log.store_anchor(clock.anchor)
+        self.service = Service(event_log, clock, limits, condition)
+        self.reporter: Reporter | None = None
+        self.exporter = Exporter(
+            self.service, Readings(lambda: self.reporter.backlog if self.reporter else 0, event_log.size)
+        )
+        event_log.on_append = self.exporter.append.observe
+        me = identity(settings)
+        self.link = Link(settings.report_addr) if me else None
+        if me is not None and self.link is not None:
+            self.reporter = Reporter(me, self.service, event_log, self.link, self.exporter.count_report)
+        self.callbacks = Callbacks(self.service, event_log, lambda result: self.exporter.callbacks.labels(result).inc())
+        self.alarm = Alarm(self.service)
+        self.health: HealthPoll | None = None
+        self._runners: list[web.AppRunner] = []
+        self._stop = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Take the ports, go on with what is open, answer requests, report.
+
+        Raises:
+            CannotStart: a port or the certificate cannot be had.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._told_to_stop, number.name)
+        sites = self._listen()
+        observers: list[Observer] = [self.exporter.observe, self.callbacks.observe, self.alarm.set, logs.narrate]
+        if self.reporter is not None:
+            self.reporter.catch_up()
+            observers.insert(0, self.reporter.observe)
+        else:
+            self._owe_nothing()
+        self.service.observers += observers
+        self.service.restore()
+        self.alarm.set()
+        for app, sock, context in sites:
+            runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=STOP_SECONDS / 2)
+            await runner.setup()
+            self._runners.append(runner)
+            await web.SockSite(runner, sock, ssl_context=context).start()
+        self._start_tasks()
+        if self.settings.unsecured:
+            log.warning(
+                "unsecured", message="UNSECURED=true: anybody who reaches the external port can reserve this worker"
+            )
+        log.info(
+            "worker_started",
+            version=__version__,
+            url=self.settings.own_url,
+            external_port=self.settings.worker_port,
+            control_port=self.settings.null_control_port,
+            event_log=str(self.log.path),
+            reports_to=None if self.link is None else ",".join(self.link.addresses),
+        )
+
+    async def run(self) -> int:
+        """Work until told to stop, or until a part of the worker has died. Returns the exit code."""
+        stop = asyncio.ensure_future(self._stop.wait())
+        done, _ = await asyncio.wait({stop, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
+        dead = [task for task in done if task is not stop]
+        if not dead:
+            await self._drain()
+            return 0
+        stop.cancel()
+        for task in dead:
+            error = None if task.cancelled() else task.exception()
+            log.critical("task_died", task=task.get_name(), error=repr(error), exc_info=error)
+        self.service.condition.unhealthy = f"a part of the worker has died: {dead[0].get_name()}"
+        self.service.drain("a part of the worker has died")
+        return 1
+
+    async def stop(self) -> None:
+        """End what is left, answer everybody, send the last reports, close the log."""
+        self.service.end_drain()
+        self.alarm.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(
+            *(runner.cleanup() for runner in self._runners),
+            *([self.reporter.flush(STOP_SECONDS)] if self.reporter and self._runners else []),
+        )
+        if self.reporter is None:
+            self._owe_nothing()
+        if self.link is not None:
+            await self.link.close()
+        if self.service.unwritten:
+            log.error("events_lost", events=len(self.service.unwritten), why=self.service.condition.log)
+        self.log.close()
+        log.info("worker_stopped")
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> list[tuple[web.Application, Any, Any]]:
+        settings = self.settings
+        context = tls() if settings.use_ssl else None
+        control_sock = listen(settings.null_control_port, host="127.0.0.1", variable="NULL_CONTROL_PORT")
+        external_sock = listen(settings.worker_port, host=None, variable="WORKER_PORT")
+        self.settings = settings = dataclasses.replace(
+            settings,
+            worker_port=external_sock.getsockname()[1],
+            null_control_port=control_sock.getsockname()[1],
+        )
+        gate = Gate(
+            self.service.condition,
+            self.link,
+            unsecured=settings.unsecured,
+            own_url=settings.own_url,
+            url_policy=settings.null_grant_url,
+            count_fetch=self.exporter.count_report,
+        )
+        http_port = settings.worker_port + 1 if settings.worker_http_port is None else settings.worker_http_port
+        own = [
+            *(("127.0.0.1", port) for port in (settings.worker_port, settings.null_control_port, http_port)),
+            (settings.public_ipaddr, settings.vast_tcp_port or settings.worker_port),
+        ]
+        sessions = Sessions(self.service, gate, own_addresses=own)
+        external = External(self.service, self.log, gate, master_token=settings.master_token)
+        control = Control(self.service, self.log, self.exporter, self._status)
+        metrics = make_aiohttp_handler(self.exporter.registry)
+        self._gate = gate
+        sites: list[tuple[web.Application, Any, Any]] = [
+            (external_app(external, sessions, self.exporter), external_sock, context),
+            (
+                control_app(control, self.exporter, metrics, stub_health=settings.backend_health_url is None),
+                control_sock,
+                None,
+            ),
+        ]
+        try:
+            http_sock = listen(http_port, host="127.0.0.1", variable="WORKER_HTTP_PORT")
+            sites.append((session_end_app(sessions, self.exporter), http_sock, None))
+        except (CannotStart, OverflowError) as error:
+            if settings.worker_http_port is not None:
+                raise
+            log.warning("session_end_port_taken", port=http_port, why=str(error), message="set WORKER_HTTP_PORT for it")
+        if settings.null_metrics_host is not None and settings.null_metrics_port is not None:
+            sock = listen(settings.null_metrics_port, host=settings.null_metrics_host, variable="NULL_METRICS_PORT")
+            sites.append((self._metrics_app(metrics), sock, None))
+        return sites
+
+    def _metrics_app(self, metrics: Any) -> web.Application:
+        token = self.settings.null_metrics_token
+
+        def guard(request: web.Request) -> None:
+            given = request.headers.get("Authorization", "")
+            if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+                raise Unauthorized("the token is not NULL_METRICS_TOKEN", reason="token")
+
+        app = make_app("metrics", self.exporter, guard=guard)
+        app.router.add_get("/metrics", metrics)
+        return app
+
+    def _start_tasks(self) -> None:
+        settings, changed = self.settings, (self.reporter.changed if self.reporter else lambda: None)
+        self._start("callbacks", self.callbacks.run())
+        self._start("probe", self._probe(changed))
+        if self.reporter is not None:
+            self._start("reporter", self.reporter.run())
+        if not settings.unsecured:
+            self._start("key", self._keep(self._gate.load_key(changed)))
+        if settings.backend_health_url is not None:
+            self.health = HealthPoll(
+                settings.backend_health_url,
+                self.service,
+                interval=settings.null_health_interval,
+                timeout=settings.null_health_timeout,
+                failures=settings.null_health_failures,
+                cancel_held=settings.null_unhealthy_action == "cancel",
+                changed=changed,
+            )
+            self._start("health", self.health.run())
+
+    def _start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.add(asyncio.get_running_loop().create_task(work, name=name))
+
+    @staticmethod
+    async def _keep(work: Coroutine[Any, Any, None]) -> None:
+        """A task that has done its work must not look like one that has died."""
+        await work
+        await asyncio.Event().wait()
+
+    async def _probe(self, changed: Any) -> None:
+        while True:
+            before = self.service.condition.log
+            self.service.probe()
+            self.alarm.set()
+            if self.service.condition.log != before:
+                changed()
+            await asyncio.sleep(PROBE_SECONDS)
+
+    def _told_to_stop(self, name: str) -> None:
+        if self._stop.is_set():  # told twice: no more patience with what is held
+            self.service.end_drain()
+        log.info("stopping", signal=name, message="new reservations are refused; again: the held one ends now")
+        self._stop.set()
+
+    async def _drain(self) -> None:
+        """Take nothing more; let a held request finish. A session needs no waiting: it goes on after the restart."""
+        self.service.drain("the worker stops")
+        held = self.service.book.held
+        if held is None or held.terms.kind == "session":
+            return
+        try:
+            await asyncio.wait_for(self.service.ended(held), self.settings.null_drain_seconds)
+        except asyncio.TimeoutError:
+            log.warning("drain_over", reservation_id=held.id, message="the held reservation is cancelled")
+
+    def _owe_nothing(self) -> None:
+        """A standalone worker reports to nobody, also later."""
+        with contextlib.suppress(LogUnavailable):
+            for name in (STATUS, OUTCOMES):
+                self.log.move_cursor(name, self.log.last_seq)
+
+    def _status(self) -> dict[str, Any]:
+        condition, settings = self.service.condition, self.settings
+        return {
+            "consumer": {
+                "healthy": not (condition.starting or condition.unhealthy),
+                "url": settings.backend_health_url,
+                "last": self.health.last if self.health else None,
+                "why": condition.unhealthy or condition.starting,
+            },
+            "autoscaler": {
+                "reports_to": None if self.link is None else list(self.link.addresses),
+                "trouble": None if self.link is None else self.link.trouble,
+                "backlog": 0 if self.reporter is None else self.reporter.backlog,
+                "key_loaded": condition.key is None,
+            },
+            "log": {
+                "path": str(self.log.path),
+                "bytes": self.log.size(),
+                "last_seq": self.log.last_seq,
+                "unwritten": len(self.service.unwritten),
+                "why": condition.log,
+            },
+            "url": settings.own_url,
+            "version": __version__,
+        }

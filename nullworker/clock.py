@@ -1,0 +1,103 @@
+"""The one place that asks what time it is.
+
+Deadlines are stored as epoch seconds, so that a restart finds them; but the wall clock can be set, by NTP or by hand,
+by an hour in either direction, and that must neither end nor prolong what is held. So the worker's time is the wall
+clock as it was once (the anchor) plus what the monotonic clock has counted since. A restart within the same boot goes
+on with the stored anchor while something is held; an idle worker takes the wall clock again.
+
+The one rule: nothing else in this package calls `time` or `datetime.now`.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+#: Linux gives each boot an id; monotonic clocks can be compared only within one.
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+#: Seconds from an arbitrary start, to measure how long something takes.
+stopwatch = time.perf_counter
+
+#: Seconds of difference between the wall clock and the worker's time that are worth a correction.
+DRIFT_SECONDS = 1.0
+
+
+class Anchor(NamedTuple):
+    """Epoch seconds at monotonic zero, and the boot for which that holds ("" where boots have no id)."""
+
+    boot_id: str
+    offset: float
+
+
+class Clock(Protocol):
+    """What the service asks for the time."""
+
+    def now(self) -> float:
+        """Epoch seconds; never goes backwards while something is held."""
+        ...
+
+    def settle(self) -> Anchor | None:
+        """Take the wall clock again, if it has moved away; call it only when nothing is held.
+
+        Returns the new anchor when there is one, to be stored.
+        """
+        ...
+
+
+class SystemClock:
+    """The real clock. `anchor` is a stored one, to go on with after a restart; one of another boot is ignored."""
+
+    def __init__(self, anchor: Anchor | None = None) -> None:
+        self.boot_id = _read_boot_id()
+        if anchor is not None and self.boot_id and anchor.boot_id == self.boot_id:
+            self._offset = anchor.offset
+        else:
+            self._offset = time.time() - time.monotonic()
+
+    @property
+    def anchor(self) -> Anchor:
+        """What to store."""
+        return Anchor(self.boot_id, self._offset)
+
+    def now(self) -> float:
+        """Epoch seconds, as counted since the anchor."""
+        return self._offset + time.monotonic()
+
+    def settle(self) -> Anchor | None:
+        """Take the wall clock again if it differs by more than DRIFT_SECONDS."""
+        offset = time.time() - time.monotonic()
+        if abs(offset - self._offset) <= DRIFT_SECONDS:
+            return None
+        self._offset = offset
+        return self.anchor
+
+
+def wall_iso() -> str:
+    """The wall clock as it is now, to the second: for lock files and names of files, never for deadlines."""
+    return iso(time.time())[:19] + "Z"
+
+
+def iso(at: float) -> str:
+    """Epoch seconds as ISO 8601 UTC with milliseconds: `2026-11-24T14:05:00.123Z`."""
+    moment = datetime.fromtimestamp(round(at, 3), tz=timezone.utc)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def from_iso(text: str) -> float:
+    """Epoch seconds of an ISO 8601 time; one without a zone is taken as UTC.
+
+    Raises:
+        ValueError: it is no such time.
+    """
+    moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
+
+
+def _read_boot_id() -> str:
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,146 @@
+"""Every error of this project, in one tree.
+
+    NullworkerError                 500
+    ├── BadSettings                 a setting is wrong: exit 2
+    ├── CannotStart                 a port, a certificate, the log's lock: exit 1
+    ├── IllegalMove                 the rule book forbids it; nothing has changed
+    ├── LogUnavailable              503  the event log cannot be written
+    ├── LogDamaged                  the event log cannot be read; it is set aside at the next start
+    └── RequestError                an answer to whoever asked, as JSON
+        ├── Unauthorized            401
+        ├── Forbidden               403
+        ├── NotFound                404
+        ├── SlowBody                408
+        ├── Conflict                409
+        ├── Gone                    410
+        ├── BodyTooLarge            413
+        ├── Invalid                 422  each wrong field by its name
+        └── Unavailable             503  with Retry-After
+
+What it leaves out: the refusals of a claim (429, 503, 499): those are ends of a reservation, see fsm/table.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+#: Seconds that a refused caller is asked to wait; short, since a release may come at any moment.
+RETRY_AFTER_SECONDS = 1
+
+
+class NullworkerError(Exception):
+    """The root. `str(error)` is one sentence that says what to do next."""
+
+    status: ClassVar[int] = 500
+
+
+class BadSettings(NullworkerError):
+    """A setting has a value that is not allowed; the sentence names it, its value and what is allowed."""
+
+
+class CannotStart(NullworkerError):
+    """The worker cannot start on this machine as it is now.
+
+    `tell` is whether the autoscaler should hear of it: not when another worker of this instance is well and running.
+    """
+
+    def __init__(self, message: str, *, tell: bool = True) -> None:
+        super().__init__(message)
+        self.tell = tell
+
+
+class IllegalMove(NullworkerError):
+    """An event that the rule book does not allow in the reservation's present state."""
+
+
+class LogUnavailable(NullworkerError):
+    """The event log could not be written; nothing of what was to be written is in it."""
+
+    status: ClassVar[int] = 503
+
+
+class LogDamaged(NullworkerError):
+    """The file is no readable event log of this project."""
+
+
+class RequestError(NullworkerError):
+    """An answer with a status and a JSON body: `error`, and the fields that are wrong."""
+
+    status: ClassVar[int] = 400
+
+    def __init__(self, message: str, **fields: Any) -> None:
+        super().__init__(message)
+        self.fields = fields
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """What the caller gets."""
+        return {"error": str(self), **self.fields}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers that belong to the answer."""
+        return {}
+
+
+class Unauthorized(RequestError):
+    """A signature, a session's auth or a token is missing or wrong. `reason` is the metric's label."""
+
+    status: ClassVar[int] = 401
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Forbidden(RequestError):
+    """The caller may not use this port: a browser page from elsewhere, or a rebound host name."""
+
+    status: ClassVar[int] = 403
+
+
+class NotFound(RequestError):
+    """No such route or reservation."""
+
+    status: ClassVar[int] = 404
+
+
+class SlowBody(RequestError):
+    """The body did not arrive in time."""
+
+    status: ClassVar[int] = 408
+
+
+class Conflict(RequestError):
+    """Right words at the wrong moment: nothing is held."""
+
+    status: ClassVar[int] = 409
+
+
+class Gone(RequestError):
+    """The session has ended, or never was."""
+
+    status: ClassVar[int] = 410
+
+
+class BodyTooLarge(RequestError):
+    """The body is larger than is allowed."""
+
+    status: ClassVar[int] = 413
+
+
+class Invalid(RequestError):
+    """The body or a query parameter is wrong; the fields say which and what is allowed."""
+
+    status: ClassVar[int] = 422
+
+
+class Unavailable(RequestError):
+    """Not now: try again, here or on another worker."""
+
+    status: ClassVar[int] = 503
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Retry-After, as RFC 9110 section 10.2.3 wants it with a 503."""
+        return {"Retry-After": str(RETRY_AFTER_SECONDS)}

@@ -1,0 +1,218 @@
+"""What is live on this worker, and what may happen next.
+
+Commands decide: they look, change nothing, and return the events that would make it so, or raise. `apply` makes an
+event true, through the rule book. Live and replayed history go through the same `apply`.
+
+The book knows only what is live: what has ended is in the log. One reservation is held at most; the queue is first
+come, first served; and whoever ends the held one hands the slot on in the same batch of events.
+
+The one rule: a command that is refused has changed nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from nullworker.errors import IllegalMove
+from nullworker.fsm.events import Ended, Event, Extended, Held, Queued, ReservationKind, SessionTerms
+from nullworker.fsm.table import ENDED, State, step
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """What the operator allows. Seconds, seconds, a count."""
+
+    max_reservation_seconds: float = 3600.0
+    max_queue_seconds: float = 30.0
+    max_queued: int = 1000
+
+
+class Claim(msgspec.Struct, frozen=True):
+    """A wish for the slot, authenticated. `duration` in seconds; None asks for the cap."""
+
+    kind: ReservationKind = "request"
+    duration: float | None = None
+    request_idx: int | None = None
+    metadata: dict[str, Any] | None = None
+    session: SessionTerms | None = None
+
+
+class Reservation(msgspec.Struct):
+    """One claim on this worker, as it stands. Times are epoch seconds. Only the book changes it."""
+
+    id: str
+    terms: Queued
+    queued_at: float
+    state: State = "queued"
+    reason: str | None = None
+    held_at: float | None = None
+    ends_at: float | None = None
+    ended_at: float | None = None
+    result: Any | UnsetType = UNSET
+
+
+class Book:
+    """The live reservations of one worker."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.held: Reservation | None = None
+        self.queue: dict[str, Reservation] = {}  # in the order of arrival
+
+    # -- what is there -------------------------------------------------------------------------------------------
+
+    def get(self, reservation_id: str) -> Reservation | None:
+        """The live reservation of that id."""
+        if self.held is not None and self.held.id == reservation_id:
+            return self.held
+        return self.queue.get(reservation_id)
+
+    def live(self) -> Iterator[Reservation]:
+        """What is held, then what waits, oldest first."""
+        if self.held is not None:
+            yield self.held
+        yield from self.queue.values()
+
+    def next_deadline(self) -> float | None:
+        """When `due` will have something to say: epoch seconds, None while nothing is live."""
+        deadlines = [reservation.terms.give_up_at for reservation in islice(self.queue.values(), 1)]
+        if self.held is not None and self.held.ends_at is not None:
+            deadlines.append(self.held.ends_at)
+        return min(deadlines, default=None)
+
+    # -- commands: decide ----------------------------------------------------------------------------------------
+
+    def claim(self, reservation_id: str, claim: Claim, now: float, refusal: str | None = None) -> list[Event]:
+        """A new reservation: held at once, queued, or refused. `refusal` is why this worker takes none at all."""
+        asked = self.limits.max_reservation_seconds if claim.duration is None else claim.duration
+        cap = min(asked, self.limits.max_reservation_seconds)
+        terms = Queued(
+            kind=claim.kind,
+            duration_cap=cap,
+            give_up_at=now + self.limits.max_queue_seconds,
+            request_idx=claim.request_idx,
+            metadata=claim.metadata,
+            session=claim.session,
+        )
+        events = [Event(now, reservation_id, "queued", None, terms)]
+        if refusal is not None:
+            events.append(Event(now, reservation_id, "cancelled", refusal, Ended()))
+        elif self.held is None:
+            events += _hold(reservation_id, cap, now)
+        elif claim.kind == "session":
+            events.append(Event(now, reservation_id, "expired", "busy", Ended()))
+        elif self.limits.max_queue_seconds == 0:
+            events.append(Event(now, reservation_id, "expired", "queue_timeout", Ended()))
+        elif len(self.queue) >= self.limits.max_queued:
+            events.append(Event(now, reservation_id, "expired", "queue_full", Ended()))
+        return events
+
+    def release(self, reservation_id: str, reason: str, now: float, result: Any | UnsetType = UNSET) -> list[Event]:
+        """The consumer is done with the held reservation; the next in the queue is held in the same batch."""
+        held = self._held(reservation_id)
+        return [Event(now, held.id, "released", reason, Ended(result)), *self._promote(now)]
+
+    def extend(self, reservation_id: str, reason: str, seconds: float, now: float) -> list[Event]:
+        """The deadline becomes now + seconds, at most the cap of this worker from now."""
+        held = self._held(reservation_id)
+        ends_at = now + min(seconds, self.limits.max_reservation_seconds)
+        return [Event(now, held.id, "extended", reason, Extended(ends_at))]
+
+    def cancel(self, reservation_id: str, reason: str, now: float) -> list[Event]:
+        """It ends without a release, whether it is held or waits."""
+        reservation = self.get(reservation_id)
+        if reservation is None:
+            raise IllegalMove(f"reservation {reservation_id} is not live")
+        ended = Event(now, reservation.id, "cancelled", reason, Ended())
+        return [ended, *self._promote(now)] if reservation is self.held else [ended]
+
+    def cancel_queued(self, reason: str, now: float) -> list[Event]:
+        """Everyone who waits is sent away."""
+        return [Event(now, reservation_id, "cancelled", reason, Ended()) for reservation_id in self.queue]
+
+    def cancel_requests(self, reason: str, now: float) -> list[Event]:
+        """Every request reservation ends, held or waiting; a session stays."""
+        requests = [r for r in self.live() if r.terms.kind == "request"]
+        return [Event(now, reservation.id, "cancelled", reason, Ended()) for reservation in requests]
+
+    def due(self, now: float) -> list[Event]:
+        """All that time has brought, in the order of its deadlines: ends of holds and waits, hand-overs between."""
+        events: list[Event] = []
+        waiting = iter(self.queue.values())
+        head = next(waiting, None)
+        held, ends_at = (None, None) if self.held is None else (self.held.id, self.held.ends_at)
+        while True:
+            if ends_at is not None and ends_at <= now and (head is None or ends_at <= head.terms.give_up_at):
+                assert held is not None
+                events.append(Event(now, held, "expired", "duration_elapsed", Ended()))
+                held, ends_at = None, None
+                if head is not None:
+                    held, ends_at = head.id, now + head.terms.duration_cap
+                    events.append(Event(now, held, "held", None, Held(ends_at)))
+                    head = next(waiting, None)
+            elif head is not None and head.terms.give_up_at <= now:
+                events.append(Event(now, head.id, "expired", "queue_timeout", Ended()))
+                head = next(waiting, None)
+            else:
+                return events
+
+    # -- events: apply -------------------------------------------------------------------------------------------
+
+    def apply(self, event: Event) -> Reservation:
+        """Make an event true. Returns the reservation as it now stands.
+
+        Raises:
+            IllegalMove: the event does not follow from the present state; nothing has changed.
+        """
+        data = event.data
+        if isinstance(data, Queued):
+            if self.get(event.reservation_id) is not None:
+                raise IllegalMove(f"reservation {event.reservation_id} is queued already")
+            reservation = Reservation(event.reservation_id, data, event.at)
+            self.queue[reservation.id] = reservation
+            return reservation
+        known = self.get(event.reservation_id)
+        if known is None:
+            raise IllegalMove(f"{event.kind} for reservation {event.reservation_id}, which is not live")
+        state = step(known.state, event.kind, event.reason)
+        if event.kind == "held" and self.held is not None:
+            raise IllegalMove(f"reservation {event.reservation_id} cannot be held while {self.held.id} is")
+        known.state = state
+        if isinstance(data, Held):
+            del self.queue[known.id]
+            self.held, known.held_at, known.ends_at = known, event.at, data.ends_at
+        elif isinstance(data, Extended):
+            known.ends_at = data.ends_at
+        else:
+            known.reason, known.ended_at, known.result = event.reason, event.at, data.result
+        if state in ENDED:
+            if known is self.held:
+                self.held = None
+            else:
+                del self.queue[known.id]
+        return known
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _held(self, reservation_id: str) -> Reservation:
+        if self.held is None or self.held.id != reservation_id:
+            raise IllegalMove(f"reservation {reservation_id} is not held")
+        return self.held
+
+    def _promote(self, now: float) -> list[Event]:
+        """The slot goes to the oldest who waits; one that asked for no time at all is over at once."""
+        events: list[Event] = []
+        for reservation in self.queue.values():
+            events += _hold(reservation.id, reservation.terms.duration_cap, now)
+            if reservation.terms.duration_cap > 0:
+                break
+        return events
+
+
+def _hold(reservation_id: str, cap: float, now: float) -> list[Event]:
+    held = Event(now, reservation_id, "held", None, Held(now + cap))
+    return [held] if cap > 0 else [held, Event(now, reservation_id, "expired", "duration_elapsed", Ended())]

@@ -1,0 +1,142 @@
+"""The whole rule book of a reservation, as data.
+
+The one rule: no edge, reason, status or outcome is written anywhere else.
+
+```mermaid
+stateDiagram-v2
+    [*] --> queued
+    queued --> held: held
+    queued --> expired: expired
+    queued --> cancelled: cancelled
+    held --> held: extended
+    held --> released: released
+    held --> expired: expired
+    held --> cancelled: cancelled
+    released --> [*]
+    expired --> [*]
+    cancelled --> [*]
+```
+
+A reservation begins with the event `queued`, which is no edge: there is no state before it. `transitions` is used as
+a rule book and nothing more: one Machine for all, no models, no callbacks (a Machine or a model for each reservation
+costs ten times as much), stepped by `step`.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Final, Literal, NamedTuple
+
+from transitions import Machine, MachineError
+
+from nullworker.errors import IllegalMove
+
+logging.getLogger("transitions").setLevel(logging.WARNING)  # else two lines for each step
+
+State = Literal["queued", "held", "released", "expired", "cancelled"]
+EventKind = Literal["queued", "held", "extended", "released", "expired", "cancelled"]
+Outcome = Literal["Success", "Rejected", "Cancelled"]  # the words of `delete_requests`
+
+STATES: Final[tuple[State, ...]] = ("queued", "held", "released", "expired", "cancelled")
+LIVE: Final[frozenset[State]] = frozenset(("queued", "held"))
+ENDED: Final[frozenset[State]] = frozenset(STATES) - LIVE
+EVENT_KINDS: Final[tuple[EventKind, ...]] = ("queued", "held", "extended", "released", "expired", "cancelled")
+
+
+class Edge(NamedTuple):
+    """One way from a state: the event that records it, why, and what callers and the autoscaler are told."""
+
+    source: State
+    event: EventKind
+    reason: str | None
+    target: State
+    status: int | None = None  # HTTP status of the answer to /reserve
+    outcome: Outcome | None = None
+    says: str = ""  # the `error` of the answer
+
+
+EDGES: Final[tuple[Edge, ...]] = (
+    Edge("queued", "held", None, "held"),
+    Edge("held", "extended", "extend", "held"),  # POST /extend
+    Edge("held", "extended", "ping", "held"),  # a session renewed by its owner
+    Edge("held", "released", "explicit", "released", 200, "Success"),
+    Edge("held", "released", "session_end", "released", 200, "Success"),
+    Edge("held", "released", "consumer_exit", "released", 200, "Success"),
+    Edge("held", "expired", "duration_elapsed", "expired", 200, "Success"),
+    Edge("queued", "expired", "queue_timeout", "expired", 429, "Rejected", "the worker stayed busy; try another"),
+    Edge("queued", "expired", "queue_full", "expired", 429, "Rejected", "the worker's queue is full; try another"),
+    Edge("queued", "expired", "busy", "expired", 429, "Rejected", "the worker is taken; try another"),
+    Edge("queued", "cancelled", "client_disconnect", "cancelled", 499, "Cancelled", "the client hung up"),
+    Edge("held", "cancelled", "client_disconnect", "cancelled", 499, "Cancelled", "the client hung up"),
+    Edge(
+        "queued", "cancelled", "not_ready", "cancelled", 503, "Rejected", "the consumer is not ready yet; try another"
+    ),
+    Edge("queued", "cancelled", "errored", "cancelled", 503, "Rejected", "the consumer is unhealthy; try another"),
+    Edge("queued", "cancelled", "draining", "cancelled", 503, "Rejected", "the worker is stopping; try another"),
+    Edge(
+        "queued",
+        "cancelled",
+        "log_unavailable",
+        "cancelled",
+        503,
+        "Rejected",
+        "the event log cannot be written; try another",
+    ),
+    Edge("held", "cancelled", "draining", "cancelled", 503, "Cancelled", "the worker stopped before the release"),
+    Edge("held", "cancelled", "consumer_unhealthy", "cancelled", 503, "Cancelled", "the consumer became unhealthy"),
+    Edge("queued", "cancelled", "worker_restart", "cancelled", 503, "Cancelled", "the worker was restarted"),
+    Edge("held", "cancelled", "worker_restart", "cancelled", 503, "Cancelled", "the worker was restarted"),
+)
+
+_BY_MOVE: Final = {(edge.source, edge.event, edge.reason): edge for edge in EDGES}
+
+
+class Cursor:
+    """Where one step begins and ends; all that `transitions` needs to see."""
+
+    __slots__ = ("state",)
+
+    def __init__(self, state: State) -> None:
+        self.state: State = state
+
+
+RULES: Final = Machine(
+    model=None,
+    states=list(STATES),
+    transitions=[
+        {"trigger": event, "source": source, "dest": target}
+        for source, event, target in dict.fromkeys((edge.source, edge.event, edge.target) for edge in EDGES)
+    ],
+    initial=None,  # the default would add a phantom state
+    auto_transitions=False,
+)
+
+
+def step(state: State, event: EventKind, reason: str | None) -> State:
+    """The state after an event.
+
+    Raises:
+        IllegalMove: the rule book has no such edge, or not for this reason.
+    """
+    if (state, event, reason) not in _BY_MOVE:
+        allowed = ", ".join(sorted({f"{e.event}/{e.reason}" for e in EDGES if e.source == state})) or "nothing"
+        raise IllegalMove(f"{event}/{reason} is not allowed in state {state}; allowed: {allowed}")
+    cursor = Cursor(state)
+    try:
+        RULES.events[event].trigger(cursor)
+    except (MachineError, KeyError) as error:  # unreachable while RULES is made from EDGES
+        raise IllegalMove(str(error)) from error
+    return cursor.state
+
+
+def ending(state: State, reason: str | None, *, was_held: bool) -> Edge:
+    """The edge by which a reservation has ended: its status and outcome.
+
+    Raises:
+        IllegalMove: no reservation ends in that way.
+    """
+    source: State = "held" if was_held else "queued"
+    edge = _BY_MOVE.get((source, state, reason))
+    if edge is None or edge.outcome is None:
+        raise IllegalMove(f"no reservation ends as {state}/{reason} from {source}")
+    return edge

@@ -1,0 +1,87 @@
+"""Asks the consumer's health endpoint how it is, and says so to the service.
+
+A worker is ready after the first success; from then on NULL_HEALTH_FAILURES failures in a row mark it errored, and one
+success ends that: a single bad answer must not cost a worker for good.
+
+What it leaves out: what an errored worker does (condition.py, service.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import aiohttp
+import structlog
+
+from nullworker.service import Service
+
+log = structlog.get_logger(__name__)
+
+
+class HealthPoll:
+    """Polls one URL.
+
+    Attributes:
+        last: what the last look saw, in words.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        service: Service,
+        *,
+        interval: float,
+        timeout: float,
+        failures: int,
+        cancel_held: bool,
+        changed: Callable[[], None],
+    ) -> None:
+        self.last = "not asked yet"
+        self._url = url
+        self._service = service
+        self._interval = interval
+        self._timeout = aiohttp.ClientTimeout(total=timeout)
+        self._failures = failures
+        self._cancel_held = cancel_held
+        self._changed = changed
+        self._failed = 0
+
+    async def run(self) -> None:
+        """Look for as long as the worker lives."""
+        async with aiohttp.ClientSession(timeout=self._timeout) as http:
+            while True:
+                self.saw(await self._look(http))
+                await asyncio.sleep(self._interval)
+
+    def saw(self, trouble: str | None) -> None:
+        """One look: None when all is well, else what was wrong."""
+        condition = self._service.condition
+        before = (condition.starting, condition.unhealthy)
+        self.last = trouble or "healthy"
+        if trouble is None:
+            self._failed = 0
+            condition.starting = condition.unhealthy = None
+            if any(before):
+                log.info("consumer_healthy", url=self._url)
+        elif condition.starting:
+            condition.starting = f"the consumer has not been healthy yet: {trouble}"
+        else:
+            self._failed += 1
+            if self._failed >= self._failures:
+                cause = f"the consumer is unhealthy: {trouble}"
+                if not condition.unhealthy:
+                    log.error("consumer_unhealthy", url=self._url, why=trouble, failures=self._failed)
+                    self._service.consumer_unhealthy(cause, cancel_held=self._cancel_held)
+                condition.unhealthy = cause
+        if (condition.starting, condition.unhealthy) != before:
+            self._changed()
+
+    async def _look(self, http: aiohttp.ClientSession) -> str | None:
+        try:
+            async with http.get(self._url, allow_redirects=False) as answer:
+                return None if answer.status == 200 else f"{self._url} answered {answer.status}"
+        except asyncio.TimeoutError:
+            return f"{self._url} did not answer in {self._timeout.total:g} s"
+        except (aiohttp.ClientError, OSError) as error:
+            return f"{self._url} cannot be reached: {error}"

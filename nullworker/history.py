@@ -1,0 +1,194 @@
+"""Reading the log: for the control port, the commands, the reports to the autoscaler. Plain SQL over sqlite3.
+
+What it leaves out: writing (log.py). It imports nothing heavy, since `nullworker history` runs it too.
+
+The one rule: each query costs what it returns, not what the log has grown to.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from dataclasses import dataclass
+from typing import Any, Final
+
+from nullworker.clock import from_iso, iso
+from nullworker.fsm.table import ENDED, LIVE, Outcome, ending
+
+_COLUMNS: Final = (
+    "id, kind, state, reason, queued_at, held_at, ends_at, ended_at, queued_seconds, held_seconds,"
+    " duration_cap, request_idx, metadata, result"
+)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One reservation that has ended, as the log has it. Times are epoch seconds; None never came."""
+
+    seq: int
+    request_idx: int | None
+    outcome: Outcome
+    queued_at: float
+    held_at: float | None
+    ended_at: float
+
+    @property
+    def at_once(self) -> bool:
+        """It was over in the moment in which it began."""
+        return self.held_at is None and self.ended_at == self.queued_at
+
+
+def reservation(conn: sqlite3.Connection, reservation_id: str) -> dict[str, Any] | None:
+    """One reservation as JSON, or None."""
+    row = conn.execute(f"SELECT {_COLUMNS} FROM reservations WHERE id = ?", (reservation_id,)).fetchone()
+    return _as_json(row) if row else None
+
+
+def reservations(
+    conn: sqlite3.Connection,
+    *,
+    state: str | None = None,
+    limit: int = 50,
+    before: str | None = None,
+    since: float | None = None,
+) -> list[dict[str, Any]]:
+    """The newest reservations first.
+
+    `before`: the id of a reservation, or an ISO time; older ones are returned. `since`: epoch seconds.
+
+    Raises:
+        ValueError: before is neither a known id nor a time.
+    """
+    where, values = ["kind = 'queued'"], list[Any]()
+    if before is not None:
+        found = conn.execute(
+            "SELECT seq FROM events WHERE reservation_id = ? AND kind = 'queued'", (before,)
+        ).fetchone()
+        where.append("seq < ?" if found else "at < ?")
+        values.append(found[0] if found else from_iso(before))
+    if since is not None:
+        where.append("at >= ?")
+        values.append(since)
+    if state in ENDED:
+        where.append("EXISTS (SELECT 1 FROM events e WHERE e.reservation_id = q.reservation_id AND e.kind = ?)")
+        values.append(state)
+    elif state in LIVE:
+        where.append("reservation_id IN (SELECT reservation_id FROM live WHERE state = ?)")
+        values.append(state)
+    ids = conn.execute(
+        f"SELECT reservation_id FROM events q WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?",
+        (*values, limit),
+    ).fetchall()
+    found_rows = (reservation(conn, reservation_id) for (reservation_id,) in ids)
+    return [row for row in found_rows if row is not None]
+
+
+def event_json(seq: int, at: float, reservation_id: str, kind: str, reason: str | None, data: str) -> dict[str, Any]:
+    """An event as people and streams get it."""
+    return {
+        "seq": seq,
+        "at": iso(at),
+        "reservation_id": reservation_id,
+        "kind": kind,
+        "reason": reason,
+        "data": public_data(json.loads(data)),
+    }
+
+
+def public_data(data: dict[str, Any]) -> dict[str, Any]:
+    """An event's data without what only the log needs: a session's hash and callback."""
+    if "session" in data:
+        data = {**data, "session": {"lifetime": data["session"].get("lifetime")}}
+    return data
+
+
+def events(
+    conn: sqlite3.Connection, *, after: int = 0, limit: int = 1000, reservation_id: str | None = None
+) -> list[dict[str, Any]]:
+    """Events in order."""
+    only = "" if reservation_id is None else " AND reservation_id = ?"
+    values = (after,) if reservation_id is None else (after, reservation_id)
+    rows = conn.execute(
+        f"SELECT seq, at, reservation_id, kind, reason, data FROM events WHERE seq > ?{only} ORDER BY seq LIMIT ?",
+        (*values, limit),
+    )
+    return [event_json(*row) for row in rows]
+
+
+def finished(conn: sqlite3.Connection, *, after: int, limit: int) -> list[Finished]:
+    """Reservations that have ended, in the order of their ends, from an event on."""
+    rows = conn.execute(
+        """
+        SELECT e.seq, q.data ->> 'request_idx', e.kind, e.reason, q.at, h.at, e.at
+          FROM events AS e
+          JOIN events AS q ON q.reservation_id = e.reservation_id AND q.kind = 'queued'
+          LEFT JOIN events AS h ON h.reservation_id = e.reservation_id AND h.kind = 'held'
+         WHERE e.seq > ? AND e.kind IN ('released', 'expired', 'cancelled')
+         ORDER BY e.seq
+         LIMIT ?
+        """,
+        (after, limit),
+    )
+    done = []
+    for seq, request_idx, state, reason, queued_at, held_at, ended_at in rows:
+        outcome = ending(state, reason, was_held=held_at is not None).outcome
+        assert outcome is not None
+        done.append(Finished(seq, request_idx, outcome, queued_at, held_at, ended_at))
+    return done
+
+
+@dataclass(frozen=True)
+class Callback:
+    """A session's end that its owner wants to be told of."""
+
+    seq: int
+    ended_at: float
+    body: dict[str, Any]
+    route: str
+
+
+def callbacks(conn: sqlite3.Connection, *, after: int) -> list[Callback]:
+    """The callbacks that are owed for ends after a seq."""
+    rows = conn.execute(
+        """
+        SELECT e.seq, e.at, e.reservation_id, e.kind, e.reason, q.data -> 'session'
+          FROM callbacks AS c
+          JOIN events AS e ON e.seq = c.seq
+          JOIN events AS q ON q.reservation_id = e.reservation_id AND q.kind = 'queued'
+         WHERE c.seq > ?
+         ORDER BY c.seq
+        """,
+        (after,),
+    )
+    owed = []
+    for seq, ended_at, session_id, state, reason, session in rows:
+        terms = json.loads(session)
+        payload = terms.get("on_close_payload")
+        theirs = payload if isinstance(payload, dict) else {} if payload is None else {"payload": payload}
+        body = {**theirs, "session_id": session_id, "state": state, "reason": reason}
+        owed.append(Callback(seq, ended_at, body, terms["on_close_route"]))
+    return owed
+
+
+def count_begun(conn: sqlite3.Connection, *, after: int) -> int:
+    """Claims made from an event on."""
+    row = conn.execute("SELECT count(*) FROM events WHERE seq > ? AND kind = 'queued'", (after,)).fetchone()
+    return int(row[0])
+
+
+def count_finished(conn: sqlite3.Connection, *, after: int) -> int:
+    """Claims ended from an event on."""
+    row = conn.execute(
+        "SELECT count(*) FROM events WHERE seq > ? AND kind IN ('released', 'expired', 'cancelled')", (after,)
+    ).fetchone()
+    return int(row[0])
+
+
+def _as_json(row: tuple[Any, ...]) -> dict[str, Any]:
+    named = dict(zip(_COLUMNS.replace(" ", "").split(","), row, strict=True))
+    for name in ("queued_seconds", "held_seconds", "duration_cap"):
+        if isinstance(named[name], float) and named[name].is_integer():
+            named[name] = int(named[name])
+    named["metadata"] = None if named["metadata"] is None else json.loads(named["metadata"])
+    named["result"] = None if named["result"] is None else json.loads(named["result"])
+    return named

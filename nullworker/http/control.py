@@ -1,0 +1,225 @@
+"""The control port, on 127.0.0.1: the consumer releases here, people and scrapers look.
+
+It has no authentication, so it answers only to requests whose Host and Origin are local: a page in a browser on the
+same machine, or a host name rebound to 127.0.0.1, gets 403.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Annotated, Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+from aiohttp import web
+from msgspec import UNSET, Meta, UnsetType
+
+from nullworker import history
+from nullworker.errors import Conflict, Forbidden, Invalid, NotFound
+from nullworker.fsm.table import STATES
+from nullworker.http.stream import stream_events
+from nullworker.http.wire import Handler, decode, json_response, make_app, number, read_body, reservation_json
+from nullworker.log import EventLog
+from nullworker.metrics.exporter import Exporter
+from nullworker.service import Commit, Service
+
+MAX_RESULT_BYTES: Final = 64 * 1024
+MAX_WAIT_SECONDS: Final = 60.0
+MAX_PAGE: Final = 1000
+_LOCAL_NAMES: Final = frozenset(("127.0.0.1", "localhost", "::1"))
+
+Status = Callable[[], dict[str, Any]]
+
+
+class ReleaseBody(msgspec.Struct):
+    """What /release may say."""
+
+    reservation_id: str | None = None
+    result: Any | UnsetType = UNSET
+    reason: str = "explicit"
+
+
+class ExtendBody(msgspec.Struct):
+    """What /extend may say."""
+
+    seconds: Annotated[float, Meta(ge=0)]
+    reservation_id: str | None = None
+
+
+class Control:
+    """The handlers of the control port. `status` gives what /status adds to the reservations."""
+
+    def __init__(self, service: Service, event_log: EventLog, exporter: Exporter, status: Status) -> None:
+        self._service = service
+        self._log = event_log
+        self._exporter = exporter
+        self._status = status
+
+    async def release(self, request: web.Request) -> web.Response:
+        """The consumer is done."""
+        body = await read_body(request)
+        asked = decode(body, ReleaseBody) if body.strip() else ReleaseBody()
+        if asked.reason not in ("explicit", "consumer_exit"):
+            raise Invalid("reason is wrong", reason="must be explicit or consumer_exit")
+        if asked.result is not UNSET and len(msgspec.json.encode(asked.result)) > MAX_RESULT_BYTES:
+            raise Invalid("result is too large", result=f"must be at most {MAX_RESULT_BYTES} bytes of JSON")
+        held = self._service.book.held
+        if asked.reservation_id is not None and (held is None or held.id != asked.reservation_id):
+            return self._not_held(asked.reservation_id)
+        if held is None:
+            self._exporter.releases.labels("none").inc()
+            return json_response({"released": False, "reason": "no active reservation"})
+        self._service.release(held.id, reason=asked.reason, result=asked.result)
+        self._exporter.releases.labels("released").inc()
+        plain = asked.reservation_id is None and asked.result is UNSET
+        return json_response({"released": True} if plain else {"released": True, "reservation_id": held.id})
+
+    async def extend(self, request: web.Request) -> web.Response:
+        """The consumer needs more time, or less."""
+        asked = decode(await read_body(request), ExtendBody)
+        held = self._service.book.held
+        if held is None:
+            self._exporter.extensions.labels("none").inc()
+            raise Conflict("nothing is held")
+        if asked.reservation_id not in (None, held.id):
+            known = self._known(asked.reservation_id)
+            self._exporter.extensions.labels("unknown" if known is None else "stale").inc()
+            if known is None:
+                raise NotFound(f"there is no reservation {asked.reservation_id}")
+            raise Conflict(f"it is not held: {_fate(known)}", state=known["state"])
+        extended = self._service.extend(held.id, asked.seconds)
+        self._exporter.extensions.labels("extended").inc()
+        ends_at = reservation_json(extended, self._service.now())["ends_at"]
+        return json_response({"reservation_id": held.id, "ends_at": ends_at})
+
+    async def reservation(self, request: web.Request) -> web.Response:
+        """What is held, or what will be within `wait` seconds."""
+        wait = number(request, "wait", 0.0, MAX_WAIT_SECONDS)
+        held = self._service.book.held
+        if held is None and wait > 0:
+            await self._next_hold(wait)
+            held = self._service.book.held
+        if held is None:
+            return web.Response(status=204)
+        return json_response(reservation_json(held, self._service.now()))
+
+    async def reservations(self, request: web.Request) -> web.Response:
+        """The history, newest first."""
+        state = request.query.get("state") or None
+        if state is not None and state not in STATES:
+            raise Invalid("state is wrong", state=f"must be one of {', '.join(STATES)}")
+        limit = int(number(request, "limit", 50, MAX_PAGE))
+        before = request.query.get("before") or None
+        try:
+            found = history.reservations(self._log.conn, state=state, limit=limit, before=before)
+        except ValueError:
+            raise Invalid("before is wrong", before="must be the id of a reservation or an ISO 8601 time") from None
+        return json_response({"reservations": found})
+
+    async def readyz(self, request: web.Request) -> web.Response:
+        """Whether this worker takes reservations, and each check with why it fails."""
+        condition = self._service.condition
+        ready = condition.state == "ready"
+        checks = {name: {"ok": check.ok, "why": check.why} for name, check in condition.checks().items()}
+        return json_response({"ready": ready, "state": condition.state, "checks": checks}, 200 if ready else 503)
+
+    async def status(self, request: web.Request) -> web.Response:
+        """All that this worker knows of itself now."""
+        book, now = self._service.book, self._service.now()
+        head = next(iter(book.queue.values()), None)
+        return json_response(
+            {
+                "state": self._service.condition.state,
+                "held": None if book.held is None else reservation_json(book.held, now),
+                "queue": {
+                    "length": len(book.queue),
+                    "limit": book.limits.max_queued,
+                    "oldest_seconds": None if head is None else round(now - head.queued_at, 3),
+                },
+                **self._status(),
+            }
+        )
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """Every event, live; after a seq, or where a reader that lost its connection left off."""
+        resume = request.headers.get("Last-Event-ID") or request.query.get("after") or "0"
+        if not resume.isascii() or not resume.isdigit() or len(resume) > 18:
+            raise Invalid("after is wrong", after=f"must be a seq, a whole number from 0, not {resume!r}")
+        return await stream_events(request, self._service, self._log, int(resume))
+
+    def _not_held(self, reservation_id: str) -> web.Response:
+        known = self._known(reservation_id)
+        if known is None:
+            self._exporter.releases.labels("unknown").inc()
+            raise NotFound(f"there is no reservation {reservation_id}")
+        self._exporter.releases.labels("stale").inc()
+        return json_response({"released": False, "reason": _fate(known), "state": known["state"]})
+
+    def _known(self, reservation_id: str) -> dict[str, Any] | None:
+        live = self._service.book.get(reservation_id)
+        if live is not None:
+            return reservation_json(live, self._service.now())
+        return history.reservation(self._log.conn, reservation_id)
+
+    async def _next_hold(self, seconds: float) -> None:
+        held = asyncio.Event()
+
+        def observer(commit: Commit) -> None:
+            if commit.event.kind == "held":
+                held.set()
+
+        self._service.observers.append(observer)
+        try:
+            await asyncio.wait_for(held.wait(), seconds)
+        except asyncio.TimeoutError:
+            pass
+        finally:
+            self._service.observers.remove(observer)
+
+
+async def health(request: web.Request) -> web.Response:
+    """The stub: this worker runs, and there is no consumer's endpoint to ask."""
+    return json_response({"status": "ok"})
+
+
+def local_only(request: web.Request) -> None:
+    """Refuse what a browser may have been tricked into sending.
+
+    Raises:
+        Forbidden: the Host or the Origin is not this machine.
+    """
+    if _hostname(f"//{request.headers.get('Host', '')}") not in _LOCAL_NAMES:
+        raise Forbidden("the control port answers only to 127.0.0.1 and localhost; the Host header names another host")
+    origin = request.headers.get("Origin")
+    if origin is not None and _hostname(origin) not in _LOCAL_NAMES:
+        raise Forbidden("the control port answers only to pages of its own; the Origin header names another")
+
+
+def control_app(control: Control, exporter: Exporter, metrics: Handler, *, stub_health: bool) -> web.Application:
+    """The app of NULL_CONTROL_PORT."""
+    app = make_app("control", exporter, guard=local_only)
+    app.router.add_post("/release", control.release)
+    app.router.add_post("/extend", control.extend)
+    app.router.add_get("/reservation", control.reservation)
+    app.router.add_get("/reservations", control.reservations)
+    app.router.add_get("/readyz", control.readyz)
+    app.router.add_get("/status", control.status)
+    app.router.add_get("/metrics", metrics)
+    app.router.add_get("/events", control.events)
+    if stub_health:
+        app.router.add_get("/health", health)
+    return app
+
+
+def _hostname(url: str) -> str | None:
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
+def _fate(known: dict[str, Any]) -> str:
+    if known["ended_at"] is None:
+        return f"the reservation is {known['state']}"
+    return f"the reservation has ended: {known['state']}, {known['reason']}"

@@ -1,0 +1,117 @@
+"""The external port: signed requests for the slot, from anywhere.
+
+`POST /reserve` holds its connection open until the reservation ends; a client that hangs up ends it.
+
+The one rule: nothing of the control port can be reached here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import msgspec
+import structlog
+from aiohttp import web
+from msgspec import Meta
+
+from nullworker.errors import Gone, Unauthorized
+from nullworker.fsm.book import Claim, Reservation
+from nullworker.fsm.table import ENDED
+from nullworker.http.grants import Gate, Grant
+from nullworker.http.sessions import Sessions
+from nullworker.http.stream import stream_reservation
+from nullworker.http.wire import HELD, Counts, check_metadata, json_response, make_app, verdict_response
+from nullworker.log import EventLog
+from nullworker.service import Service
+
+log = structlog.get_logger(__name__)
+
+#: Where Vast's start script looks for a wanted update (vastai 1.9.1, server/lib/backend.py, pyworker_update_handler).
+FORCE_UPDATE: Final = Path("/.force_update")
+
+
+class ReservePayload(msgspec.Struct):
+    """What /reserve may say. Unknown fields are ignored."""
+
+    duration: Annotated[float, Meta(ge=0)] | None = None  # seconds
+    metadata: dict[str, Any] | None = None
+    stream: bool | None = None
+
+
+class External:
+    """The handlers of the external port."""
+
+    def __init__(self, service: Service, event_log: EventLog, gate: Gate, *, master_token: str) -> None:
+        self._service = service
+        self._log = event_log
+        self._gate = gate
+        self._token = master_token
+
+    async def reserve(self, request: web.Request) -> web.StreamResponse:
+        """Claim the slot, or wait for the end of a session."""
+        grant = await self._gate.open(request)
+        payload = grant.read(ReservePayload)
+        check_metadata(payload.metadata)
+        if grant.session_id is not None:
+            return await self._await_session(request, grant, stream=bool(payload.stream))
+        reservation = self._service.claim(
+            Claim(duration=payload.duration, request_idx=_index(grant), metadata=payload.metadata)
+        )
+        try:
+            return await self._hold(request, reservation, stream=bool(payload.stream))
+        except (asyncio.CancelledError, ConnectionError):
+            self._service.cancel(reservation.id, "client_disconnect")
+            raise
+
+    async def update(self, request: web.Request) -> web.Response:
+        """Vast's rolling update: leave the mark for which the start script looks."""
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not self._token or not hmac.compare_digest(given.encode(), self._token.encode()):
+            raise Unauthorized("the token is not this worker's MASTER_TOKEN", reason="token")
+        try:
+            FORCE_UPDATE.touch()
+        except OSError as error:
+            log.error("update_not_marked", path=str(FORCE_UPDATE), why=error.strerror)
+            return json_response({"error": f"{FORCE_UPDATE} cannot be written: {error.strerror}"}, 500)
+        return json_response({"ok": True})
+
+    async def _await_session(self, request: web.Request, grant: Grant, *, stream: bool) -> web.StreamResponse:
+        session = self._service.book.held
+        if session is None or session.terms.session is None or session.id != grant.session_id:
+            raise Gone(f"there is no session {grant.session_id}")
+        return await self._hold(request, session, stream=stream)
+
+    async def _hold(self, request: web.Request, reservation: Reservation, *, stream: bool) -> web.StreamResponse:
+        """Answer when the reservation has ended; as a stream, from the moment in which it is held."""
+        if reservation.state not in ENDED:
+            request[HELD] = True
+            if stream:
+                return await stream_reservation(request, self._service, self._log, reservation)
+        return verdict_response(await self._service.ended(reservation))
+
+
+def _index(grant: Grant) -> int | None:
+    return None if grant.auth is None else grant.auth.request_idx
+
+
+def external_app(external: External, sessions: Sessions, counts: Counts) -> web.Application:
+    """The app of WORKER_PORT."""
+    app = make_app("external", counts)
+    app.router.add_post("/reserve", external.reserve)
+    app.router.add_post("/session/create", sessions.create)
+    app.router.add_post("/session/end", sessions.end)
+    app.router.add_post("/session/get", sessions.get)
+    app.router.add_post("/session/health", sessions.health)
+    app.router.add_post("/ping", sessions.ping)
+    app.router.add_post("/pyworker/update", external.update)
+    return app
+
+
+def session_end_app(sessions: Sessions, counts: Counts) -> web.Application:
+    """The app of WORKER_HTTP_PORT: plain http on 127.0.0.1, where a consumer may end its session."""
+    app = make_app("session_end", counts)
+    app.router.add_post("/session/end", sessions.end)
+    return app

@@ -1,0 +1,191 @@
+"""Who may ask: the envelope of every signed POST, and the autoscaler's signature in it.
+
+The signature covers the worker's url alone, so a grant for another worker verifies too; NULL_GRANT_URL says what
+happens then. The key is fetched for as long as it takes, and again, at most once a minute, when a signature fails: it
+may have been changed.
+
+The one rule: nothing of a request is used before `check` has returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Annotated, Any, Final
+
+import msgspec
+import structlog
+from aiohttp import web
+from msgspec import Meta
+
+from nullworker.autoscaler import PublicKey
+from nullworker.clock import stopwatch
+from nullworker.condition import Condition
+from nullworker.errors import Invalid, Unauthorized, Unavailable
+from nullworker.http.wire import T, decode, explain, read_body
+from nullworker.link import Link, Pause
+
+log = structlog.get_logger(__name__)
+
+#: Seconds between two fetches of the key that a failed signature asks for.
+REFETCH_SECONDS: Final = 60.0
+
+Number = Annotated[str, Meta(pattern=r"^\s*[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?\s*$")]
+
+
+class Auth(msgspec.Struct):
+    """What the autoscaler grants (vastai 1.9.1, server/lib/data_types.py, AuthData). Only `url` is signed."""
+
+    cost: float | Number
+    endpoint: str
+    reqnum: int
+    request_idx: int
+    signature: str
+    url: str
+
+
+class Envelope(msgspec.Struct):
+    """Every signed POST. `auth_data` is kept raw beside its typed form, since a session's auth is compared whole."""
+
+    auth_data: msgspec.Raw
+    payload: msgspec.Raw
+    session_id: str | None = None
+
+
+class _Checked(msgspec.Struct):
+    auth_data: Auth
+    payload: dict[str, Any]
+    session_id: str | None = None
+
+
+class Grant(msgspec.Struct):
+    """A request that may be acted upon. `auth` is None for a bare payload on an unsecured worker."""
+
+    auth: Auth | None
+    auth_sha256: str
+    payload: msgspec.Raw
+    session_id: str | None
+
+    def read(self, shape: type[T]) -> T:
+        """The payload in the given shape.
+
+        Raises:
+            Invalid: it is not; the fields stand under `payload`.
+        """
+        try:
+            return msgspec.json.decode(self.payload, type=shape)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            error = explain(bytes(self.payload), shape)
+            raise Invalid(str(error), payload=error.fields or str(error)) from None
+
+
+def fingerprint(auth: Any) -> str:
+    """SHA-256 of an auth_data, the same for the same JSON value whatever its spacing or order."""
+    return hashlib.sha256(json.dumps(auth, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+class Gate:
+    """Verifies grants; holds the autoscaler's key."""
+
+    def __init__(
+        self,
+        condition: Condition,
+        link: Link | None,
+        *,
+        unsecured: bool,
+        own_url: str,
+        url_policy: str,
+        count_fetch: Callable[[str, str], None],
+    ) -> None:
+        self._condition = condition
+        self._link = link
+        self._unsecured = unsecured
+        self._own_url = own_url.rstrip("/")
+        self._url_policy = url_policy if link is not None else "off"
+        self._count = count_fetch
+        self._key: PublicKey | None = None
+        self._fetched_at = -REFETCH_SECONDS
+        self._refetch: asyncio.Task[None] | None = None
+
+    async def load_key(self, loaded: Callable[[], None]) -> None:
+        """Fetch the key, for as long as it takes."""
+        assert self._link is not None
+        pause = Pause()
+        while not await self._fetch():
+            self._condition.key = f"the autoscaler's key is not loaded: {self._link.trouble}"
+            log.warning("key_not_loaded", why=self._link.trouble, message="it is tried again until it can be had")
+            await asyncio.sleep(pause.failed())
+        self._condition.key = None
+        log.info("key_loaded")
+        loaded()
+
+    async def open(self, request: web.Request) -> Grant:
+        """Read a request and check its grant.
+
+        Raises:
+            RequestError: with the status to answer.
+        """
+        body = await read_body(request)
+        if self._unsecured and (bare := _bare(body)) is not None:
+            return bare
+        try:
+            envelope = msgspec.json.decode(body, type=Envelope)
+            auth = msgspec.json.decode(envelope.auth_data, type=Auth)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            raise explain(body, _Checked) from None
+        await self.check(auth)
+        return Grant(auth, fingerprint(json.loads(bytes(envelope.auth_data))), envelope.payload, envelope.session_id)
+
+    async def check(self, auth: Auth) -> None:
+        """Whether the autoscaler has signed this.
+
+        Raises:
+            Unauthorized: it has not.
+            Unavailable: there is no key to tell by.
+        """
+        if self._unsecured:
+            return
+        if self._key is None:
+            raise Unavailable(self._condition.key or "the autoscaler's key is not loaded", reason="not_ready")
+        if not self._key.verify(auth.url, auth.signature):
+            await self._fetch_again()
+            if not self._key.verify(auth.url, auth.signature):
+                raise Unauthorized("the signature is not the autoscaler's", reason="signature")
+        if self._url_policy != "off" and auth.url.rstrip("/") != self._own_url:
+            if self._url_policy == "enforce":
+                raise Unauthorized(f"the grant is for {auth.url}, and this worker is {self._own_url}", reason="url")
+            log.warning("grant_for_another_url", url=auth.url, own_url=self._own_url, request_idx=auth.request_idx)
+
+    async def _fetch_again(self) -> None:
+        if self._refetch is None:
+            if stopwatch() - self._fetched_at < REFETCH_SECONDS:
+                return
+            self._refetch = asyncio.ensure_future(self._fetch_once())
+        await asyncio.shield(self._refetch)
+
+    async def _fetch_once(self) -> None:
+        try:
+            await self._fetch()
+        finally:
+            self._refetch = None
+
+    async def _fetch(self) -> bool:
+        assert self._link is not None
+        self._fetched_at = stopwatch()
+        key = await self._link.fetch_key()
+        self._count("pubkey", "failed" if key is None else "ok")
+        self._key = key or self._key
+        return key is not None
+
+
+def _bare(body: bytes) -> Grant | None:
+    """A payload without an envelope, as from curl; None if this is an envelope."""
+    fields = decode(body, dict[str, msgspec.Raw])
+    if "auth_data" in fields:
+        return None
+    session_id = None
+    if "session_id" in fields:
+        session_id = decode(fields["session_id"], str | None)  # type: ignore[arg-type]
+    return Grant(None, fingerprint(None), fields.get("payload", msgspec.Raw(body)), session_id)

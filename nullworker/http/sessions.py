@@ -1,0 +1,154 @@
+"""Sessions: reservations that live without a connection, until they are ended or their lifetime passes.
+
+The answers are those that the official client expects (vastai 1.9.1, client/client.py, client/session.py), and the
+statuses those of its own worker (server/lib/backend.py), but for one thing: /session/create checks the signature.
+Ending a session needs the whole auth_data that it was created with; the log keeps its SHA-256.
+"""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Iterable
+from typing import Annotated, Any, Final
+from urllib.parse import urlsplit
+
+import msgspec
+from aiohttp import web
+from msgspec import Meta
+
+from nullworker.errors import Gone, Invalid, RequestError, Unauthorized
+from nullworker.fsm.book import Claim, Reservation
+from nullworker.fsm.events import SessionTerms
+from nullworker.fsm.table import ENDED
+from nullworker.http.grants import Gate, fingerprint
+from nullworker.http.wire import RESERVATION_HEADER, check_metadata, decode, json_response, read_body, verdict_response
+from nullworker.service import Service
+from nullworker.settings import is_absolute_http_url
+
+_LOCAL: Final = frozenset(("127.0.0.1", "localhost", "::1", "0.0.0.0", "::"))  # noqa: S104  # compared with, not bound
+
+
+class CreatePayload(msgspec.Struct):
+    """What /session/create may say. Unknown fields are ignored."""
+
+    lifetime: Annotated[float, Meta(gt=0)] | None = None  # seconds
+    on_close_route: str | None = None
+    on_close_payload: Any = None
+    metadata: dict[str, Any] | None = None
+
+
+class Named(msgspec.Struct):
+    """A session by its id, and the auth_data it was created with."""
+
+    session_id: str
+    session_auth: Any = None
+
+
+class Sessions:
+    """The handlers for sessions. `own_addresses` are the worker's own ports, to which no callback may go."""
+
+    def __init__(self, service: Service, gate: Gate, *, own_addresses: Iterable[tuple[str, int]]) -> None:
+        self._service = service
+        self._gate = gate
+        self._own = frozenset(own_addresses)
+
+    async def create(self, request: web.Request) -> web.Response:
+        """Claim the slot for a session, at once or not at all."""
+        grant = await self._gate.open(request)
+        payload = grant.read(CreatePayload)
+        check_metadata(payload.metadata)
+        self._check_route(payload.on_close_route)
+        lifetime = 60.0 if payload.lifetime is None else payload.lifetime
+        terms = SessionTerms(
+            lifetime=lifetime,
+            auth_sha256=grant.auth_sha256,
+            on_close_route=payload.on_close_route,
+            on_close_payload=payload.on_close_payload if payload.on_close_route is not None else None,
+        )
+        index = None if grant.auth is None else grant.auth.request_idx
+        session = self._service.claim(
+            Claim(kind="session", duration=lifetime, request_idx=index, metadata=payload.metadata, session=terms)
+        )
+        if session.state in ENDED:
+            return verdict_response(session)
+        body = {"session_id": session.id, "expiration": session.ends_at}
+        return json_response(body, 201, {RESERVATION_HEADER: session.id})
+
+    async def end(self, request: web.Request) -> web.Response:
+        """The owner ends its session."""
+        named = await self._named(request)
+        session = self._find(named.session_id)
+        if session is None:
+            raise RequestError(f"session with id {named.session_id} not found")
+        self._check_auth(session, named.session_auth)
+        self._service.release(session.id, reason="session_end")
+        body = {"ended": True, "removed_session": session.id}
+        return json_response(body, headers={RESERVATION_HEADER: session.id})
+
+    async def get(self, request: web.Request) -> web.Response:
+        """All about a session, for who can show its auth."""
+        named = await self._named(request)
+        session = self._find(named.session_id)
+        if session is None:
+            raise RequestError("session does not exist")
+        terms = self._check_auth(session, named.session_auth)
+        return json_response(
+            {
+                "session_id": session.id,
+                "auth_data": named.session_auth,
+                "lifetime": terms.lifetime,
+                "expiration": session.ends_at,
+                "created_at": session.queued_at,
+                "on_close_route": terms.on_close_route,
+                "on_close_payload": terms.on_close_payload,
+            }
+        )
+
+    async def health(self, request: web.Request) -> web.Response:
+        """Whether a session is open."""
+        named = await self._named(request)
+        session = self._find(named.session_id)
+        if session is None:
+            return json_response({"ok": False})
+        self._check_auth(session, named.session_auth)
+        return json_response({"ok": True})
+
+    async def ping(self, request: web.Request) -> web.Response:
+        """Renew a session: it lives for its lifetime from now, and never less long than before."""
+        grant = await self._gate.open(request)
+        if grant.session_id is None:
+            raise Invalid("session_id is missing: a ping renews a session", session_id="missing parameter")
+        session = self._find(grant.session_id)
+        if session is None or session.terms.session is None:
+            raise Gone(f"there is no session {grant.session_id}")
+        self._service.extend(session.id, session.terms.session.lifetime, reason="ping")
+        return json_response({"result": {"ok": True}}, headers={RESERVATION_HEADER: session.id})
+
+    async def _named(self, request: web.Request) -> Named:
+        return decode(await read_body(request), Named)
+
+    def _find(self, session_id: str) -> Reservation | None:
+        held = self._service.book.held
+        return held if held is not None and held.id == session_id and held.terms.session is not None else None
+
+    def _check_auth(self, session: Reservation, auth: Any) -> SessionTerms:
+        terms = session.terms.session
+        assert terms is not None
+        if not hmac.compare_digest(terms.auth_sha256, fingerprint(auth)):
+            raise Unauthorized("session_auth is not valid", reason="session")
+        return terms
+
+    def _check_route(self, route: str | None) -> None:
+        if route is None:
+            return
+        why = None
+        if not is_absolute_http_url(route):
+            why = "must be an absolute http or https URL: this worker forwards nothing, so a relative one leads nowhere"
+        else:
+            parts = urlsplit(route)
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+            host = "127.0.0.1" if parts.hostname in _LOCAL else str(parts.hostname)
+            if (host, port) in self._own:
+                why = "must not be one of this worker's own ports"
+        if why:
+            raise Invalid(f"on_close_route {why}", payload={"on_close_route": why})

@@ -1,0 +1,110 @@
+"""Server-sent events: one reservation's, to the caller that holds it; and all, to the control port.
+
+A stream is how the official client holds a worker for longer than its own request timeout, and the keepalives keep
+proxies that cut idle connections from cutting it. The format is the WHATWG HTML standard's, section 9.2.
+
+The one rule: a stream reads the log and is only woken by commits, so that a slow reader costs no memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+
+from nullworker import history
+from nullworker.fsm.book import Reservation
+from nullworker.fsm.table import ENDED
+from nullworker.http.wire import RESERVATION_HEADER, verdict, verdict_response
+from nullworker.log import EventLog
+from nullworker.service import Commit, Service
+
+KEEPALIVE_SECONDS: Final = 15.0
+#: Events read from the log at once.
+BATCH: Final = 200
+
+
+class _Bell:
+    """Rung by commits, waited for by a stream."""
+
+    def __init__(self) -> None:
+        self._rung = asyncio.Event()
+
+    def ring(self, _: Commit) -> None:
+        self._rung.set()
+
+    async def wait(self, seconds: float | None = None) -> bool:
+        """Whether it was rung, in this time or before; it is silent again afterwards."""
+        try:
+            await asyncio.wait_for(self._rung.wait(), seconds)
+        except asyncio.TimeoutError:
+            return False
+        self._rung.clear()
+        return True
+
+
+async def stream_reservation(
+    request: web.Request, service: Service, event_log: EventLog, reservation: Reservation
+) -> web.StreamResponse:
+    """Answer once it is held: an event for each of its events, and as the last data what the plain call would get."""
+    bell = _Bell()
+    service.watch(reservation.id, bell.ring)
+    try:
+        while reservation.state == "queued":
+            await bell.wait()
+        if reservation.held_at is None:
+            return verdict_response(reservation)
+        response = await _begin(request, {RESERVATION_HEADER: reservation.id})
+        await _follow(response, event_log, bell, 0, reservation.id, until=lambda: reservation.state in ENDED)
+        await response.write(_data(verdict(reservation)[1]))
+        await response.write_eof()
+        return response
+    finally:
+        service.unwatch(reservation.id, bell.ring)
+
+
+async def stream_events(request: web.Request, service: Service, event_log: EventLog, after: int) -> web.StreamResponse:
+    """Every event after a seq, and every one to come, until the reader goes."""
+    bell = _Bell()
+    service.observers.append(bell.ring)
+    try:
+        response = await _begin(request)
+        await _follow(response, event_log, bell, after, None, until=lambda: False)
+        return response
+    finally:
+        service.observers.remove(bell.ring)
+
+
+async def _begin(request: web.Request, headers: dict[str, str] | None = None) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
+    response.content_type = "text/event-stream"
+    await response.prepare(request)
+    await response.write(b": open\n\n")
+    return response
+
+
+async def _follow(
+    response: web.StreamResponse,
+    event_log: EventLog,
+    bell: _Bell,
+    after: int,
+    reservation_id: str | None,
+    *,
+    until: Callable[[], bool],
+) -> None:
+    while True:
+        over = until()  # asked before the log is read, so that the last events are not missed
+        while batch := history.events(event_log.conn, after=after, limit=BATCH, reservation_id=reservation_id):
+            after = batch[-1]["seq"]
+            await response.write(b"".join(b"id: %d\n" % event["seq"] + _data(event) for event in batch))
+        if over:
+            return
+        if not await bell.wait(KEEPALIVE_SECONDS):
+            await response.write(b": keepalive\n\n")
+
+
+def _data(data: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"

@@ -1,0 +1,307 @@
+"""What all ports share: bodies in, JSON and errors out, one middleware, and how a reservation looks.
+
+The one rule: every answer that is an error is JSON with `error`, made here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import secrets
+import sqlite3
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol, TypeVar, get_args, get_type_hints
+
+import msgspec
+import structlog
+from aiohttp import web
+from msgspec import UNSET
+
+from nullworker.clock import iso, stopwatch
+from nullworker.errors import (
+    RETRY_AFTER_SECONDS,
+    BodyTooLarge,
+    Invalid,
+    LogUnavailable,
+    RequestError,
+    SlowBody,
+    Unauthorized,
+)
+from nullworker.fsm.book import Reservation
+from nullworker.fsm.table import ending
+
+log = structlog.get_logger(__name__)
+
+MAX_BODY_BYTES: Final = 1024 * 1024
+MAX_METADATA_BYTES: Final = 4096
+#: Seconds in which a body must have arrived.
+BODY_SECONDS: Final = 10.0
+RESERVATION_HEADER: Final = "Nullworker-Reservation"
+
+T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+#: Set on a request that waited for a reservation: its duration says nothing about this server.
+HELD = web.RequestKey("held", bool)
+
+
+class Counts(Protocol):
+    """What the middleware counts into."""
+
+    def count_request(self, port: str, route: str, status: int, seconds: float | None) -> None:
+        """An HTTP request was answered."""
+        ...
+
+    def count_auth_failure(self, reason: str) -> None:
+        """A request was not authenticated."""
+        ...
+
+
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """Any JSON, not to be cached by anybody."""
+    return web.Response(
+        body=msgspec.json.encode(body),
+        status=status,
+        headers={"Cache-Control": "no-store", **(headers or {})},
+        content_type="application/json",
+    )
+
+
+def make_app(port: str, counts: Counts, guard: Callable[[web.Request], None] | None = None) -> web.Application:
+    """An app whose every answer is counted and whose every error is JSON. `guard` may refuse any request."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        started, status = stopwatch(), 499
+        try:
+            response = await _answer(request, handler, guard, counts)
+            status = response.status
+            return response
+        finally:
+            info = request.match_info.route.resource
+            route = info.canonical if info is not None else "unknown"
+            counts.count_request(port, route, status, None if request.get(HELD) else stopwatch() - started)
+
+    return web.Application(middlewares=[middleware], client_max_size=MAX_BODY_BYTES)
+
+
+async def _answer(
+    request: web.Request, handler: Handler, guard: Callable[[web.Request], None] | None, counts: Counts
+) -> web.StreamResponse:
+    try:
+        if guard is not None:
+            guard(request)
+        return await handler(request)
+    except RequestError as error:
+        if isinstance(error, Unauthorized):
+            counts.count_auth_failure(error.reason)
+        return json_response(error.body, error.status, error.headers)
+    except (LogUnavailable, sqlite3.Error) as error:
+        body = {"error": f"the event log: {error}", "reason": "log_unavailable"}
+        return json_response(body, LogUnavailable.status, {"Retry-After": str(RETRY_AFTER_SECONDS)})
+    except web.HTTPException as error:
+        return _http_error(request, error)
+    except (asyncio.CancelledError, ConnectionResetError):
+        raise
+    except Exception:
+        error_id = secrets.token_hex(4)
+        log.exception("bug", error_id=error_id, route=request.path, method=request.method)
+        return json_response({"error": f"a bug in nullworker; its log has the details under {error_id}"}, 500)
+
+
+def _http_error(request: web.Request, error: web.HTTPException) -> web.Response:
+    if isinstance(error, web.HTTPNotFound):
+        return json_response({"error": f"there is no {request.path} on this port"}, 404)
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return json_response(
+            {"error": f"{request.method} is not allowed on {request.path}; allowed: {allowed}"}, 405, {"Allow": allowed}
+        )
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        return json_response(too_large().body, 413)
+    return json_response({"error": error.reason}, error.status)
+
+
+# -- bodies in ---------------------------------------------------------------------------------------------------
+
+
+def too_large() -> BodyTooLarge:
+    """The body is larger than any that this worker needs."""
+    return BodyTooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes")
+
+
+async def read_body(request: web.Request) -> bytes:
+    """The whole body.
+
+    Raises:
+        BodyTooLarge: over 1 MiB; nothing more of it is read.
+        SlowBody: it was not there in time.
+    """
+    if request.content_length is not None and request.content_length > MAX_BODY_BYTES:
+        raise too_large()
+    if request.content.is_eof():
+        return await request.read()
+    try:
+        return await asyncio.wait_for(request.read(), BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise SlowBody(f"the body did not arrive within {BODY_SECONDS:g} s") from None
+
+
+def decode(body: bytes, shape: type[T]) -> T:
+    """A JSON object of the given shape.
+
+    Raises:
+        Invalid: it is not; the fields say where.
+    """
+    try:
+        return msgspec.json.decode(body, type=shape)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise explain(body, shape) from None
+
+
+def explain(body: bytes, shape: Any) -> Invalid:
+    """Which fields of a body are wrong, each by its name, where the decoder stops at the first."""
+    try:
+        value = json.loads(body)  # the tolerant one: it can say which field is NaN
+    except (ValueError, RecursionError) as error:
+        return Invalid(f"the body is not JSON: {error}")
+    wrong = _not_finite(value) or _wrong(value, shape)
+    if isinstance(wrong, str):
+        return Invalid(f"the body must be a JSON object: {wrong}")
+    if not wrong:
+        return Invalid("the body is not JSON: it has text that is not UTF-8, or nests too deep")
+    return Invalid("some fields are missing or wrong: " + ", ".join(_names(wrong)), **wrong)
+
+
+def check_metadata(metadata: dict[str, Any] | None) -> None:
+    """Metadata are for a human or a job's number, not for the job itself.
+
+    Raises:
+        Invalid: it is too large.
+    """
+    if metadata is not None and len(msgspec.json.encode(metadata)) > MAX_METADATA_BYTES:
+        why = f"must be at most {MAX_METADATA_BYTES} bytes of JSON"
+        raise Invalid(f"metadata {why}", payload={"metadata": why})
+
+
+def _wrong(value: Any, shape: Any) -> Any:
+    """What is wrong with a value: a sentence, or a dict of them by field, or nothing."""
+    if isinstance(shape, type) and issubclass(shape, msgspec.Struct) and isinstance(value, dict):
+        hints = get_type_hints(shape, include_extras=True)
+        found = {}
+        for field in msgspec.structs.fields(shape):
+            if field.encode_name not in value:
+                wrong = "missing parameter" if field.required else None
+            else:
+                wrong = _wrong(value[field.encode_name], hints[field.name])
+            if wrong:
+                found[field.encode_name] = wrong
+        return found
+    inner = next((arg for arg in get_args(shape) if isinstance(arg, type) and issubclass(arg, msgspec.Struct)), None)
+    if inner is not None and isinstance(value, dict):
+        return _wrong(value, inner)
+    try:
+        msgspec.convert(value, shape)
+    except (msgspec.ValidationError, OverflowError) as error:
+        return str(error)
+    return None
+
+
+def _not_finite(value: Any) -> Any:
+    """Where a value has a number that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {name: wrong for name, each in value.items() if (wrong := _not_finite(each))}
+    if isinstance(value, list):
+        return next((wrong for each in value if (wrong := _not_finite(each))), None)
+    return "must be a finite number" if isinstance(value, float) and not math.isfinite(value) else None
+
+
+def _names(wrong: dict[str, Any], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, why in wrong.items():
+        names += _names(why, f"{prefix}{name}.") if isinstance(why, dict) else [f"{prefix}{name}"]
+    return names
+
+
+def number(request: web.Request, name: str, default: float, high: float) -> float:
+    """A query parameter from 0 up; more than `high` is taken as `high`.
+
+    Raises:
+        Invalid: it is no such number.
+    """
+    text = request.query.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise Invalid(f"{name} is wrong", **{name: f"must be a number from 0 to {high:g}, not {text!r}"})
+    return min(value, high)
+
+
+# -- reservations out --------------------------------------------------------------------------------------------
+
+
+def tidy(value: float) -> float | int:
+    """A number of seconds to the millisecond, and as a whole number where it is one."""
+    rounded = round(value, 3)
+    return int(rounded) if rounded.is_integer() else rounded
+
+
+def reservation_json(reservation: Reservation, now: float) -> dict[str, Any]:
+    """A live reservation, in the shape that the log's view `reservations` gives one."""
+    held_at, ended_at = reservation.held_at, reservation.ended_at
+    times = (reservation.queued_at, held_at, reservation.ends_at, ended_at)
+    queued_at, held, ends, ended = (None if at is None else iso(at) for at in times)
+    return {
+        "id": reservation.id,
+        "kind": reservation.terms.kind,
+        "state": reservation.state,
+        "reason": reservation.reason,
+        "queued_at": queued_at,
+        "held_at": held,
+        "ends_at": ends,
+        "ended_at": ended,
+        "queued_seconds": tidy((held_at or ended_at or now) - reservation.queued_at),
+        "held_seconds": None if held_at is None else tidy((ended_at or now) - held_at),
+        "duration_cap": tidy(reservation.terms.duration_cap),
+        "request_idx": reservation.terms.request_idx,
+        "metadata": reservation.terms.metadata,
+        "result": None if reservation.result is UNSET else reservation.result,
+    }
+
+
+def verdict(reservation: Reservation) -> tuple[int, dict[str, Any]]:
+    """Status and body for the caller of /reserve: how the reservation has ended."""
+    assert reservation.ended_at is not None
+    held_at = reservation.held_at
+    edge = ending(reservation.state, reservation.reason, was_held=held_at is not None)
+    assert edge.status is not None
+    if edge.status != 200:
+        return edge.status, {"error": edge.says, "reservation_id": reservation.id, "reason": reservation.reason}
+    assert held_at is not None
+    if reservation.state == "expired":
+        assert reservation.ends_at is not None
+        return 200, {"released": reservation.reason, "duration": tidy(reservation.ends_at - held_at)}
+    body = {
+        "released": reservation.reason,
+        "duration_cap": tidy(reservation.terms.duration_cap),
+        "reservation_id": reservation.id,
+        "queued_seconds": tidy(held_at - reservation.queued_at),
+        "held_seconds": tidy(reservation.ended_at - held_at),
+    }
+    if reservation.result is not UNSET:
+        body["result"] = reservation.result
+    return 200, body
+
+
+def verdict_response(reservation: Reservation) -> web.Response:
+    """The plain answer of /reserve."""
+    status, body = verdict(reservation)
+    headers = {RESERVATION_HEADER: reservation.id}
+    if status in (429, 503):
+        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return json_response(body, status, headers)

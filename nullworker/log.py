@@ -1,0 +1,276 @@
+"""The event log: one SQLite file, appended to by one worker.
+
+An append is one transaction: it is durable when it returns, and when it raises nothing of it is there. The writer
+gives each event its `seq`. Everything runs on the caller's thread: at one reservation at a time a commit of 0.2 ms is
+cheaper than a thread, and nothing can come in between.
+
+What it leaves out: what the events mean (fsm/), the queries for people (history.py), the shape of the file (schema.py).
+
+The one rule: no other file writes to the log.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import structlog
+
+from nullworker import schema
+from nullworker.clock import Anchor, stopwatch, wall_iso
+from nullworker.errors import CannotStart, IllegalMove, LogDamaged, LogUnavailable
+from nullworker.fsm.book import Book, Limits
+from nullworker.fsm.events import Event, Row, from_row, to_row
+
+log = structlog.get_logger(__name__)
+
+#: Milliseconds that an append waits for a stranger's write lock. The whole worker waits with it, so it is short.
+BUSY_MILLISECONDS = 100
+#: Bytes that the write-ahead log keeps on disk after a checkpoint.
+WAL_BYTES = 4 * 1024 * 1024
+
+_INSERT = "INSERT INTO events (seq, at, reservation_id, kind, reason, data) VALUES (?, ?, ?, ?, ?, ?)"
+
+
+class EventLog:
+    """An open log. Use `open_log`.
+
+    Attributes:
+        last_seq: the seq of the last event in the file; 0 in an empty one.
+        on_append: called with the seconds that each append took.
+    """
+
+    def __init__(self, path: Path, conn: sqlite3.Connection, lock: int | None) -> None:
+        self.path = path
+        self.conn = conn
+        self._lock = lock
+        self.on_append: Callable[[float], None] | None = None
+        self.last_seq: int = conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
+
+    def append(self, events: Sequence[tuple[int, Event]]) -> None:
+        """Write events with the seqs that the caller gives them, all or none.
+
+        Raises:
+            LogUnavailable: nothing was written; the cause is in the sentence.
+        """
+        started = stopwatch()
+        self._write(_INSERT, [(seq, *to_row(event)) for seq, event in events])
+        if self.on_append is not None:
+            self.on_append(stopwatch() - started)
+        self.last_seq = events[-1][0]
+
+    def live(self) -> Iterator[tuple[int, Event]]:
+        """The events of every reservation that has not ended, in order: all that a restart needs.
+
+        Raises:
+            LogDamaged: an event cannot be read.
+        """
+        rows = self.conn.execute(
+            "SELECT seq, at, reservation_id, kind, reason, data FROM events"
+            " WHERE reservation_id IN (SELECT reservation_id FROM live) ORDER BY seq"
+        ).fetchall()
+        for seq, *row in rows:
+            yield seq, from_row(_row(row))
+
+    def cursor(self, name: str) -> int:
+        """The last event that a reader is done with; 0 for a new reader."""
+        row = self.conn.execute("SELECT seq FROM cursors WHERE name = ?", (name,)).fetchone()
+        return min(row[0], self.last_seq) if row else 0
+
+    def move_cursor(self, name: str, seq: int) -> None:
+        """Remember that a reader is done with everything up to seq.
+
+        Raises:
+            LogUnavailable: it is not remembered.
+        """
+        self._write(
+            "INSERT INTO cursors VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET seq = excluded.seq",
+            [(name, min(seq, self.last_seq))],
+        )
+
+    def settle(self, name: str, seqs: Iterable[int], at: float, outcome: str, detail: str | None = None) -> None:
+        """Remember that a reader is done with single events beyond its cursor, or has given them up.
+
+        Raises:
+            LogUnavailable: it is not remembered.
+        """
+        rows = [(name, seq, at, outcome, detail) for seq in seqs]
+        self._write("INSERT OR IGNORE INTO settled VALUES (?, ?, ?, ?, ?)", rows)
+
+    def anchor(self) -> Anchor | None:
+        """The clock's anchor, if something is live that was timed by it."""
+        row = self.conn.execute(
+            "SELECT value FROM meta WHERE name = 'clock' AND EXISTS (SELECT 1 FROM live)"
+        ).fetchone()
+        if row is None:
+            return None
+        boot_id, _, offset = row[0].partition(" ")
+        return Anchor(boot_id, float(offset))
+
+    def store_anchor(self, anchor: Anchor) -> None:
+        """Remember the clock's anchor.
+
+        Raises:
+            LogUnavailable: it is not remembered.
+        """
+        self._write("INSERT OR REPLACE INTO meta VALUES ('clock', ?)", [(f"{anchor.boot_id} {anchor.offset!r}",)])
+
+    def probe(self) -> None:
+        """Find out whether the log can be written.
+
+        Raises:
+            LogUnavailable: it cannot.
+        """
+        if not self.path.exists():
+            raise LogUnavailable(f"{self.path} was moved or removed; restart the worker to begin a new one")
+        self._write("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", [(self.last_seq,)])
+
+    def size(self) -> int:
+        """Bytes on disk, the write-ahead log included."""
+        return sum(_size(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal"))
+
+    def close(self) -> None:
+        """Close the file and give the lock back. A second call does nothing."""
+        with contextlib.suppress(sqlite3.Error):
+            self.conn.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _write(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
+        try:
+            self.conn.execute("BEGIN IMMEDIATE")
+            self.conn.executemany(statement, rows)
+            self.conn.execute("COMMIT")
+        except sqlite3.Error as error:
+            with contextlib.suppress(sqlite3.Error):
+                if self.conn.in_transaction:
+                    self.conn.execute("ROLLBACK")
+            raise LogUnavailable(f"{self.path} cannot be written: {error}") from error
+
+
+def open_log(path: Path, *, sync: str = "full") -> EventLog:
+    """Open the log for writing, make it if there is none, set a damaged one aside.
+
+    Raises:
+        CannotStart: another worker has it, it is of a newer version or another program, or the folder is not writable.
+    """
+    path = path.absolute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(path)
+    except OSError as error:
+        raise CannotStart(f"the event log {path} cannot be made: {error.strerror}; set NULL_EVENT_LOG") from error
+    try:
+        try:
+            return _open(path, sync, lock)
+        except (LogDamaged, sqlite3.DatabaseError) as error:
+            if isinstance(error, sqlite3.OperationalError) and not _is_damage(error):
+                raise CannotStart(f"the event log {path} cannot be opened: {error}") from error
+            aside = _set_aside(path)
+            log.error("event_log_damaged", path=str(path), set_aside=str(aside), error=str(error))
+            return _open(path, sync, lock)
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def open_for_reading(path: Path) -> EventLog:
+    """Open a log that another process may be writing to, or none.
+
+    Raises:
+        CannotStart: there is no such log, or it is not one of this version.
+    """
+    try:
+        conn = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=5)
+        _check_version(path, conn)
+        return EventLog(path, conn, None)
+    except sqlite3.Error as error:
+        raise CannotStart(f"there is no event log to read at {path}: {error}") from error
+
+
+def _open(path: Path, sync: str, lock: int) -> EventLog:
+    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
+    conn = sqlite3.connect(path, isolation_level=None, timeout=BUSY_MILLISECONDS / 1000, cached_statements=64)
+    try:
+        _check_version(path, conn)
+        conn.execute("PRAGMA journal_mode = WAL")
+        conn.execute(f"PRAGMA synchronous = {sync}")
+        conn.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+        conn.execute("PRAGMA recursive_triggers = ON")
+        schema.migrate(conn)
+        opened = EventLog(path, conn, lock)
+        _rehearse(opened)
+        return opened
+    except BaseException:
+        conn.close()
+        raise
+
+
+def _rehearse(opened: EventLog) -> None:
+    """What a restart needs must be readable and make sense, or the file is damaged."""
+    book = Book(Limits())
+    for seq, event in opened.live():
+        try:
+            book.apply(event)
+        except IllegalMove as error:
+            raise LogDamaged(f"event {seq} does not follow from those before it: {error}") from error
+
+
+def _check_version(path: Path, conn: sqlite3.Connection) -> None:
+    version = conn.execute("PRAGMA user_version").fetchone()[0]
+    owner = conn.execute("PRAGMA application_id").fetchone()[0]
+    empty = conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
+    if owner != schema.APPLICATION_ID and not empty:
+        raise CannotStart(f"{path} is a database of another program; set NULL_EVENT_LOG to another file")
+    if version > schema.VERSION:
+        raise CannotStart(
+            f"{path} was written by a newer nullworker (log version {version}, this one knows {schema.VERSION}); "
+            "update nullworker, or set NULL_EVENT_LOG to another file"
+        )
+
+
+def _take_lock(path: Path) -> int:
+    """An flock beside the log: it ends with the process, however that ends. The file says who holds it."""
+    lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+        os.close(lock)
+        raise CannotStart(
+            f"the event log {path} belongs to a worker that is running: {holder}; stop that one, or set NULL_EVENT_LOG",
+            tell=False,
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"pid {os.getpid()}, since {wall_iso()}\n".encode(), 0)
+    return lock
+
+
+def _is_damage(error: sqlite3.Error) -> bool:
+    return any(
+        word in str(error) for word in ("malformed", "not a database", "corrupt", "no such table", "no such column")
+    )
+
+
+def _set_aside(path: Path) -> Path:
+    aside = Path(f"{path}.damaged-{wall_iso().replace(':', '')}-{os.getpid()}")
+    for suffix in ("-wal", "-shm", ""):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(f"{path}{suffix}", f"{aside}{suffix}")
+    return aside
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _row(values: Sequence[object]) -> Row:
+    return tuple(values)  # type: ignore[return-value]  # the columns of the SELECT, checked by from_row

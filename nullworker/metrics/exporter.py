@@ -1,0 +1,188 @@
+"""The metrics, for Prometheus. Counters count committed events; gauges are read from the book at each scrape.
+
+Names and units follow Prometheus' rules: base units, `_total` for counters. No id is ever a label, and every label
+value of a closed set is there from the start, at 0, so that an alert never waits for a first event.
+
+What it leaves out: serving them (http/control.py, and the further site in app.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Final
+
+import prometheus_client
+from prometheus_client import Counter, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from nullworker import __version__
+from nullworker.condition import WORKER_STATES
+from nullworker.fsm.table import EDGES, ENDED
+from nullworker.service import Commit, Service
+
+#: A second to a day: a wait in the queue ends after seconds, a hold after minutes or hours.
+_LONG_BUCKETS: Final = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800, 86400)
+_WAIT_BUCKETS: Final = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600)
+_HTTP_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
+_APPEND_BUCKETS: Final = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+
+RELEASE_RESULTS: Final = ("released", "none", "stale", "unknown")
+EXTENSION_RESULTS: Final = ("extended", "none", "stale", "unknown")
+AUTH_FAILURES: Final = ("signature", "url", "session", "token")
+REPORT_CALLS: Final = ("worker_status", "delete_requests", "pubkey")
+REPORT_RESULTS: Final = ("ok", "refused", "failed")
+CALLBACK_RESULTS: Final = ("delivered", "failed", "given_up")
+
+
+@dataclass(frozen=True)
+class Readings:
+    """Figures that live elsewhere and are read at each scrape."""
+
+    backlog: Callable[[], int]
+    log_bytes: Callable[[], int]
+
+
+class Exporter:
+    """All metrics of one worker, in a registry of their own. Add `observe` to the service's observers."""
+
+    def __init__(self, service: Service, readings: Readings) -> None:
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = CollectorRegistry(auto_describe=True)
+        self.busy_seconds = 0.0
+        self.ended: dict[tuple[str, str, str], int] = {
+            (kind, edge.target, edge.reason or ""): 0
+            for edge in EDGES
+            if edge.outcome
+            for kind in ("request", "session")
+        }
+        self._since = service.now()
+
+        def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
+            return Counter(f"nullworker_{name}", text, tuple(labels), registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], labels: Iterable[str] = ()) -> Histogram:
+            return Histogram(f"nullworker_{name}", text, tuple(labels), buckets=buckets, registry=self.registry)
+
+        self.queue_wait = histogram("queue_wait_seconds", "Time from the claim to the slot.", _WAIT_BUCKETS)
+        self.hold = histogram("hold_seconds", "Time that a reservation was held.", _LONG_BUCKETS)
+        self.releases = counter("releases_total", "Calls of /release, by what came of them.", ("result",))
+        self.extensions = counter("extensions_total", "Calls of /extend, by what came of them.", ("result",))
+        self.requests = counter(
+            "http_requests_total", "HTTP answers; 499: the client hung up.", ("port", "route", "status")
+        )
+        self.durations = histogram(
+            "http_request_duration_seconds",
+            "Time to an answer; held requests excluded.",
+            _HTTP_BUCKETS,
+            ("port", "route"),
+        )
+        self.auth_failures = counter("auth_failures_total", "Requests that were not authenticated.", ("reason",))
+        self.reports = counter("autoscaler_reports_total", "Calls to the autoscaler.", ("call", "result"))
+        self.callbacks = counter("session_callbacks_total", "Calls of a session's on_close_route.", ("result",))
+        self.events = counter("event_log_events_total", "Events that this process has committed.")
+        self.append = histogram("event_log_append_seconds", "Time that one commit to the log took.", _APPEND_BUCKETS)
+        for metric, values in (
+            (self.releases, RELEASE_RESULTS),
+            (self.extensions, EXTENSION_RESULTS),
+            (self.auth_failures, AUTH_FAILURES),
+            (self.callbacks, CALLBACK_RESULTS),
+        ):
+            for value in values:
+                metric.labels(value)
+        for call in REPORT_CALLS:
+            for result in REPORT_RESULTS:
+                self.reports.labels(call, result)
+        self.registry.register(_BookCollector(service, readings, self, self._since))
+        prometheus_client.ProcessCollector(registry=self.registry)
+        prometheus_client.PlatformCollector(registry=self.registry)
+        prometheus_client.GCCollector(registry=self.registry)
+
+    def observe(self, commit: Commit) -> None:
+        """An event was committed."""
+        event, reservation = commit.event, commit.reservation
+        self.events.inc()
+        if event.kind == "held":
+            self.queue_wait.observe(max(event.at - reservation.queued_at, 0.0))
+        elif event.kind in ENDED:
+            self.ended[(reservation.terms.kind, event.kind, event.reason or "")] += 1
+            if reservation.held_at is not None:
+                held = max(event.at - reservation.held_at, 0.0)
+                self.hold.observe(held, {"reservation_id": reservation.id})
+                self.busy_seconds += max(event.at - max(reservation.held_at, self._since), 0.0)
+
+    def count_request(self, port: str, route: str, status: int, seconds: float | None) -> None:
+        """An HTTP request was answered; `seconds` is None for one that was held."""
+        self.requests.labels(port, route, str(status)).inc()
+        if seconds is not None:
+            self.durations.labels(port, route).observe(seconds)
+
+    def count_auth_failure(self, reason: str) -> None:
+        """A request was not authenticated."""
+        self.auth_failures.labels(reason).inc()
+
+    def count_report(self, call: str, result: str) -> None:
+        """A call to the autoscaler has ended."""
+        self.reports.labels(call, result).inc()
+
+
+class _BookCollector(Collector):
+    """What is true now, asked at the scrape."""
+
+    def __init__(self, service: Service, readings: Readings, exporter: Exporter, since: float) -> None:
+        self._service = service
+        self._readings = readings
+        self._exporter = exporter
+        self._since = since
+
+    def collect(self) -> Iterable[Metric]:
+        """All gauges, and the counters that are kept elsewhere."""
+        service, now = self._service, self._service.now()
+        book, condition, held = service.book, service.condition, service.book.held
+
+        ended = CounterMetricFamily(
+            "nullworker_reservations", "Reservations that have ended, by how.", labels=("kind", "state", "reason")
+        )
+        for labels, count in self._exporter.ended.items():
+            ended.add_metric(labels, count)
+        yield ended
+        live = GaugeMetricFamily("nullworker_reservations", "Reservations that have not ended.", labels=("state",))
+        live.add_metric(("queued",), len(book.queue))
+        live.add_metric(("held",), 0 if held is None else 1)
+        yield live
+        busy = self._exporter.busy_seconds
+        if held is not None and held.held_at is not None:
+            busy += max(now - max(held.held_at, self._since), 0.0)
+        yield CounterMetricFamily("nullworker_busy_seconds", "Time during which a reservation was held.", busy)
+        yield GaugeMetricFamily(
+            "nullworker_reservation_started_timestamp_seconds",
+            "When the held reservation got the slot; 0 when idle.",
+            (held.held_at or 0) if held else 0,
+        )
+        yield GaugeMetricFamily(
+            "nullworker_reservation_deadline_timestamp_seconds",
+            "When the held reservation ends at the latest; 0 when idle.",
+            (held.ends_at or 0) if held else 0,
+        )
+        yield GaugeMetricFamily(
+            "nullworker_autoscaler_backlog",
+            "Outcomes that the autoscaler has not acknowledged.",
+            self._readings.backlog(),
+        )
+        yield GaugeMetricFamily(
+            "nullworker_consumer_healthy",
+            "1 when the consumer's last health answers were good, or none is asked for.",
+            0 if condition.starting or condition.unhealthy else 1,
+        )
+        states = GaugeMetricFamily("nullworker_worker_state", "1 for the state of the worker.", labels=("state",))
+        for state in WORKER_STATES:
+            states.add_metric((state,), 1 if state == condition.state else 0)
+        yield states
+        yield GaugeMetricFamily("nullworker_event_log_bytes", "Size of the event log.", self._readings.log_bytes())
+        yield GaugeMetricFamily(
+            "nullworker_event_log_unwritten", "Events that wait in memory for the log.", len(service.unwritten)
+        )
+        build = GaugeMetricFamily("nullworker_build_info", "Always 1; the version is its label.", labels=("version",))
+        build.add_metric((__version__,), 1)
+        yield build

@@ -1,0 +1,242 @@
+"""Tells the autoscaler how loaded this worker is, and how each request has ended.
+
+Both are read off the log: a report's figures are what has happened between two positions in it, and the outcomes that
+are owed are the ends after a cursor. A cursor moves only when the autoscaler has said yes, so everything arrives at
+least once and in order, also over a restart or an outage of hours; the backlog costs no memory.
+
+What it leaves out: the messages (autoscaler.py), the addresses (link.py).
+
+The one rule: what was not delivered is still owed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import structlog
+
+from nullworker import history
+from nullworker.autoscaler import OUTCOMES_PATH, STATUS_PATH, Identity, Load, delete_requests, outcome_of, worker_status
+from nullworker.errors import LogUnavailable
+from nullworker.fsm.table import ENDED
+from nullworker.link import CALL_SECONDS, Delivery, Link, Pause
+from nullworker.log import EventLog
+from nullworker.service import Commit, Service
+
+log = structlog.get_logger(__name__)
+
+#: Seconds between two reports when something has changed, and when nothing has (vastai 1.9.1, server/lib/metrics.py).
+CHANGED_SECONDS, IDLE_SECONDS = 1.0, 10.0
+#: Outcomes in one call.
+BATCH = 200
+
+STATUS, OUTCOMES = "worker_status", "delete_requests"  # names of the cursors, and of the calls in the metrics
+
+Count = Callable[[str, str], None]  # call, result
+
+
+class Reporter:
+    """Reports on one worker. Add `observe` to the service's observers, then run `run`.
+
+    Attributes:
+        backlog: outcomes that the autoscaler has not acknowledged.
+    """
+
+    def __init__(self, me: Identity, service: Service, event_log: EventLog, link: Link, count: Count) -> None:
+        self.backlog = 0
+        self._me = me
+        self._service = service
+        self._log = event_log
+        self._link = link
+        self._count = count
+        self._load = Load()
+        self._received = 0
+        self._started_at = service.now()
+        self._loaded_after: float | None = None
+        self._disk_gb = self._disk_reported_gb = _disk_gb()
+        self._changed = asyncio.Event()
+        self._urgent = asyncio.Event()
+        self._ended = asyncio.Event()
+        self._cursor = 0
+
+    def catch_up(self) -> None:
+        """Read what the autoscaler has not heard of; call it once, before the service restores."""
+        since = self._log.cursor(STATUS)
+        self._load.received = history.count_begun(self._log.conn, after=since)
+        for batch in self._finished_since(since):
+            for each in batch:
+                self._load.ended(each.outcome, at_once=each.at_once)
+        self._cursor = self._log.cursor(OUTCOMES)
+        self.backlog = history.count_finished(self._log.conn, after=self._cursor)
+        if self.backlog:
+            self._ended.set()
+
+    def observe(self, commit: Commit) -> None:
+        """An event was committed."""
+        reservation = commit.reservation
+        if commit.event.kind == "queued":
+            self._load.begun()
+            self._received += 1
+        elif commit.event.kind in ENDED:
+            at_once = reservation.held_at is None and reservation.ended_at == reservation.queued_at
+            self._load.ended(outcome_of(reservation), at_once=at_once)
+            self.backlog += 1
+            self._ended.set()
+        self._changed.set()
+
+    def changed(self) -> None:
+        """The worker itself has changed: ready, an error. That is rare, and reported at once."""
+        self._changed.set()
+        self._urgent.set()
+
+    async def run(self) -> None:
+        """Report for as long as the worker lives."""
+        await asyncio.gather(self._report_status(), self._report_outcomes())
+
+    async def flush(self, seconds: float) -> None:
+        """The last reports, in `seconds` at most: the outcomes, then the status."""
+        try:
+            await asyncio.wait_for(self._flush(seconds), seconds)
+        except asyncio.TimeoutError:
+            log.warning("last_reports_unsent", owed=self.backlog, message="they are in the log, for the next start")
+
+    # -- worker_status -------------------------------------------------------------------------------------------
+
+    async def _report_status(self) -> None:
+        pause = Pause()
+        while True:
+            self._changed.clear()
+            self._urgent.clear()
+            if await self._send_status(CALL_SECONDS) == "ok":
+                pause.worked()
+                await _wait(self._urgent, CHANGED_SECONDS)
+                await _wait(self._changed, IDLE_SECONDS - CHANGED_SECONDS)
+            else:
+                await asyncio.sleep(pause.failed())
+
+    async def _send_status(self, seconds: float) -> Delivery:
+        condition, sent, seq = self._service.condition, self._load.copy(), self._service.seq
+        if self._loaded_after is None and condition.loaded:
+            self._loaded_after = self._service.now() - self._started_at
+        self._disk_gb = _disk_gb()
+        body = worker_status(
+            self._me,
+            load=sent,
+            live=self._service.book.live(),
+            requests_received=self._received,
+            loaded=self._loaded_after is not None,
+            load_seconds=self._loaded_after or 0.0,
+            error_msg=condition.error_msg,
+            disk_gb=self._disk_gb,
+            disk_added_gb=self._disk_gb - self._disk_reported_gb,
+        )
+        delivery = await self._link.post(STATUS_PATH, body, seconds=seconds)
+        self._count(STATUS, delivery)
+        if delivery == "ok":
+            self._load.set_back(sent)
+            self._disk_reported_gb = self._disk_gb
+            self._move(STATUS, seq)
+        else:
+            log.warning("report_not_delivered", call=STATUS, why=self._link.trouble, message="it is sent again")
+        return delivery
+
+    # -- delete_requests -----------------------------------------------------------------------------------------
+
+    async def _report_outcomes(self) -> None:
+        pause = Pause()
+        size = BATCH
+        while True:
+            await self._ended.wait()
+            self._ended.clear()
+            owed = True
+            while owed:
+                delivery, owed = await self._send_outcomes(size, CALL_SECONDS)
+                if delivery == "failed":
+                    await asyncio.sleep(pause.failed())
+                    continue
+                pause.worked()
+                # one outcome that is refused must not take the others of its batch with it
+                size = 1 if delivery == "refused" else BATCH
+            await asyncio.sleep(CHANGED_SECONDS)
+
+    async def _send_outcomes(self, size: int, seconds: float) -> tuple[Delivery, bool]:
+        """Send a batch. Returns how that went, and whether more is owed."""
+        try:
+            batch = history.finished(self._log.conn, after=self._cursor, limit=size)
+        except sqlite3.Error as error:
+            log.error("outcomes_not_read", error=str(error), message="the event log cannot be read; it is tried again")
+            return "failed", True
+        if not batch:
+            return "ok", False
+        last = batch[-1].seq
+        told = [each for each in batch if each.request_idx is not None]
+        delivery: Delivery = "ok"
+        if told:
+            delivery = await self._link.post(OUTCOMES_PATH, delete_requests(self._me, told), seconds=seconds)
+            self._count(OUTCOMES, delivery)
+        if delivery == "failed":
+            log.warning("report_not_delivered", call=OUTCOMES, why=self._link.trouble, owed=self.backlog)
+            return delivery, True
+        if delivery == "refused":
+            if len(told) > 1:
+                return delivery, True
+            self._set_aside(told[0].seq)
+        self._cursor = last
+        self.backlog = max(self.backlog - len(batch), 0)
+        self._move(OUTCOMES, last)
+        return delivery, True
+
+    def _set_aside(self, seq: int) -> None:
+        log.error(
+            "outcome_refused",
+            seq=seq,
+            why=self._link.trouble,
+            message="the autoscaler refuses this outcome for good; it is kept in the table `settled`, the rest goes on",
+        )
+        with _best_effort():
+            self._log.settle(OUTCOMES, [seq], self._service.now(), "refused", self._link.trouble)
+
+    def _move(self, name: str, seq: int) -> None:
+        with _best_effort():
+            if seq > self._log.cursor(name):
+                self._log.move_cursor(name, seq)
+
+    async def _flush(self, seconds: float) -> None:
+        owed = True
+        size = BATCH
+        while owed:
+            delivery, owed = await self._send_outcomes(size, seconds)
+            size = 1 if delivery == "refused" else BATCH
+            if delivery == "failed":
+                break
+        await self._send_status(seconds)
+
+    def _finished_since(self, seq: int) -> Iterator[list[history.Finished]]:
+        while batch := history.finished(self._log.conn, after=seq, limit=1000):
+            yield batch
+            seq = batch[-1].seq
+
+
+@contextmanager
+def _best_effort() -> Iterator[None]:
+    """A cursor that cannot be moved means that something is sent twice after a restart: at least once, as promised."""
+    try:
+        yield
+    except (LogUnavailable, sqlite3.Error) as error:
+        log.warning("cursor_not_moved", error=str(error), message="what was delivered is sent again after a restart")
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), seconds)
+    except asyncio.TimeoutError:
+        pass
+
+
+def _disk_gb() -> float:
+    """Used on `/`, in GiB, as the SDK's worker measures it."""
+    return shutil.disk_usage("/").used / 2**30

@@ -1,0 +1,69 @@
+"""Listening sockets and TLS: everything that can fail about them fails here, before anything else has begun."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import ssl
+from pathlib import Path
+from typing import Final
+
+from nullworker.errors import CannotStart
+
+#: Where Vast's start script puts the instance's certificate (vastai 1.9.1, server/lib/server.py).
+CERTIFICATE: Final = Path("/etc/instance.crt")
+PRIVATE_KEY: Final = Path("/etc/instance.key")
+
+#: Connections that the kernel keeps for us while the process is busy.
+BACKLOG: Final = 4096
+
+#: A peer that vanished without a word is noticed after idle + interval * count = 60 s: what is held for it is held for
+#: nobody. Accepted sockets inherit these (Linux, tcp(7)); the kernel's own default is two hours.
+KEEPALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
+
+
+def listen(port: int, *, host: str | None, variable: str) -> socket.socket:
+    """A listening socket; host None is every address of this machine, IPv6 included where there is any.
+
+    Raises:
+        CannotStart: it cannot be had; the sentence names the variable that says which port.
+    """
+    try:
+        if host is None and socket.has_dualstack_ipv6():
+            sock = _create(("", port), socket.AF_INET6, dualstack=True)
+        else:
+            family = socket.AF_INET6 if host is not None and ":" in host else socket.AF_INET
+            sock = _create((host or "", port), family, dualstack=False)
+    except OSError as error:
+        where = f"{host or '*'}:{port}"
+        if error.errno == errno.EADDRINUSE:
+            raise CannotStart(
+                f"{variable}: {where} is taken by another process; is a second worker running? set {variable}"
+            ) from error
+        raise CannotStart(f"{variable}: {where} cannot be listened on: {error.strerror or error}") from error
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+        if hasattr(socket, name):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return sock
+
+
+def tls(certificate: Path = CERTIFICATE, key: Path = PRIVATE_KEY) -> ssl.SSLContext:
+    """The external port's TLS.
+
+    Raises:
+        CannotStart: the certificate or its key cannot be used.
+    """
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(certificate, key)
+    except ssl.SSLError as error:
+        raise CannotStart(f"USE_SSL: {certificate} and {key} are no matching pair of PEM files: {error}") from error
+    except OSError as error:
+        raise CannotStart(f"USE_SSL: {certificate} or {key} cannot be read: {error.strerror}") from error
+    return context
+
+
+def _create(address: tuple[str, int], family: socket.AddressFamily, *, dualstack: bool) -> socket.socket:
+    return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=dualstack)

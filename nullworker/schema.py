@@ -1,0 +1,186 @@
+"""The shape of the event log's file: tables, the triggers that keep its promises, the views for people.
+
+The database itself refuses to change or remove an event, to end a reservation twice, and to hold two at once,
+whatever writes to it: this worker, a second one, or somebody's sqlite3 shell. INSERT OR REPLACE walks around
+triggers for UPDATE and DELETE, so an insert must come after the last event.
+
+`live` is derived by triggers from `events`, so that a start reads what is open and not the whole history.
+Times are stored as epoch seconds and shown by the views as ISO 8601 UTC with milliseconds.
+
+The one rule: a released migration never changes; a new shape is a new migration and a higher VERSION.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+#: `PRAGMA user_version` of a file that this code writes.
+VERSION: Final = 1
+#: `PRAGMA application_id`: "nulw", so that `file` and this project know whose it is.
+APPLICATION_ID: Final = 0x6E756C77
+
+_EVENTS: Final = """
+CREATE TABLE events (
+    seq INTEGER PRIMARY KEY,  -- order of the events; given by the writer
+    at REAL NOT NULL,  -- epoch seconds
+    reservation_id TEXT NOT NULL,
+    kind TEXT NOT NULL CHECK (kind IN ('queued', 'held', 'extended', 'released', 'expired', 'cancelled')),
+    reason TEXT,
+    data TEXT NOT NULL CHECK (json_valid(data))
+) STRICT;
+CREATE INDEX events_by_reservation ON events (reservation_id, kind);
+
+CREATE TABLE live (
+    reservation_id TEXT PRIMARY KEY,
+    state TEXT NOT NULL CHECK (state IN ('queued', 'held')),
+    callback INTEGER NOT NULL  -- whether a session's end is to be POSTed somewhere
+) STRICT, WITHOUT ROWID;
+CREATE UNIQUE INDEX one_held ON live (state) WHERE state = 'held';
+
+CREATE TABLE callbacks (
+    seq INTEGER PRIMARY KEY  -- the end of a session whose on_close_route has not been settled
+) STRICT;
+
+CREATE TRIGGER events_are_not_changed BEFORE UPDATE ON events
+BEGIN SELECT RAISE(ABORT, 'events are append-only: no UPDATE'); END;
+CREATE TRIGGER events_are_not_removed BEFORE DELETE ON events
+BEGIN SELECT RAISE(ABORT, 'events are append-only: no DELETE'); END;
+CREATE TRIGGER events_come_after_the_last BEFORE INSERT ON events
+WHEN NEW.seq <= (SELECT max(seq) FROM events)
+BEGIN SELECT RAISE(ABORT, 'events are append-only: seq must be greater than every other'); END;
+CREATE TRIGGER events_end_only_what_is_live BEFORE INSERT ON events
+WHEN NEW.kind <> 'queued' AND NOT EXISTS (SELECT 1 FROM live WHERE reservation_id = NEW.reservation_id)
+BEGIN SELECT RAISE(ABORT, 'the reservation of this event is not live'); END;
+CREATE TRIGGER events_queue_only_what_is_new BEFORE INSERT ON events
+WHEN NEW.kind = 'queued' AND EXISTS (SELECT 1 FROM events WHERE reservation_id = NEW.reservation_id)
+BEGIN SELECT RAISE(ABORT, 'the reservation of this event exists already'); END;
+
+CREATE TRIGGER live_queued AFTER INSERT ON events WHEN NEW.kind = 'queued'
+BEGIN INSERT INTO live VALUES (NEW.reservation_id, 'queued', NEW.data ->> '$.session.on_close_route' IS NOT NULL); END;
+CREATE TRIGGER live_held AFTER INSERT ON events WHEN NEW.kind = 'held'
+BEGIN UPDATE live SET state = 'held' WHERE reservation_id = NEW.reservation_id; END;
+CREATE TRIGGER live_ended AFTER INSERT ON events WHEN NEW.kind IN ('released', 'expired', 'cancelled')
+BEGIN
+    INSERT INTO callbacks SELECT NEW.seq FROM live WHERE reservation_id = NEW.reservation_id AND callback;
+    DELETE FROM live WHERE reservation_id = NEW.reservation_id;
+END;
+
+CREATE TABLE cursors (
+    name TEXT PRIMARY KEY,  -- who reads along: worker_status, delete_requests
+    seq INTEGER NOT NULL  -- the last event that the other side has acknowledged
+) STRICT;
+CREATE TABLE settled (
+    name TEXT NOT NULL,  -- the reader
+    seq INTEGER NOT NULL,  -- an event with which it is done in another way than by its cursor
+    at REAL NOT NULL,
+    outcome TEXT NOT NULL,  -- delivered, refused, given_up
+    detail TEXT,
+    PRIMARY KEY (name, seq)
+) STRICT;
+CREATE TRIGGER callbacks_settled AFTER INSERT ON settled WHEN NEW.name = 'callbacks'
+BEGIN DELETE FROM callbacks WHERE seq = NEW.seq; END;
+CREATE TABLE meta (
+    name TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) STRICT;
+"""
+
+
+def _iso(column: str) -> str:
+    return f"strftime('%Y-%m-%dT%H:%M:%fZ', {column}, 'unixepoch')"
+
+
+_RESERVATIONS: Final = f"""
+SELECT q.reservation_id AS id,
+       q.data ->> 'kind' AS kind,
+       coalesce(e.kind, iif(h.seq IS NULL, 'queued', 'held')) AS state,
+       e.reason AS reason,
+       {_iso("q.at")} AS queued_at,
+       {_iso("h.at")} AS held_at,
+       {_iso("coalesce(x.data ->> 'ends_at', h.data ->> 'ends_at')")} AS ends_at,
+       {_iso("e.at")} AS ended_at,
+       round(coalesce(h.at, e.at) - q.at, 3) AS queued_seconds,
+       round(e.at - h.at, 3) AS held_seconds,
+       q.data ->> 'duration_cap' AS duration_cap,
+       q.data ->> 'request_idx' AS request_idx,
+       q.data -> 'metadata' AS metadata,
+       e.data -> 'result' AS result
+  FROM events AS q
+  LEFT JOIN events AS h ON h.reservation_id = q.reservation_id AND h.kind = 'held'
+  LEFT JOIN events AS e ON e.reservation_id = q.reservation_id AND e.kind IN ('released', 'expired', 'cancelled')
+  LEFT JOIN events AS x ON x.seq = (
+       SELECT max(seq) FROM events WHERE reservation_id = q.reservation_id AND kind = 'extended')
+ WHERE q.kind = 'queued'
+ ORDER BY q.seq
+"""
+
+_OPEN: Final = """
+SELECT * FROM reservations WHERE id IN (SELECT reservation_id FROM live)
+"""
+
+_DAILY: Final = """
+WITH ended AS (
+    SELECT date(q.at, 'unixepoch') AS day, e.kind AS state, e.at - h.at AS held
+      FROM events AS q
+      LEFT JOIN events AS h ON h.reservation_id = q.reservation_id AND h.kind = 'held'
+      LEFT JOIN events AS e ON e.reservation_id = q.reservation_id AND e.kind IN ('released', 'expired', 'cancelled')
+     WHERE q.kind = 'queued'
+), ranked AS (
+    SELECT day, state, held,
+           row_number() OVER (PARTITION BY day, held IS NULL ORDER BY held) AS rank,
+           count(held) OVER (PARTITION BY day) AS holds
+      FROM ended
+)
+SELECT day,
+       count(*) AS reservations,
+       count(*) FILTER (WHERE state = 'released') AS released,
+       count(*) FILTER (WHERE state = 'expired') AS expired,
+       count(*) FILTER (WHERE state = 'cancelled') AS cancelled,
+       count(*) FILTER (WHERE state IS NULL) AS open,
+       round(min(held) FILTER (WHERE held IS NOT NULL AND rank >= 0.50 * holds), 3) AS p50_hold_seconds,
+       round(min(held) FILTER (WHERE held IS NOT NULL AND rank >= 0.95 * holds), 3) AS p95_hold_seconds,
+       round(coalesce(sum(held), 0), 3) AS busy_seconds
+  FROM ranked
+ GROUP BY day
+ ORDER BY day
+"""
+
+
+def migrate(conn: sqlite3.Connection) -> None:
+    """Bring a file to VERSION, in one transaction for each step.
+
+    Raises:
+        sqlite3.Error: it cannot be read or written.
+    """
+    if conn.execute("PRAGMA user_version").fetchone()[0] == VERSION:
+        return  # the common case, which need not wait for the import below
+    from sqlite_utils import Database, Migrations
+
+    migrations = Migrations("nullworker")
+
+    @migrations()
+    def m001_events(db: Database) -> None:
+        # sqlite-utils runs each migration in a transaction; execute() keeps to it, where executescript() would commit
+        for statement in _statements(_EVENTS):
+            db.execute(statement)
+        db.create_view("reservations", _RESERVATIONS)
+        db.create_view("open_reservations", _OPEN)
+        db.create_view("daily", _DAILY)
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        db.execute("PRAGMA user_version = 1")
+
+    migrations.apply(Database(conn))
+
+
+def _statements(script: str) -> list[str]:
+    statements, part = [], ""
+    for line in script.splitlines(keepends=True):
+        part += line
+        if sqlite3.complete_statement(part):
+            statements.append(part)
+            part = ""
+    return statements

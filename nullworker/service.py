@@ -1,0 +1,303 @@
+"""The reservations of this worker: now -> decide -> log -> apply -> tell.
+
+Every command goes that way in one plain call with no `await` in it, so nothing can come in between and there is
+nothing to lock. The book decides, the journal makes it durable, `apply` makes it true, and only then do watchers and
+observers hear of it.
+
+When the log cannot be written, new claims are refused; but what is held can end, so those events wait in memory, in
+order, and are written as soon as the log can be. That is the one case in which an effect is seen before its commit.
+
+What it leaves out: timers (app.py rings `tick`), HTTP, and what an observer does with what it hears.
+
+The one rule: no `await` in this file, but for the waiting in `ended`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import structlog
+from msgspec import UNSET, UnsetType
+
+from nullworker.clock import Anchor, Clock
+from nullworker.condition import Condition
+from nullworker.errors import LogUnavailable
+from nullworker.fsm.book import Book, Claim, Limits, Reservation
+from nullworker.fsm.events import Event
+from nullworker.fsm.table import ENDED
+
+log = structlog.get_logger(__name__)
+
+#: Seconds between two tries of a log that cannot be written.
+RETRY_SECONDS = 0.25
+#: Events that may wait in memory for the log. Beyond it a claim is refused without a trace but a log line.
+MAX_UNWRITTEN = 10_000
+
+
+class Commit(NamedTuple):
+    """An event that has become true, and its reservation as it now stands."""
+
+    seq: int
+    event: Event
+    reservation: Reservation
+
+
+Observer = Callable[[Commit], None]
+
+
+class Journal(Protocol):
+    """Where events are kept: the log, or a fake that passes the same contract (nullworker.testing)."""
+
+    last_seq: int
+
+    def append(self, events: Sequence[tuple[int, Event]]) -> None:
+        """All or none. Raises LogUnavailable."""
+        ...
+
+    def live(self) -> Iterator[tuple[int, Event]]:
+        """The events of what has not ended."""
+        ...
+
+    def store_anchor(self, anchor: Anchor) -> None:
+        """Keep the clock's anchor. Raises LogUnavailable."""
+        ...
+
+    def probe(self) -> None:
+        """Write something that does not matter. Raises LogUnavailable."""
+        ...
+
+
+def new_id() -> str:
+    """16 letters and digits, 80 random bits: an id is also what a session's owner is known by."""
+    return base64.b32encode(secrets.token_bytes(10)).decode().lower()
+
+
+class Service:
+    """The reservations of one worker.
+
+    Attributes:
+        book: what is live; read it, and change it only through the commands here.
+        condition: whether claims are taken at all.
+        observers: called with every commit, in order; what they raise is logged and goes no further.
+        unwritten: events that wait for the log, with their seqs.
+    """
+
+    def __init__(
+        self, journal: Journal, clock: Clock, limits: Limits, condition: Condition, make_id: Callable[[], str] = new_id
+    ) -> None:
+        self.book = Book(limits)
+        self.condition = condition
+        self.observers: list[Observer] = []
+        self.unwritten: list[tuple[int, Event]] = []
+        self._journal = journal
+        self._clock = clock
+        self._make_id = make_id
+        self._watchers: dict[str, list[Observer]] = {}
+        self._seq = journal.last_seq
+        self._retry_at = 0.0
+
+    @property
+    def seq(self) -> int:
+        """The last event that is true, written or not."""
+        return self._seq
+
+    def now(self) -> float:
+        """The worker's time, in epoch seconds."""
+        return self._clock.now()
+
+    def restore(self) -> None:
+        """Go on after a restart: replay what is open, end the requests whose connections died, expire what is over.
+
+        Call it once, before anything else; observers added before hear of the ends, not of the replay.
+        """
+        for _, event in self._journal.live():
+            self.book.apply(event)
+        self._commit(self.book.cancel_requests("worker_restart", self.now()))
+        self.tick()
+
+    # -- commands ------------------------------------------------------------------------------------------------
+
+    def claim(self, claim: Claim) -> Reservation:
+        """A new reservation: held, queued, or ended with the reason why not.
+
+        Raises:
+            LogUnavailable: the log cannot be written, and too much waits for it to keep even the refusal.
+        """
+        if self.book.held is None and (anchor := self._clock.settle()) is not None:
+            log.warning("clock_moved", message="the wall clock was set; the worker follows it now that nothing is held")
+            self._keep_anchor(anchor)
+        now, reservation_id = self.now(), self._make_id()
+        if self.condition.log:
+            self._flush(now)
+        if self.condition.refusal is None:
+            try:
+                commits = self._commit(self.book.claim(reservation_id, claim, now), must=False)
+                return commits[-1].reservation
+            except LogUnavailable:
+                pass  # the condition says so now, and the refusal below is for the log when it is back
+        if len(self.unwritten) >= MAX_UNWRITTEN:
+            raise LogUnavailable(f"{self.condition.log}; {len(self.unwritten)} events wait in memory")
+        return self._commit(self.book.claim(reservation_id, claim, now, self.condition.refusal))[-1].reservation
+
+    def release(self, reservation_id: str, *, reason: str = "explicit", result: Any | UnsetType = UNSET) -> Reservation:
+        """End the held reservation as released, and hold the next.
+
+        Raises:
+            IllegalMove: it is not held.
+        """
+        return self._commit(self.book.release(reservation_id, reason, self.now(), result))[0].reservation
+
+    def extend(self, reservation_id: str, seconds: float, *, reason: str = "extend") -> Reservation:
+        """Move the deadline of the held reservation to now + seconds, at most the cap from now.
+
+        Raises:
+            IllegalMove: it is not held.
+            LogUnavailable: it could not be logged, so it was not done.
+        """
+        events = self.book.extend(reservation_id, reason, seconds, self.now())
+        return self._commit(events, must=False)[0].reservation
+
+    def cancel(self, reservation_id: str, reason: str) -> None:
+        """End a live reservation as cancelled; one that has ended stays as it is."""
+        if self.book.get(reservation_id) is not None:
+            self._commit(self.book.cancel(reservation_id, reason, self.now()))
+
+    def consumer_unhealthy(self, cause: str, *, cancel_held: bool) -> None:
+        """The consumer does not work: those who wait are sent away, and the held one too if the operator wants so."""
+        self.condition.unhealthy = cause
+        self._commit(self.book.cancel_queued("errored", self.now()))
+        if cancel_held and self.book.held is not None:
+            self.cancel(self.book.held.id, "consumer_unhealthy")
+
+    def drain(self, why: str) -> None:
+        """Take nothing more and send away those who wait; what is held stays."""
+        self.condition.draining = why
+        self._commit(self.book.cancel_queued("draining", self.now()))
+
+    def end_drain(self) -> None:
+        """The time for a held request to finish is over. A session stays open: it goes on after the restart."""
+        self._commit(self.book.cancel_requests("draining", self.now()))
+
+    def tick(self) -> None:
+        """Everything that time has brought. Ring it at `next_deadline`."""
+        now = self.now()
+        if self.condition.log:
+            self._flush(now)
+        self._commit(self.book.due(now))
+
+    def probe(self) -> None:
+        """Find out whether the log can be written, also while nothing happens; call it every now and then."""
+        if not self.unwritten:
+            try:
+                self._journal.probe()
+            except LogUnavailable as error:
+                self._log_failed(error)
+            else:
+                self._log_works()
+
+    def next_deadline(self) -> float | None:
+        """When to call `tick`: epoch seconds, or None while nothing can become due."""
+        deadlines = [self.book.next_deadline(), self._retry_at if self.condition.log else None]
+        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+
+    # -- hearing of it -------------------------------------------------------------------------------------------
+
+    def watch(self, reservation_id: str, watcher: Observer) -> None:
+        """Hear of one live reservation until it has ended."""
+        self._watchers.setdefault(reservation_id, []).append(watcher)
+
+    def unwatch(self, reservation_id: str, watcher: Observer) -> None:
+        """Hear no more of it."""
+        watchers = self._watchers.get(reservation_id, [])
+        if watcher in watchers:
+            watchers.remove(watcher)
+        if not watchers:
+            self._watchers.pop(reservation_id, None)
+
+    async def ended(self, reservation: Reservation) -> Reservation:
+        """Wait for the end of a reservation."""
+        if reservation.state in ENDED:
+            return reservation
+        future: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
+
+        def watcher(commit: Commit) -> None:
+            if commit.reservation.state in ENDED and not future.done():
+                future.set_result(commit.reservation)
+
+        self.watch(reservation.id, watcher)
+        try:
+            return await future
+        finally:
+            self.unwatch(reservation.id, watcher)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _commit(self, events: list[Event], *, must: bool = True) -> list[Commit]:
+        """Log, apply, tell. With `must`, an event that cannot be logged waits in memory; else LogUnavailable."""
+        if not events:
+            return []
+        numbered = list(enumerate(events, self._seq + 1))
+        self._store(numbered, must=must)
+        self._seq += len(events)
+        commits = [Commit(seq, event, self.book.apply(event)) for seq, event in numbered]
+        for commit in commits:
+            for observer in (*self._watchers.get(commit.event.reservation_id, ()), *self.observers):
+                try:
+                    observer(commit)
+                except Exception:
+                    log.exception("observer_failed", seq=commit.seq)
+            if commit.event.kind in ENDED:
+                self._watchers.pop(commit.event.reservation_id, None)
+        return commits
+
+    def _store(self, numbered: list[tuple[int, Event]], *, must: bool) -> None:
+        if not self.unwritten or self._flush(self.now()):
+            try:
+                self._journal.append(numbered)
+            except LogUnavailable as error:
+                self._log_failed(error)
+            else:
+                self._log_works()
+                return
+        if not must:
+            raise LogUnavailable(self.condition.log or "the event log cannot be written")
+        self.unwritten += numbered
+
+    def _flush(self, now: float) -> bool:
+        """Write what waits in memory. True: nothing waits any more, and the log may be tried."""
+        if now < self._retry_at:
+            return False
+        try:
+            if self.unwritten:
+                self._journal.append(self.unwritten)
+            else:
+                self._journal.probe()
+        except LogUnavailable as error:
+            self._log_failed(error)
+            return False
+        self.unwritten = []
+        self._log_works()
+        return True
+
+    def _log_failed(self, error: LogUnavailable) -> None:
+        if self.condition.log is None:
+            log.error(
+                "event_log_unavailable", error=str(error), message="new reservations are refused until it is back"
+            )
+        self.condition.log = str(error)
+        self._retry_at = self.now() + RETRY_SECONDS
+
+    def _log_works(self) -> None:
+        if self.condition.log is not None:
+            log.warning("event_log_recovered", message="the event log can be written again, nothing is missing in it")
+            self.condition.log = None
+
+    def _keep_anchor(self, anchor: Anchor) -> None:
+        try:
+            self._journal.store_anchor(anchor)
+        except LogUnavailable as error:
+            self._log_failed(error)

@@ -1,0 +1,250 @@
+"""What can be set, once: the environment and the options of `nullworker serve` are read into one frozen object.
+
+Each field is named as its environment variable, in lower case; its metadata say how the text is read, what is allowed
+and what it is for, and `--help`, the documentation's table and every error message come from there.
+What it leaves out: the command line itself (cli.py) and files of any kind.
+
+The one rule: nothing else in this package reads the environment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from nullworker.errors import BadSettings
+
+#: A year, in seconds: longer than any lease worth the name, and it keeps every deadline a sane date.
+YEAR_SECONDS = 31_536_000
+
+#: The SDK skips this entry of REPORT_ADDR: the old API takes no reports (vastai 1.9.1, server/lib/metrics.py).
+OLD_API = "https://cloud.vast.ai/api/v0"
+
+_TRUE = frozenset(("true", "t", "yes", "y", "on", "1"))
+_FALSE = frozenset(("false", "f", "no", "n", "off", "0"))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a setting's text becomes a value, and what is allowed, in words. `read` raises ValueError."""
+
+    read: Callable[[str], Any]
+    allowed: str
+
+
+def _number(low: float, high: float, *, unit: str = "", whole: bool = False, above: bool = False) -> Kind:
+    def read(text: str) -> float | int:
+        value: float | int = int(text) if whole else float(text)
+        if not math.isfinite(value) or value > high or value < low or (above and value == low):
+            raise ValueError(text)
+        return value
+
+    what = "a whole number" if whole else "a number"
+    bounds = f"above {low:g} and at most {high:.10g}" if above else f"from {low:g} to {high:.10g}"
+    return Kind(read, f"{what}{' of ' + unit if unit else ''} {bounds}")
+
+
+def _choice(*words: str) -> Kind:
+    def read(text: str) -> str:
+        if text.lower() not in words:
+            raise ValueError(text)
+        return text.lower()
+
+    return Kind(read, " or ".join((", ".join(words[:-1]), words[-1])))
+
+
+def _read_bool(text: str) -> bool:
+    if text.lower() not in _TRUE | _FALSE:
+        raise ValueError(text)
+    return text.lower() in _TRUE
+
+
+def is_absolute_http_url(text: str) -> bool:
+    """Whether text is an http or https URL with a host, and nothing that a URL cannot hold."""
+    try:
+        parts = urlsplit(text)
+        return (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and (parts.port is None or parts.port > 0)
+            and text.isprintable()
+            and " " not in text
+        )
+    except ValueError:
+        return False
+
+
+def _read_url(text: str) -> str:
+    if not is_absolute_http_url(text):
+        raise ValueError(text)
+    return text
+
+
+def _read_urls(text: str) -> tuple[str, ...]:
+    urls = tuple(_read_url(part.strip()).rstrip("/") for part in text.split(",") if part.strip())
+    urls = tuple(url for url in urls if url != OLD_API)
+    if not urls:
+        raise ValueError(text)
+    return urls
+
+
+_TEXT = Kind(str, "any text")
+_BOOL = Kind(_read_bool, "true or false")
+_URL = Kind(_read_url, "an absolute http or https URL")
+_URLS = Kind(_read_urls, "a comma list of absolute http or https URLs")
+_PATH = Kind(Path, "a file's path")
+_PORT = _number(0, 65535, whole=True)
+
+
+def _setting(default: Any, kind: Kind, help_text: str) -> Any:
+    return field(default=default, metadata={"kind": kind, "help": help_text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """All settings of a worker; each attribute is the environment variable of that name, in lower case."""
+
+    max_reservation_seconds: float = _setting(
+        3600.0, _number(0, YEAR_SECONDS, unit="seconds", above=True), "cap on how long one reservation may be held"
+    )
+    backend_health_url: str | None = _setting(
+        None, _URL, "the consumer's health endpoint; unset: the stub /health of the control port"
+    )
+    null_control_port: int = _setting(18999, _PORT, "control port, always on 127.0.0.1; 0 = any free one")
+    null_max_queue_seconds: float = _setting(
+        30.0, _number(0, YEAR_SECONDS, unit="seconds"), "longest wait in the queue; 0 = refuse at once when busy"
+    )
+    null_max_queued: int = _setting(1000, _number(0, 1_000_000, whole=True), "longest queue")
+    null_event_log: Path | None = _setting(
+        None,
+        _PATH,
+        "the SQLite event log; unset: nullworker-<CONTAINER_ID>.db in WORKSPACE_DIR, else nullworker.db here",
+    )
+    null_log_sync: str = _setting(
+        "full", _choice("full", "normal"), "full: survives a power cut; normal: survives a killed process"
+    )
+    null_max_perf: float = _setting(
+        100.0, _number(0, 1e9, above=True), "max_perf reported, and the workload of one reservation"
+    )
+    null_health_interval: float = _setting(
+        10.0, _number(0, 86400, unit="seconds", above=True), "time between two looks at BACKEND_HEALTH_URL"
+    )
+    null_health_timeout: float = _setting(
+        10.0, _number(0, 3600, unit="seconds", above=True), "longest wait for an answer of BACKEND_HEALTH_URL"
+    )
+    null_health_failures: int = _setting(
+        1,
+        _number(1, 1000, whole=True),
+        "failures in a row, after the first success, that mark the worker errored",
+    )
+    null_unhealthy_action: str = _setting(
+        "report", _choice("report", "cancel"), "cancel: an unhealthy consumer also ends the held reservation"
+    )
+    null_drain_seconds: float = _setting(
+        5.0, _number(0, 86400, unit="seconds"), "on SIGTERM: how long a held reservation may still finish"
+    )
+    null_grant_url: str = _setting(
+        "warn",
+        _choice("warn", "enforce", "off"),
+        "a grant signed for another worker's url: warn, refuse it, or nothing",
+    )
+    null_metrics_host: str | None = _setting(None, _TEXT, "address of a further site that serves only /metrics")
+    null_metrics_port: int | None = _setting(None, _PORT, "port of that site; both are needed for it")
+    null_metrics_token: str | None = _setting(None, _TEXT, "bearer token that this site asks for; unset: none")
+    null_log_format: str = _setting("console", _choice("console", "json"), "log lines on stderr")
+    null_log_level: str = _setting("info", _choice("debug", "info", "warning", "error"), "least level of the log lines")
+    container_id: int | None = _setting(
+        None, _number(0, 2**63, whole=True), "this instance, to the autoscaler; unset: standalone"
+    )
+    master_token: str = _setting("", _TEXT, "the secret that goes with every report")
+    workspace_dir: Path | None = _setting(None, _PATH, "the instance's own folder")
+    report_addr: tuple[str, ...] = _setting(
+        ("https://run.vast.ai",), _URLS, "the autoscaler: the first address that answers is used"
+    )
+    worker_port: int = _setting(3000, _PORT, "external port; 0 = any free one")
+    worker_http_port: int | None = _setting(
+        None, _PORT, "plain http port on 127.0.0.1 for /session/end; unset: WORKER_PORT + 1"
+    )
+    public_ipaddr: str = _setting("127.0.0.1", _TEXT, "this machine's public address, as the autoscaler knows it")
+    vast_tcp_port: int | None = _setting(
+        None, _PORT, "public port that leads to WORKER_PORT (VAST_TCP_PORT_<WORKER_PORT>); unset: WORKER_PORT"
+    )
+    use_ssl: bool = _setting(False, _BOOL, "TLS on the external port, with /etc/instance.crt and /etc/instance.key")
+    unsecured: bool = _setting(False, _BOOL, "accept unsigned requests; only for local use")
+
+    def __repr__(self) -> str:
+        """Like a dataclass's, with the secrets hidden."""
+        shown = ", ".join(
+            f"{f.name}={'***' if f.name.endswith('_token') and getattr(self, f.name) else repr(getattr(self, f.name))}"
+            for f in fields(self)
+        )
+        return f"Settings({shown})"
+
+    @property
+    def standalone(self) -> bool:
+        """Reports to nobody."""
+        return self.container_id is None
+
+    @property
+    def event_log(self) -> Path:
+        """Where the event log is. A volume may be shared by instances, hence the id in its name."""
+        if self.null_event_log is not None:
+            return self.null_event_log
+        if self.workspace_dir is not None and self.container_id is not None:
+            return self.workspace_dir / f"nullworker-{self.container_id}.db"
+        return Path("nullworker.db")
+
+    @property
+    def own_url(self) -> str:
+        """The external port as the autoscaler knows it (vastai 1.9.1, server/lib/metrics.py, get_url)."""
+        port = self.worker_port if self.vast_tcp_port is None else self.vast_tcp_port
+        return f"http{'s' if self.use_ssl else ''}://{self.public_ipaddr}:{port}"
+
+
+def variable(name: str) -> str:
+    """The environment variable of a field."""
+    return "VAST_TCP_PORT_<WORKER_PORT>" if name == "vast_tcp_port" else name.upper()
+
+
+def read_settings(values: Mapping[str, str]) -> Settings:
+    """The settings in a mapping of variables to texts, such as os.environ; an empty text counts as unset.
+
+    Raises:
+        BadSettings: naming the variable, the value and what is allowed.
+    """
+    read: dict[str, Any] = {}
+    for each in fields(Settings):
+        name = variable(each.name).replace("<WORKER_PORT>", str(read.get("worker_port", 3000)))
+        text = values.get(name, "").strip()
+        if not text:
+            continue
+        kind: Kind = each.metadata["kind"]
+        try:
+            read[each.name] = kind.read(text)
+        except (ValueError, OverflowError):
+            shown = "***" if each.name.endswith("_token") else repr(text)
+            raise BadSettings(f"{name}={shown} is not allowed: it must be {kind.allowed}") from None
+    settings = Settings(**read)
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    if settings.standalone and not settings.unsecured:
+        raise BadSettings(
+            "CONTAINER_ID is unset, so there is no autoscaler to take the signing key from: set CONTAINER_ID as "
+            "Vast's template does, or UNSECURED=true to accept unsigned requests on this machine alone"
+        )
+    if (settings.null_metrics_host is None) != (settings.null_metrics_port is None):
+        unset = "NULL_METRICS_HOST" if settings.null_metrics_host is None else "NULL_METRICS_PORT"
+        raise BadSettings(f"{unset} is unset, and a metrics site needs both: set it, or unset the other")
+    ports = [p for p in (settings.worker_port, settings.null_control_port, settings.worker_http_port) if p]
+    if len(ports) != len(set(ports)):
+        raise BadSettings(
+            f"WORKER_PORT={settings.worker_port}, NULL_CONTROL_PORT={settings.null_control_port} and "
+            f"WORKER_HTTP_PORT={settings.worker_http_port} must differ"
+        )

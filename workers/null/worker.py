@@ -1,0 +1,8 @@
+"""The door for Vast's start script with BACKEND=null: `python3 -m workers.null.worker`."""
+
+import sys
+
+from nullworker.cli import main
+
+if __name__ == "__main__":
+    main(["serve", *sys.argv[1:]])
