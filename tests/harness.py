@@ -1,0 +1,150 @@
+"""Real worker processes for tests: started on free ports, told by signals, read by their log lines and their log."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sqlite3
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+ROOT = Path(__file__).parent.parent
+#: Seconds after which a test stops waiting for something that should take far less.
+PATIENCE = 20.0
+
+
+class WorkerProcess:
+    """`python -m nullworker serve` in a folder. `env` are its settings; unsecured and standalone by default.
+
+    Ports are any free ones; `lines` are its log lines, each a dict with the word `event`.
+    """
+
+    def __init__(self, folder: Path, *, module: tuple[str, ...] = ("-m", "nullworker", "serve"), **env: str) -> None:
+        self.folder = folder
+        self.db = folder / "nullworker.db"
+        self.lines: list[dict[str, Any]] = []
+        self._command = (sys.executable, *module)
+        # Nothing of the environment of the tests but what a process needs; the settings are the test's own.
+        self._env = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ} | {
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "error",
+            "WORKER_PORT": "0",
+            "NULL_CONTROL_PORT": "0",
+            "NULL_LOG_FORMAT": "json",
+            "NULL_EVENT_LOG": str(self.db),
+            **({} if "CONTAINER_ID" in env else {"UNSECURED": "true"}),
+            **env,
+        }
+        self._arrived = asyncio.Condition()
+        self.process: asyncio.subprocess.Process
+
+    async def __aenter__(self) -> WorkerProcess:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+        await self._reader
+
+    async def spawn(self) -> None:
+        """Start it without waiting for it to be ready."""
+        self.lines = []
+        self.process = await asyncio.create_subprocess_exec(
+            *self._command, cwd=self.folder, env=self._env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        self._reader = asyncio.ensure_future(self._read())
+
+    async def start(self) -> None:
+        """Start it, and wait until it listens."""
+        await self.spawn()
+        started = await self.line("worker_started")
+        self.port, self.control_port = started["external_port"], started["control_port"]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.control = f"http://127.0.0.1:{self.control_port}"
+
+    async def line(self, event: str, *, nth: int = 1, where: Callable[[dict[str, Any]], bool] | None = None) -> Any:
+        """The nth log line with that word, once it is there."""
+
+        def found() -> list[dict[str, Any]]:
+            return [each for each in self.lines if each.get("event") == event and (where is None or where(each))]
+
+        async with self._arrived:
+            try:
+                await asyncio.wait_for(self._arrived.wait_for(lambda: len(found()) >= nth), PATIENCE)
+            except asyncio.TimeoutError:
+                raise AssertionError(f"no line {event!r} number {nth} in {self.lines}") from None
+        return found()[nth - 1]
+
+    async def kill(self) -> None:
+        """kill -9."""
+        self.process.kill()
+        await self.process.wait()
+        await self._reader
+
+    async def terminate(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Tell it to stop; its exit code."""
+        self.process.send_signal(number)
+        return await self.exit_code()
+
+    async def exit_code(self) -> int:
+        """Wait for its end."""
+        code = await asyncio.wait_for(self.process.wait(), PATIENCE)
+        await self._reader
+        return code
+
+    def sql(self, query: str, *values: object) -> list[tuple[Any, ...]]:
+        """Ask the event log, as somebody with a SQLite shell would."""
+        conn = sqlite3.connect(self.db)
+        try:
+            return conn.execute(query, values).fetchall()
+        finally:
+            conn.close()
+
+    def story(self) -> list[tuple[str, str | None]]:
+        """Kind and reason of every event, in order."""
+        return [(kind, reason) for kind, reason in self.sql("SELECT kind, reason FROM events ORDER BY seq")]
+
+    async def release(self, **body: Any) -> dict[str, Any]:
+        """POST /release."""
+        async with aiohttp.ClientSession() as http, http.post(self.control + "/release", json=body) as answer:
+            result: dict[str, Any] = await answer.json()
+            return result
+
+    async def get(self, path: str) -> Any:
+        """GET from the control port; the JSON."""
+        async with aiohttp.ClientSession() as http, http.get(self.control + path) as answer:
+            return await answer.json()
+
+    async def metric(self, name: str, **labels: str) -> float:
+        """One sample of /metrics."""
+        from prometheus_client.parser import text_string_to_metric_families
+
+        async with aiohttp.ClientSession() as http, http.get(self.control + "/metrics") as answer:
+            text = await answer.text()
+        values = [
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == name and all(sample.labels.get(key) == value for key, value in labels.items())
+        ]
+        assert len(values) == 1, f"{name}{labels} has {len(values)} samples"
+        return float(values[0])
+
+    async def _read(self) -> None:
+        assert self.process.stderr is not None
+        async for raw in self.process.stderr:
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                line = {"event": "", "text": raw.decode(errors="replace").rstrip()}
+            async with self._arrived:
+                self.lines.append(line)
+                self._arrived.notify_all()
