@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import structlog
 from aiohttp import web
-from prometheus_client.aiohttp import make_aiohttp_handler
 
 from nullworker import __version__, logs
 from nullworker.autoscaler import STATUS_PATH, Identity, failed_start
@@ -137,10 +136,7 @@ class Worker:
             self.service, Readings(lambda: self.reporter.backlog if self.reporter else 0, event_log.size)
         )
         event_log.on_append = self.exporter.append.observe
-        me = identity(settings)
-        self.link = Link(settings.report_addr) if me else None
-        if me is not None and self.link is not None:
-            self.reporter = Reporter(me, self.service, event_log, self.link, self.exporter.count_report)
+        self.link = None if settings.standalone else Link(settings.report_addr)
         self.callbacks = Callbacks(self.service, event_log, lambda result: self.exporter.callbacks.labels(result).inc())
         self.alarm = Alarm(self.service)
         self.health: HealthPoll | None = None
@@ -158,6 +154,9 @@ class Worker:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_stop, number.name)
         sites = self._listen()
+        me = identity(self.settings)  # with the port that was taken, when any free one was asked for
+        if me is not None and self.link is not None:
+            self.reporter = Reporter(me, self.service, self.log, self.link, self.exporter.count_report)
         observers: list[Observer] = [self.exporter.observe, self.callbacks.observe, self.alarm.set, logs.narrate]
         if self.reporter is not None:
             self.reporter.catch_up()
@@ -214,9 +213,9 @@ class Worker:
             *(runner.cleanup() for runner in self._runners),
             *([self.reporter.flush(STOP_SECONDS)] if self.reporter and self._runners else []),
         )
-        if self.reporter is None:
+        if self.link is None:
             self._owe_nothing()
-        if self.link is not None:
+        else:
             await self.link.close()
         if self.service.unwritten:
             log.error("events_lost", events=len(self.service.unwritten), why=self.service.condition.log)
@@ -251,7 +250,7 @@ class Worker:
         sessions = Sessions(self.service, gate, own_addresses=own)
         external = External(self.service, self.log, gate, master_token=settings.master_token)
         control = Control(self.service, self.log, self.exporter, self._status)
-        metrics = make_aiohttp_handler(self.exporter.registry)
+        metrics = self.exporter.answer
         self._gate = gate
         sites: list[tuple[web.Application, Any, Any]] = [
             (external_app(external, sessions, self.exporter), external_sock, context),

@@ -21,6 +21,13 @@ from nullworker.errors import BadSettings, NullworkerError
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "serve": ("Run the worker.", "nullworker.cli:serve"),
     "reserve": ("Reserve a worker, with the official vastai client.", "nullworker.client:reserve"),
+    "work": ("Run a command once for each reservation.", "nullworker.work:work"),
+    "status": ("What the worker knows of itself now.", "nullworker.commands:status"),
+    "release": ("End the held reservation.", "nullworker.commands:release"),
+    "extend": ("Move the deadline of the held reservation.", "nullworker.commands:extend"),
+    "wait": ("Wait until a reservation is held.", "nullworker.commands:wait"),
+    "history": ("The reservations in the log.", "nullworker.commands_log:history"),
+    "events": ("The events in the log.", "nullworker.commands_log:events"),
 }
 
 

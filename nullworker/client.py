@@ -16,9 +16,9 @@ from typing import Any
 import click
 
 from nullworker.holding import LIFETIME_SECONDS, STAND_IN_KEY, WAIT_SECONDS, hold, hold_at, hold_session
-from nullworker.sdk import Answer, NotHeld, Say
+from nullworker.sdk import Answer, HoldError, Say
 
-__all__ = ["NotHeld", "hold", "hold_at", "hold_session", "reserve"]
+__all__ = ["HoldError", "hold", "hold_at", "hold_session", "reserve"]
 
 
 def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
@@ -111,10 +111,10 @@ def reserve(
 
     try:
         show(asyncio.run(interruptible(start)), as_json)
-    except Interrupted as error:
+    except SignalError as error:
         click.echo(str(error), err=True)
         ctx.exit(128 + error.signal)
-    except NotHeld as error:
+    except HoldError as error:
         if error.answer is not None:
             show(error.answer, as_json)
         message = str(error).replace(api_key, "***") if api_key else str(error)  # what others say may quote it
@@ -122,7 +122,7 @@ def reserve(
         ctx.exit(1)
 
 
-class Interrupted(Exception):  # noqa: N818 (it is no error)
+class SignalError(Exception):
     """SIGINT or SIGTERM came; the message says what that did."""
 
     def __init__(self, message: str, number: int) -> None:
@@ -131,9 +131,9 @@ class Interrupted(Exception):  # noqa: N818 (it is no error)
 
 
 async def interruptible(start: Callable[[], Awaitable[Answer]]) -> Answer:
-    """What `start` gives. SIGINT and SIGTERM cancel it; then Interrupted is raised, with the cancellation's message."""
+    """What `start` gives. SIGINT and SIGTERM cancel it; then SignalError is raised, with the cancellation's message."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
-    assert task is not None  # noqa: S101 (a coroutine that runs has one)
+    assert task is not None
     came: list[int] = []
 
     def stop(number: int) -> None:
@@ -147,7 +147,7 @@ async def interruptible(start: Callable[[], Awaitable[Answer]]) -> Answer:
     except asyncio.CancelledError as error:
         if not came:
             raise
-        raise Interrupted(str(error) or "interrupted", came[0]) from None
+        raise SignalError(str(error) or "interrupted", came[0]) from None
 
 
 def show(answer: Answer, as_json: bool) -> None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from nullworker.sdk import Answer, NotHeld, Say, Wire, connected, refusal
+from nullworker.sdk import Answer, HoldError, Say, Wire, bounded, connected, refusal
 
 if TYPE_CHECKING:
     import aiohttp
@@ -21,6 +21,7 @@ LIFETIME_SECONDS = 60.0  # of a session after its last renewal; the SDK's own de
 WAIT_SECONDS = 600.0  # for a worker: a cold one has to be started and loaded first
 UNKNOWN_HOLD_SECONDS = 3600.0  # without a duration the worker's cap decides: MAX_RESERVATION_SECONDS, 3600 by default
 QUEUE_SECONDS = 60.0  # NULL_MAX_QUEUE_SECONDS, 30 by default, and as much again for the way there and back
+CREATE_SECONDS = 10.0  # the SDK's own timeout for /session/create (client/client.py)
 STAND_IN_KEY = "stand-in"
 
 
@@ -47,7 +48,7 @@ async def hold(
         say: gets a line of prose at each stage.
 
     Raises:
-        NotHeld: with one sentence that says what to do.
+        HoldError: with one sentence that says what to do.
     """
     wire = Wire(say, timeout, again=True)
     async with wire.in_words(), connected(endpoint, api_key, autoscaler, wire) as found:
@@ -103,21 +104,27 @@ async def hold_session(
     """Holds a session, renewed with POST /ping, until it ends at the worker or `duration` is over (None: for ever).
 
     It survives a restart of the worker, and `lifetime` seconds without this client. Cancelling it ends the session.
-    Gives {"session_id", "url", "ended": "duration_elapsed" | "by_worker", "held_seconds"}; raises NotHeld.
+    Gives {"session_id", "url", "ended": "duration_elapsed" | "by_worker", "held_seconds"}; raises HoldError.
     """
     wire = Wire(say, timeout, again=True)
     async with wire.in_words(), connected(endpoint, api_key, autoscaler, wire) as found:
-        session = await wire.in_time(found.session(cost=cost, lifetime=lifetime))
-        since = wire.now()
+        creating = asyncio.ensure_future(found.session(cost=cost, lifetime=lifetime))
         try:
+            session = await wire.in_time(asyncio.shield(creating))
+            since = wire.now()
             ended = await _renew(session, lifetime, None if duration is None else since + duration, wire)
         except asyncio.CancelledError:
-            farewell = await _end(session, lifetime)
+            if wire.worker is None:
+                raise  # in_words says that nothing was held
+            # One that has been asked for is waited for: without its id it could not be ended.
+            farewell = await _end(await bounded(creating, CREATE_SECONDS), lifetime)
         else:
             if ended == "duration_elapsed":
                 say(await _end(session, lifetime))
             held = round(wire.now() - since, 3)
             return {"session_id": session.session_id, "url": session.url, "ended": ended, "held_seconds": held}
+        finally:
+            creating.cancel()
     raise asyncio.CancelledError(f"interrupted: {farewell}")
 
 
@@ -129,13 +136,13 @@ async def _renew(session: Any, lifetime: float, until: float | None, wire: Wire)
         if until is not None and wire.now() >= until:
             return "duration_elapsed"
         try:
-            pong = await asyncio.wait_for(session.request("/ping", {}), lifetime / 2)
+            pong = await bounded(session.request("/ping", {}), lifetime / 2)
         except ValueError:  # the SDK's word for a 410 (client/session.py)
             wire.say("the session has ended at the worker")
             return "by_worker"
         except (ConnectionError, asyncio.TimeoutError) as error:
             if wire.now() - renewed > lifetime:
-                raise NotHeld(f"{session.url} is silent for more than {lifetime:g} s: the session is lost") from error
+                raise HoldError(f"{session.url} is silent for more than {lifetime:g} s: the session is lost") from error
             session.open = True  # the SDK has given it up, but a session survives the restart of its worker
             wire.say(f"{session.url} does not answer: trying again")
             pause = min(1.0, lifetime / 8)
@@ -166,9 +173,9 @@ async def _final(items: AsyncIterator[Any], wire: Wire) -> Answer:
         if isinstance(last, dict) and last.get("kind") == "extended":
             wire.say("extended by the consumer")
     if not isinstance(last, dict) or "kind" in last:
-        raise NotHeld(f"{wire.worker} went away before the reservation had ended: look at its log, or ask for another")
+        raise HoldError(f"{wire.worker} went away before the reservation had ended: see its log, or ask for another")
     if "released" not in last:
-        raise NotHeld(f"{wire.worker} ended it: {last.get('error', last)}", last)
+        raise HoldError(f"{wire.worker} ended it: {last.get('error', last)}", last)
     seconds = last.get("held_seconds", last.get("duration"))
     wire.say(f"ended: {last['released']}" + ("" if seconds is None else f" after {seconds:g} s"))
     return last

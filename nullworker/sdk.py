@@ -39,7 +39,7 @@ ADVICE = {
 }
 
 
-class NotHeld(NullworkerError):  # noqa: N818 (as its siblings in errors.py)
+class HoldError(NullworkerError):
     """It was refused, broke off, or nobody took it. `answer` is the worker's body, if it gave one."""
 
     def __init__(self, message: str, answer: Answer | None = None) -> None:
@@ -47,7 +47,7 @@ class NotHeld(NullworkerError):  # noqa: N818 (as its siblings in errors.py)
         self.answer = answer
 
 
-def refusal(who: str, status: int, text: str) -> NotHeld:
+def refusal(who: str, status: int, text: str) -> HoldError:
     """The error for an HTTP answer that says no."""
     try:
         body = json.loads(text)
@@ -58,7 +58,26 @@ def refusal(who: str, status: int, text: str) -> NotHeld:
     advice = ADVICE.get(
         status, "see the worker's log" if status >= 500 else "check the command and the worker's version"
     )
-    return NotHeld(f"{who} answered {status} {what}; {advice}", answer)
+    return HoldError(f"{who} answered {status} {what}; {advice}", answer)
+
+
+async def bounded(awaitable: Awaitable[T], seconds: float) -> T:
+    """As asyncio.wait_for, which before Python 3.12 loses a cancellation that comes together with the result.
+
+    Raises:
+        asyncio.TimeoutError: it took longer.
+    """
+    task = asyncio.ensure_future(awaitable)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if not done:
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # looked at, or asyncio complains of one that nobody saw
 
 
 class Wire:
@@ -74,6 +93,7 @@ class Wire:
         self.worker: str | None = None  # the one that has the claim now
         self.held = False  # that it is held is known: a plain request does not tell
         self.trouble = ""  # why the last try failed
+        self.answer: aiohttp.ClientResponse | None = None  # to the claim; open as long as it is held
 
     @property
     def left(self) -> float:
@@ -82,11 +102,11 @@ class Wire:
 
     async def in_time(self, claim: Awaitable[T]) -> T:
         """The claim's result; asyncio.TimeoutError when it has not got through."""
-        return await asyncio.wait_for(claim, self.left)
+        return await bounded(claim, self.left)
 
     @asynccontextmanager
     async def in_words(self) -> AsyncIterator[None]:
-        """Turns what is raised inside into a NotHeld, and a cancellation into one whose message says what it did."""
+        """Turns what is raised inside into a HoldError, and a cancellation into one whose message says what it did."""
         try:
             yield
         except asyncio.CancelledError:
@@ -102,13 +122,16 @@ class Wire:
             if self.worker is not None:
                 trouble = f": {self.worker} was asked, and did not say that it holds"
                 advice = "raise --timeout; for a worker that cannot stream, use --no-stream"
-            raise NotHeld(f"no worker within {self.timeout:g} s{trouble}; {advice}") from error
+            raise HoldError(f"no worker within {self.timeout:g} s{trouble}; {advice}") from error
         except Exception as error:  # aiohttp's errors, and the SDK's, which are bare Exceptions and RuntimeErrors
             if self.held:
                 broke = f"the connection to {self.worker} broke while it was held ({type(error).__name__})"
-                raise NotHeld(f"{broke}; the reservation has ended: ask for a new one") from error
+                raise HoldError(f"{broke}; the reservation has ended: ask for a new one") from error
             advice = "; check VAST_API_KEY" if re.search("HTTP 40[13]", str(error)) else ""
-            raise NotHeld((self.trouble or str(error) or type(error).__name__) + advice) from error
+            raise HoldError((self.trouble or str(error) or type(error).__name__) + advice) from error
+        finally:
+            if self.answer is not None:
+                self.answer.close()  # the SDK leaves it open when it is cancelled between the head and the first event
 
     def trace(self) -> aiohttp.TraceConfig:
         """Hooks for the aiohttp session. No query string is ever shown: the SDK puts the api_key there."""
@@ -122,7 +145,7 @@ class Wire:
         async def ended(_: object, __: object, call: aiohttp.TraceRequestEndParams) -> None:
             if call.url.path not in CLAIMS:
                 return
-            status = call.response.status
+            self.answer, status = call.response, call.response.status
             if status >= 400:
                 error = refusal(str(self.worker), status, await call.response.text())
                 self.failed(str(error).rsplit(";", 1)[0], retried=status in (408, 429) or status >= 500)
@@ -153,12 +176,14 @@ async def connected(endpoint: str, api_key: str, autoscaler: str | None, wire: W
     """The SDK's `Endpoint` of that name, with a client (`.client`) that talks through `wire`.
 
     Raises:
-        NotHeld: the SDK is not installed, or there is no such endpoint.
+        HoldError: the SDK is not installed, or there is no such endpoint.
     """
     import aiohttp
 
     urls = {} if autoscaler is None else {"autoscaler_url": autoscaler, "webserver_url": autoscaler}
-    client = _sdk()(api_key, **urls)
+    sdk = _sdk()
+    wire.since = wire.now()  # not before: the import alone blocks for 0.8 s
+    client = sdk(api_key, **urls)
     if autoscaler is not None:
         client._ssl_context = ssl.create_default_context()  # else the SDK downloads Vast's root certificate
     connector = aiohttp.TCPConnector(ssl=await client.get_ssl_context())
@@ -169,7 +194,7 @@ async def connected(endpoint: str, api_key: str, autoscaler: str | None, wire: W
         known = {each.name: each for each in await wire.in_time(client.get_endpoints())}
         if endpoint not in known:
             names = ", ".join(sorted(known)) or "none"
-            raise NotHeld(f"no endpoint named {endpoint!r} at {where}; there is: {names}")
+            raise HoldError(f"no endpoint named {endpoint!r} at {where}; there is: {names}")
         _make_patient(known[endpoint], wire)
         yield known[endpoint]
 
@@ -182,7 +207,7 @@ def _sdk() -> Callable[..., Any]:
         warnings.simplefilter("ignore")  # of the 39 distributions that it imports
         client = importlib.import_module("vastai").CoroutineServerless  # None when its own dependencies are missing
     if client is None:
-        raise NotHeld("the official client is not installed: pip install 'nullworker[client]'")
+        raise HoldError("the official client is not installed: pip install 'nullworker[client]'")
     return client
 
 

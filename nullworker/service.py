@@ -52,7 +52,10 @@ Observer = Callable[[Commit], None]
 class Journal(Protocol):
     """Where events are kept: the log, or a fake that passes the same contract (nullworker.testing)."""
 
-    last_seq: int
+    @property
+    def last_seq(self) -> int:
+        """The seq of the last event that is written."""
+        ...
 
     def append(self, events: Sequence[tuple[int, Event]]) -> None:
         """All or none. Raises LogUnavailable."""
@@ -129,6 +132,7 @@ class Service:
         """
         if self.book.held is None and (anchor := self._clock.settle()) is not None:
             log.warning("clock_moved", message="the wall clock was set; the worker follows it now that nothing is held")
+            self._retry_at = 0.0  # it was a time of the old clock
             self._keep_anchor(anchor)
         now, reservation_id = self.now(), self._make_id()
         if self.condition.log:

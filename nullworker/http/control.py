@@ -18,6 +18,7 @@ from msgspec import UNSET, Meta, UnsetType
 from nullworker import history
 from nullworker.errors import Conflict, Forbidden, Invalid, NotFound
 from nullworker.fsm.table import STATES
+from nullworker.http.page import add_page
 from nullworker.http.stream import stream_events
 from nullworker.http.wire import Handler, decode, json_response, make_app, number, read_body, reservation_json
 from nullworker.log import EventLog
@@ -207,6 +208,7 @@ def control_app(control: Control, exporter: Exporter, metrics: Handler, *, stub_
     app.router.add_get("/status", control.status)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/events", control.events)
+    add_page(app)
     if stub_health:
         app.router.add_get("/health", health)
     return app

@@ -33,17 +33,23 @@ class _Bell:
     def __init__(self) -> None:
         self._rung = asyncio.Event()
 
-    def ring(self, _: Commit) -> None:
+    def ring(self, _: Commit | None = None) -> None:
         self._rung.set()
 
     async def wait(self, seconds: float | None = None) -> bool:
-        """Whether it was rung, in this time or before; it is silent again afterwards."""
+        """Whether it was rung, in this time or before; it is silent again afterwards.
+
+        Not asyncio.wait_for: before Python 3.12 that loses a cancellation, so a hang-up, that comes with the result.
+        """
+        timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._rung.set)
         try:
-            await asyncio.wait_for(self._rung.wait(), seconds)
-        except asyncio.TimeoutError:
-            return False
+            await self._rung.wait()
+        finally:
+            late = timer is not None and timer.when() <= asyncio.get_running_loop().time()
+            if timer is not None:
+                timer.cancel()
         self._rung.clear()
-        return True
+        return not late
 
 
 async def stream_reservation(

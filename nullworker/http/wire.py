@@ -142,10 +142,13 @@ async def read_body(request: web.Request) -> bytes:
         raise too_large()
     if request.content.is_eof():
         return await request.read()
+    # not asyncio.wait_for: before Python 3.12 it loses a cancellation, so a hang-up, that comes with the last byte
+    late = SlowBody(f"the body did not arrive within {BODY_SECONDS:g} s")
+    timer = asyncio.get_running_loop().call_later(BODY_SECONDS, request.content.set_exception, late)
     try:
-        return await asyncio.wait_for(request.read(), BODY_SECONDS)
-    except asyncio.TimeoutError:
-        raise SlowBody(f"the body did not arrive within {BODY_SECONDS:g} s") from None
+        return await request.read()
+    finally:
+        timer.cancel()
 
 
 def decode(body: bytes, shape: type[T]) -> T:

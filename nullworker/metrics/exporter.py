@@ -3,7 +3,11 @@
 Names and units follow Prometheus' rules: base units, `_total` for counters. No id is ever a label, and every label
 value of a closed set is there from the start, at 0, so that an alert never waits for a first event.
 
-What it leaves out: serving them (http/control.py, and the further site in app.py).
+`nullworker_reservations_total` and `nullworker_reservations` are two metrics of Prometheus' text format, but one
+family of OpenMetrics, which no parser takes twice: there, the counter is told as a metric of unknown type. Prometheus
+makes nothing of types, so every query is the same.
+
+What it leaves out: the ports (http/control.py, and the further site in app.py).
 """
 
 from __future__ import annotations
@@ -13,7 +17,9 @@ from dataclasses import dataclass
 from typing import Final
 
 import prometheus_client
+from aiohttp import hdrs, web
 from prometheus_client import Counter, Histogram
+from prometheus_client.aiohttp import make_aiohttp_handler
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector, CollectorRegistry
 
@@ -98,6 +104,13 @@ class Exporter:
         prometheus_client.ProcessCollector(registry=self.registry)
         prometheus_client.PlatformCollector(registry=self.registry)
         prometheus_client.GCCollector(registry=self.registry)
+        self._text = make_aiohttp_handler(self.registry)
+        self._openmetrics = make_aiohttp_handler(_OneFamilyEach(self.registry))
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        """GET /metrics: OpenMetrics, with exemplars, for those who ask for it by Accept; else Prometheus' text."""
+        openmetrics = "application/openmetrics-text" in ",".join(request.headers.getall(hdrs.ACCEPT, ()))
+        return await (self._openmetrics if openmetrics else self._text)(request)
 
     def observe(self, commit: Commit) -> None:
         """An event was committed."""
@@ -125,6 +138,24 @@ class Exporter:
     def count_report(self, call: str, result: str) -> None:
         """A call to the autoscaler has ended."""
         self.reports.labels(call, result).inc()
+
+
+class _OneFamilyEach(CollectorRegistry):
+    """A registry's metrics, with `nullworker_reservations_total` as a family of its own name."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        super().__init__()
+        self._registry = registry
+
+    def collect(self) -> Iterable[Metric]:
+        """All metrics."""
+        for metric in self._registry.collect():
+            if metric.name == "nullworker_reservations" and metric.type == "counter":
+                total = Metric("nullworker_reservations_total", metric.documentation, "unknown")
+                total.samples = metric.samples
+                yield total
+            else:
+                yield metric
 
 
 class _BookCollector(Collector):

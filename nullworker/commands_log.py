@@ -1,0 +1,207 @@
+"""`nullworker history, events`: the event log, for people and for scripts, whether its worker runs or not.
+
+The log is a file on this machine, and they read the file: the one that is named, or that of the worker that answers on
+the control port, or the one that a worker started here would write. --follow looks at the file again and again.
+
+The one rule: nothing is written, and the worker is not asked for more than where its log is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+import click
+
+from nullworker import history as log_queries
+from nullworker.clock import SystemClock, from_iso
+from nullworker.control_client import Control, NoWorker, with_control
+from nullworker.errors import BadSettings, CannotStart
+from nullworker.fsm.table import EVENT_KINDS, STATES
+from nullworker.log import open_for_reading
+
+#: Seconds between two looks at a log that is followed.
+LOOK_SECONDS: Final = 0.2
+_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+#: Column, its width on the terminal, and its value in a row.
+Columns = tuple[tuple[str, int, Callable[[dict[str, Any]], Any]], ...]
+
+_RESERVATION: Final[Columns] = (
+    ("queued at", 24, lambda row: row["queued_at"]),
+    ("id", 16, lambda row: row["id"]),
+    ("kind", 7, lambda row: row["kind"]),
+    ("state", 9, lambda row: row["state"]),
+    ("reason", 18, lambda row: row["reason"]),
+    ("queued s", 8, lambda row: row["queued_seconds"]),
+    ("held s", 8, lambda row: row["held_seconds"]),
+    ("result", 0, lambda row: None if row["result"] is None else json.dumps(row["result"])),
+)
+_EVENT: Final[Columns] = (
+    ("seq", 7, lambda row: row["seq"]),
+    ("at", 24, lambda row: row["at"]),
+    ("reservation", 16, lambda row: row["reservation_id"]),
+    ("kind", 9, lambda row: row["kind"]),
+    ("reason", 18, lambda row: row["reason"]),
+    ("data", 0, lambda row: json.dumps({name: each for name, each in row["data"].items() if each is not None})),
+)
+
+
+def _since(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
+    if text is None:
+        return None
+    if age := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text):
+        return SystemClock().now() - float(age[1]) * _UNITS[age[2]]
+    try:
+        return from_iso(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} must be an age as 90s, 15m, 6h or 2d, or an ISO 8601 time") from None
+
+
+def _options(states: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for option in (
+            click.option("--json", "as_json", is_flag=True, help="JSON, one object a line."),
+            click.option("--follow", "-f", is_flag=True, help="Go on with what is to come, oldest first."),
+            click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="The newest so many."),
+            click.option("--state", type=click.Choice(list(states)), help="Only these."),
+            click.option("--since", metavar="TIME", callback=_since, help="An age as 15m, 6h or 2d, or an ISO time."),
+            click.option(
+                "--log",
+                metavar="PATH",
+                envvar="NULL_EVENT_LOG",
+                show_envvar=True,
+                help="This log.  [default: the running worker's]",
+            ),
+        ):
+            command = option(command)
+        return with_control(command)
+
+    return decorate
+
+
+@click.command()
+@_options(STATES)
+def history(
+    control: Control,
+    *,
+    log: str | None,
+    since: float | None,
+    state: str | None,
+    limit: int,
+    follow: bool,
+    as_json: bool,
+) -> None:
+    """The reservations, newest first; with --follow oldest first, and then each again when something happens to it."""
+    with _opened(control, log) as conn:
+        last = _last(conn)
+        rows = log_queries.reservations(conn, state=state, since=since, limit=limit)
+        printer = _Printer(_RESERVATION, as_json=as_json)
+        printer.print(reversed(rows) if follow else rows)
+        while follow:
+            for event in _next_events(conn, last):
+                row = log_queries.reservation(conn, event["reservation_id"])
+                if row is not None and state in (None, row["state"]):
+                    printer.print([row])
+                last = event["seq"]
+
+
+@click.command()
+@_options(EVENT_KINDS)
+def events(
+    control: Control,
+    *,
+    log: str | None,
+    since: float | None,
+    state: str | None,
+    limit: int,
+    follow: bool,
+    as_json: bool,
+) -> None:
+    """The events in their order: the newest --limit of them; with --follow, all that are to come as well."""
+    with _opened(control, log) as conn:
+        last = _last(conn)
+        printer = _Printer(_EVENT, as_json=as_json)
+        printer.print(_newest_events(conn, last, since=since, kind=state, limit=limit))
+        while follow:
+            for event in _next_events(conn, last):
+                if state in (None, event["kind"]):
+                    printer.print([event])
+                last = event["seq"]
+
+
+@contextlib.contextmanager
+def _opened(control: Control, log: str | None) -> Iterator[sqlite3.Connection]:
+    opened = open_for_reading(Path(log) if log else _find(control))
+    try:
+        yield opened.conn
+    except sqlite3.Error as error:
+        raise CannotStart(f"the event log {opened.path} cannot be read: {error}") from error
+    finally:
+        opened.close()
+
+
+def _find(control: Control) -> Path:
+    """The log of the worker that answers, or that of the one that would be started here."""
+    from nullworker.settings import read_settings
+
+    try:
+        path = Path(control.ask("GET", "/status")["log"]["path"])
+        where = f"the worker on {control.url} keeps its log in {path}, which is not on this machine"
+    except NoWorker as nobody:
+        try:
+            path = read_settings({**os.environ, "UNSECURED": "true"}).event_log
+        except BadSettings:
+            raise nobody from None
+        where = f"{nobody}; and there is no log {path.absolute()}"
+    if not path.exists():
+        raise CannotStart(f"{where}: give --log PATH or NULL_EVENT_LOG")
+    return path
+
+
+def _last(conn: sqlite3.Connection) -> int:
+    return int(conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
+
+
+def _newest_events(
+    conn: sqlite3.Connection, last: int, *, since: float | None, kind: str | None, limit: int
+) -> list[dict[str, Any]]:
+    rows = conn.execute(
+        "SELECT seq, at, reservation_id, kind, reason, data FROM events"
+        " WHERE seq <= ? AND at >= coalesce(?, at) AND kind = coalesce(?, kind) ORDER BY seq DESC LIMIT ?",
+        (last, since, kind, limit),
+    ).fetchall()
+    return [log_queries.event_json(*row) for row in reversed(rows)]
+
+
+def _next_events(conn: sqlite3.Connection, after: int) -> list[dict[str, Any]]:
+    found = log_queries.events(conn, after=after)
+    if not found:
+        time.sleep(LOOK_SECONDS)
+    return found
+
+
+class _Printer:
+    """Rows as lines: JSON, or columns under a head."""
+
+    def __init__(self, columns: Columns, *, as_json: bool) -> None:
+        self._columns = columns
+        self._as_json = as_json
+        if not as_json:
+            head = (name.ljust(width) for name, width, _ in columns)
+            click.secho("  ".join(head).rstrip(), bold=True)
+
+    def print(self, rows: Iterable[dict[str, Any]]) -> None:
+        for row in rows:
+            click.echo(json.dumps(row) if self._as_json else self._line(row))
+
+    def _line(self, row: dict[str, Any]) -> str:
+        cells = ((value(row), width) for _, width, value in self._columns)
+        return "  ".join(("-" if cell is None else str(cell)).ljust(width) for cell, width in cells).rstrip()

@@ -1,0 +1,326 @@
+// The status page: asks /status and /reservations, is woken by /events, and draws what they say.
+// One rule: the worker is the truth. An event only means "look again", so nothing here can drift from the log.
+
+const ROWS = 12; // reservations at first, and with each "Show older"
+const WAITING_SHOWN = 5; // of the queue, those whose turn comes first
+const FEED = 100; // events kept in the feed
+const POLL_MS = 5000; // health and the autoscaler change without an event
+const PATIENCE_MS = 8000; // for one answer: behind it, a tunnel that has died without a word
+const RETRY_MS = [500, 1000, 2000, 4000]; // pauses between tries while there is no answer
+const STEPS = [15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 21600, 43200, 86400, 604800]; // of the axis, seconds
+
+const REASONS = {
+  explicit: "released by its consumer", session_end: "session closed by its owner",
+  consumer_exit: "its command has ended", duration_elapsed: "its time was over",
+  queue_timeout: "waited too long", queue_full: "the queue was full", busy: "the slot was taken",
+  client_disconnect: "its caller hung up", not_ready: "the worker was not ready", errored: "the consumer was unhealthy",
+  draining: "the worker was stopping", log_unavailable: "the log could not be written",
+  consumer_unhealthy: "the consumer became unhealthy", worker_restart: "the worker was restarted",
+  extend: "by its consumer", ping: "renewed by its owner",
+};
+const ICON = { held: "#2f6fed", ready: "#1d9a58", starting: "#c98a12", draining: "#c98a12", errored: "#d63c32", lost: "#8a93a0" };
+
+const $ = (id) => document.getElementById(id);
+const seen = { status: null, list: [], skew: 0, limit: ROWS, lost: null, heldId: undefined, readyAt: 0 };
+
+function make(tag, attributes = {}, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
+  node.append(...children.filter((child) => child !== null));
+  return node;
+}
+
+function text(node, value) {
+  if (node.textContent !== value) node.textContent = value;
+}
+
+// -- time ---------------------------------------------------------------------------------------------------------
+
+const now = () => Date.now() + seen.skew; // the worker's clock, in ms: the browser's may be wrong
+const clockFormat = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
+const dayFormat = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short" });
+
+function clock(iso) {
+  const moment = new Date(iso);
+  const today = moment.toDateString() === new Date(now()).toDateString();
+  return (today ? "" : dayFormat.format(moment) + ", ") + clockFormat.format(moment);
+}
+
+function span(seconds) {
+  if (seconds < 10) return `${Math.round(Math.max(seconds, 0) * 10) / 10} s`;
+  const whole = Math.round(seconds);
+  if (whole < 60) return `${whole} s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60 ? (whole % 60) + " s" : ""}`.trim();
+  const minutes = Math.round(whole / 60);
+  if (minutes < 2880) return `${Math.floor(minutes / 60)} h ${minutes % 60 ? (minutes % 60) + " min" : ""}`.trim();
+  return `${Math.round(minutes / 1440)} days`;
+}
+
+function countdown(seconds) {
+  const whole = Math.max(Math.ceil(seconds), 0);
+  const [hours, minutes, rest] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
+  const pad = (value) => String(value).padStart(2, "0");
+  return hours ? `${hours}:${pad(minutes)}:${pad(rest)}` : `${minutes}:${pad(rest)}`;
+}
+
+// -- asking -------------------------------------------------------------------------------------------------------
+
+async function ask(path, body) {
+  const init = { signal: AbortSignal.timeout(PATIENCE_MS), cache: "no-store" };
+  if (body) Object.assign(init, { method: "POST", body: JSON.stringify(body), headers: { "Content-Type": "application/json" } });
+  const answer = await fetch(path, init);
+  return { ok: answer.ok, date: answer.headers.get("Date"), json: await answer.json() };
+}
+
+async function look() {
+  const { json: status, date } = await ask("status");
+  const waiting = Math.min(status.queue.length, 200);
+  const { json: found } = await ask(`reservations?limit=${seen.limit + waiting + 1}`);
+  const held = status.held;
+  const theirs = held ? Date.parse(held.held_at) + held.held_seconds * 1000 : Date.parse(date) + 500;
+  if (held || Math.abs(theirs - now()) > 2000) seen.skew = theirs - Date.now(); // a Date header is to the second
+  Object.assign(seen, { status, list: found.reservations });
+  draw();
+}
+
+let source = null, tries = 0, due = null, again = null;
+
+function lookSoon() {
+  if (due === null) due = setTimeout(() => { due = null; look().catch(lost); }, 100);
+}
+
+async function connect() {
+  again = null;
+  try {
+    await look();
+  } catch (error) {
+    return lost(error);
+  }
+  $("events").replaceChildren();
+  source?.close();
+  source = new EventSource(`events?after=${Math.max(seen.status.log.last_seq - 40, 0)}`);
+  source.onopen = found;
+  source.onerror = lost;
+  source.onmessage = (message) => { feed(JSON.parse(message.data)); lookSoon(); };
+}
+
+function found() {
+  if (seen.lost) announce("The worker answers again.");
+  tries = 0;
+  seen.lost = null;
+  draw();
+}
+
+function lost() {
+  source?.close();
+  source = null;
+  clearTimeout(due);
+  due = null;
+  if (!seen.lost) announce("The worker does not answer.");
+  seen.lost ??= Date.now();
+  again ??= setTimeout(connect, RETRY_MS[Math.min(tries++, RETRY_MS.length - 1)]);
+  draw();
+}
+
+// -- drawing ------------------------------------------------------------------------------------------------------
+
+function draw() {
+  const { status } = seen;
+  $("link").dataset.link = seen.lost ? "lost" : source ? "live" : "connecting";
+  text($("link-text"), seen.lost ? "no answer" : source ? "live" : "connecting");
+  $("banner").hidden = !seen.lost;
+  if (seen.lost) text($("banner"), `The worker has not answered since ${clock(seen.lost)}. This page tries again by itself; what you see is from before.`);
+  document.body.classList.toggle("stale", Boolean(seen.lost));
+  for (const id of ["release", "extend", "confirm-yes"]) $(id).disabled = Boolean(seen.lost);
+  if (!status) return;
+  text($("where"), `${status.url} · version ${status.version}`);
+  drawHeld(status);
+  drawChecks(status);
+  drawRows();
+  tick();
+}
+
+function drawHeld({ state, held, queue, ...status }) {
+  const word = seen.lost ? "lost" : held ? "held" : state;
+  $("now").dataset.state = word;
+  text($("state"), { held: "held", ready: "idle", lost: "not answering" }[word] ?? word);
+  text($("kind"), held && !seen.lost ? `A ${held.kind} reservation is` : "This worker is");
+  const cause = status.log.why ?? status.consumer.why ?? (status.autoscaler.key_loaded ? null : status.autoscaler.trouble ?? "the key is not loaded");
+  const ended = seen.list.find((row) => row.ended_at)?.ended_at;
+  const words = { ready: `Nothing is held${ended ? ` since ${clock(ended)}` : ""}. The next reservation gets the slot at once.`, draining: "New reservations are refused: the worker stops.", held: "", lost: held ? "A reservation was held when it last did." : "Nothing was held when it last did." };
+  text($("headline"), words[word] ?? cause ?? "");
+  $("icon").href = `data:image/svg+xml,${encodeURIComponent(`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="7" fill="${ICON[word]}"/></svg>`)}`;
+  $("held").hidden = !held;
+  if (held) {
+    text($("since"), `held since ${clock(held.held_at)}`);
+    text($("until"), `ends ${clock(held.ends_at)}`);
+    for (const [button, verb] of [["release", "Release"], ["extend", "Extend"]]) {
+      if ($(button).dataset.id !== held.id) $(button).replaceChildren(`${verb} `, make("code", {}, held.id));
+      $(button).dataset.id = held.id;
+    }
+    facts($("facts"), { waited: span(held.queued_seconds), request: held.request_idx, metadata: held.metadata && JSON.stringify(held.metadata) });
+  }
+  if (seen.heldId !== undefined && seen.heldId !== (held?.id ?? null)) {
+    announce(held ? `Reservation ${held.id} is held until ${clock(held.ends_at)}.` : "Nothing is held any more.");
+  }
+  seen.heldId = held?.id ?? null;
+}
+
+function facts(list, values) {
+  const shown = Object.entries(values).filter(([, value]) => value !== null && value !== undefined);
+  const key = JSON.stringify(shown);
+  if (list.dataset.key === key) return;
+  list.dataset.key = key;
+  list.replaceChildren(...shown.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, String(value)))));
+}
+
+function drawChecks({ state, queue, consumer, autoscaler, log }) {
+  const reports = autoscaler.reports_to;
+  const trouble = reports && (autoscaler.trouble || !autoscaler.key_loaded);
+  const size = log.bytes < 1e6 ? `${Math.ceil(log.bytes / 1e3)} kB` : `${(log.bytes / 1e6).toFixed(1)} MB`;
+  const checks = [
+    ["Worker", { ready: "good", errored: "bad" }[state] ?? "wait", state, { ready: "takes reservations", errored: "refuses reservations until the cause is gone", draining: "refuses new reservations, and stops", starting: "takes no reservations yet" }[state]],
+    ["Queue", queue.length >= queue.limit && queue.limit ? "bad" : queue.length ? "wait" : "good", queue.length ? `${queue.length} waiting` : "empty", queue.length ? `the first for ${span(queue.oldest_seconds)}; room for ${queue.limit}` : `room for ${queue.limit}`],
+    ["Consumer", consumer.healthy ? "good" : state === "starting" ? "wait" : "bad", consumer.healthy ? "healthy" : state === "starting" ? "not ready" : "unhealthy", consumer.why ?? (consumer.url ? `${consumer.url} answers` : "no health endpoint is set; taken as healthy")],
+    ["Autoscaler", !reports ? "off" : trouble ? "bad" : autoscaler.backlog ? "wait" : "good", !reports ? "standalone" : trouble ? "trouble" : "connected",
+      !reports ? "this worker reports to nobody" : [autoscaler.trouble ?? `reports to ${reports.join(", ")}`, autoscaler.key_loaded ? null : "no key to verify with", autoscaler.backlog ? `${autoscaler.backlog} outcomes not acknowledged` : null].filter(Boolean).join("; ")],
+    ["Event log", log.why || log.unwritten ? "bad" : "good", log.why ? "not writable" : "writable", log.why ? `${log.why}; ${log.unwritten} events wait in memory` : `${log.last_seq} events, ${size}, ${log.path}`],
+  ];
+  const list = $("checks");
+  if (!list.children.length) list.append(...checks.map(() => make("li", {}, make("span", { class: "mark", "aria-hidden": "true" }), make("h3"), make("strong"), make("p"))));
+  checks.forEach(([name, level, word, why], index) => {
+    const [, title, state, reason] = list.children[index].children;
+    list.children[index].dataset.level = level;
+    [[title, name], [state, word], [reason, why]].forEach(([node, value]) => text(node, value));
+  });
+}
+
+function drawRows() {
+  const waiting = seen.list.filter((row) => row.state === "queued");
+  const rest = seen.list.filter((row) => row.state !== "queued");
+  const shown = [...waiting.slice(-WAITING_SHOWN), ...rest.slice(0, seen.limit)];
+  const old = new Map([...$("rows").children].map((row) => [row.dataset.id, row]));
+  shown.forEach((each, index) => {
+    const row = old.get(each.id) ?? makeRow(each.id);
+    if ($("rows").children[index] !== row) $("rows").insertBefore(row, $("rows").children[index] ?? null);
+    old.delete(each.id);
+    fillRow(row, each);
+  });
+  for (const row of old.values()) row.remove();
+  $("none").hidden = shown.length > 0;
+  $("axis").hidden = shown.length === 0;
+  $("older").hidden = rest.length <= seen.limit;
+}
+
+function makeRow(id) {
+  const lane = make("span", { class: "lane", "aria-hidden": "true" }, ...["wait", "bar", "rest"].map((part) => make("span", { class: part })));
+  const story = make("span", { class: "story" }, make("span", { class: "why" }), make("span", { class: "took" }));
+  const summary = make("summary", {}, make("span", { class: "chip" }), make("code", {}, id), lane, story);
+  return make("li", { "data-id": id }, make("details", {}, summary, make("dl")));
+}
+
+function fillRow(row, each) {
+  row.dataset.state = each.state;
+  row.record = each;
+  const [chip, , , story] = row.querySelector("summary").children;
+  text(chip, each.state);
+  text(story.firstChild, [each.kind === "session" ? "session" : null, REASONS[each.reason] ?? each.reason ?? `since ${clock(each.held_at ?? each.queued_at)}`].filter(Boolean).join(" · "));
+  const json = (value) => value === null ? null : JSON.stringify(value, null, 1);
+  facts(row.querySelector("dl"), { ...each, id: null, state: null, metadata: json(each.metadata), result: json(each.result) });
+}
+
+function feed(event) {
+  const item = make("li", { "data-state": event.kind }, make("time", { datetime: event.at, title: event.at }, clock(event.at)),
+    make("span", { class: "chip" }, event.kind), make("code", {}, event.reservation_id), make("span", { class: "why" }, REASONS[event.reason] ?? event.reason ?? ""));
+  $("events").prepend(item);
+  while ($("events").children.length > FEED) $("events").lastChild.remove();
+}
+
+// What moves with the clock: the countdown and the bars. The axis is four steps of the past, and one of what comes.
+function tick() {
+  const { status } = seen, at = now();
+  if (!status) return;
+  if (status.held) {
+    const [start, end] = [Date.parse(status.held.held_at), Date.parse(status.held.ends_at)];
+    text($("countdown"), countdown((end - at) / 1000));
+    $("elapsed").value = Math.min(Math.max((at - start) / Math.max(end - start, 1), 0), 1);
+    $("now").classList.toggle("near", end - at < 0.1 * (end - start));
+  }
+  document.title = seen.lost ? "no answer · nullworker" : status.held ? `${$("countdown").textContent} · nullworker` : `${$("state").textContent} · nullworker`;
+  const rows = [...$("rows").children];
+  const recent = rows.slice(0, 8).map((row) => Date.parse(row.record.queued_at));
+  const step = STEPS.find((each) => 4000 * each >= at - Math.min(...recent)) ?? STEPS.at(-1);
+  if ($("axis").dataset.step !== String(step)) {
+    $("axis").dataset.step = step;
+    $("axis").replaceChildren(...[-4, -3, -2, -1, 0, 1].map((tick) => make("span", {}, tick ? `${tick < 0 ? "−" : "+"}${span(Math.abs(tick) * step)}` : "now")));
+  }
+  const place = (time) => Math.min(Math.max(80 + (20 * (time - at)) / (1000 * step), 0), 100);
+  for (const row of rows) drawBar(row, place, at);
+}
+
+function drawBar(row, place, at) {
+  const each = row.record, [wait, bar, rest] = row.querySelector(".lane").children;
+  const [queued, held, ends, ended] = [each.queued_at, each.held_at, each.ends_at, each.ended_at].map((time) => time && Date.parse(time));
+  const put = (node, from, to) => {
+    node.hidden = from === null || to === null || place(to) <= 0;
+    if (node.hidden) return;
+    node.style.left = `${place(from)}%`;
+    node.style.width = `${place(to) - place(from)}%`;
+  };
+  put(wait, queued, held ?? ended ?? at);
+  put(bar, held ?? ended, ended ?? at);
+  put(rest, each.state === "held" ? at : null, ends);
+  row.querySelector(".lane").classList.toggle("before", place(ended ?? at) <= 0);
+  const waited = ((held ?? ended ?? at) - queued) / 1000;
+  const parts = [waited >= 0.5 || !held ? `waited ${span(waited)}` : null, held ? `held ${span(((ended ?? at) - held) / 1000)}` : null, ended && clock(each.ended_at)];
+  text(row.querySelector(".took"), parts.filter(Boolean).join(" · "));
+}
+
+// -- acting: always on the reservation that the button names --------------------------------------------------------
+
+function announce(words) { text($("announce"), words); }
+
+function say(words, level = "good") {
+  $("outcome").dataset.level = level;
+  text($("outcome"), words);
+}
+
+async function act(path, body, words) {
+  try {
+    const { ok, json } = await ask(path, body);
+    if (ok && json.released !== false) say(words(json));
+    else say(`${body.reservation_id}: ${json.reason ?? json.error}`, "bad");
+  } catch {
+    say("The worker did not answer; whether it was done shows when it is back.", "bad");
+  }
+  lookSoon();
+}
+
+function askToRelease() {
+  const id = $("release").dataset.id;
+  text($("confirm-id"), id);
+  $("confirm-yes").dataset.id = id;
+  const waiting = seen.status.queue.length;
+  text($("confirm-text"), `Its caller gets the answer “released”, and the slot ${waiting ? "goes to the next in the queue" : "is free"}. This cannot be taken back.`);
+  $("confirm").showModal();
+}
+
+$("release").onclick = askToRelease;
+$("confirm-no").onclick = () => $("confirm").close();
+$("confirm-yes").onclick = async () => {
+  $("confirm").close();
+  const id = $("confirm-yes").dataset.id;
+  await act("release", { reservation_id: id }, () => `Released ${id}.`);
+  $("state").focus();
+};
+$("extend-form").onsubmit = (submit) => {
+  submit.preventDefault();
+  const id = $("extend").dataset.id;
+  act("extend", { reservation_id: id, seconds: Number($("extend-by").value) }, (json) => `${id} now ends ${clock(json.ends_at)}.`);
+};
+$("older").onclick = () => { seen.limit += ROWS; lookSoon(); };
+text($("zone"), Intl.DateTimeFormat().resolvedOptions().timeZone);
+setInterval(tick, 1000);
+setInterval(() => { if (source && !document.hidden) look().catch(lost); }, POLL_MS);
+document.onvisibilitychange = () => { if (source && !document.hidden) lookSoon(); };
+connect();

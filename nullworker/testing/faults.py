@@ -1,0 +1,88 @@
+"""Faults on demand: what the stand-in does wrong, for which call, how often. Left out: doing it, which is standin.py's.
+
+One rule: a fault says by itself whether the message counts as delivered; nobody else decides that.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Call = Literal["pubkey", "worker_status", "delete_requests", "route"]
+How = Literal["down", "slow", "late"] | int
+CALLS: tuple[Call, ...] = get_args(Call)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One way to fail, checked when it is made.
+
+    `how`: "down" drops the connection without an answer; "slow" accepts, and answers after `seconds`; "late" accepts,
+    and never answers; a number from 400 to 599 is answered as HTTP status. `times`: for the next n calls; None: until
+    cleared. Raises ValueError.
+    """
+
+    how: How
+    times: int | None = None
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        is_status = isinstance(self.how, int) and not isinstance(self.how, bool) and 400 <= self.how <= 599
+        if not is_status and self.how not in ("down", "slow", "late"):
+            raise ValueError(f"how must be 'down', 'slow', 'late' or a status from 400 to 599, not {self.how!r}")
+        if self.times is not None and self.times < 1:
+            raise ValueError(f"times must be 1 or more, not {self.times}")
+        if (self.how == "slow") != (self.seconds > 0):
+            raise ValueError("seconds goes with 'slow', and only with it")
+
+    @property
+    def accepts(self) -> bool:
+        """Whether the message is delivered all the same: it was taken in, and only the answer is late or lost."""
+        return self.how in ("slow", "late")
+
+
+@dataclass
+class Faults:
+    """The faults that are set, one at most for each call, each with how many calls it still has."""
+
+    active: dict[Call, Fault] = field(default_factory=dict)
+    _left: dict[Call, int | None] = field(default_factory=dict)
+
+    def put(self, call: Call, fault: Fault) -> None:
+        """Sets the fault of one call, in place of any it had. Raises ValueError for a call that does not exist."""
+        call_named(call)
+        self.active[call] = fault
+        self._left[call] = fault.times
+
+    def clear(self, call: Call | None = None) -> None:
+        """Takes back the fault of one call, or all of them. A call that is under way keeps its fate."""
+        for each in (call,) if call else CALLS:
+            self.active.pop(each, None)
+
+    def take(self, call: Call) -> Fault | None:
+        """The fate of the call that has just come in, counted off."""
+        fault = self.active.get(call)
+        left = self._left.get(call)
+        if fault is not None and left is not None:
+            self._left[call] = left - 1
+            if left == 1:
+                self.clear(call)
+        return fault
+
+
+def parse(body: object) -> tuple[Call, Fault]:
+    """The body of POST /faults: {"call", "how", "times"?, "seconds"?}. Raises ValueError with what is wrong with it."""
+    if not isinstance(body, Mapping) or not {"call", "how"} <= set(body) <= {"call", "how", "times", "seconds"}:
+        raise ValueError(
+            'a fault is {"call": name, "how": "down" | "slow" | "late" | status, "times"?: n, "seconds"?: s}'
+        )
+    times, seconds = body.get("times"), body.get("seconds", 0)
+    if not (times is None or type(times) is int) or type(seconds) not in (int, float):
+        raise ValueError("times is a whole number, seconds a number")
+    return call_named(str(body["call"])), Fault(body["how"], times, seconds)
+
+
+def call_named(name: str) -> Call:
+    """The call of that name. Raises ValueError for one that does not exist."""
+    if name not in CALLS:
+        raise ValueError(f"call must be one of {', '.join(CALLS)}, not {name!r}")
+    return name

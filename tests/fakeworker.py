@@ -1,0 +1,143 @@
+"""A worker of forty lines for testing the stand-in and the client: it holds, releases, refuses, streams, and reports.
+
+Left out: all that makes a worker right. One rule: tests await its queues, and never sleep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from itertools import count
+from types import TracebackType
+from typing import Any
+
+import aiohttp
+from aiohttp import web
+
+Json = dict[str, Any]
+
+
+class FakeWorker:
+    """Reports to `report_to` (None: to nobody) when it starts and at each change."""
+
+    def __init__(self, report_to: str | None = None, *, number: int = 1, streams: bool = True) -> None:
+        self.report_to, self.number, self.streams = report_to, number, streams
+        self.refusals: list[tuple[int, Json]] = []  # for the next claims
+        self.bodies: list[Json] = []  # of each POST to /reserve and /session/create
+        self.held: asyncio.Queue[str] = asyncio.Queue()  # reservation ids
+        self.ended: asyncio.Queue[tuple[str, str]] = asyncio.Queue()  # reservation id, status
+        self.pings: asyncio.Queue[str] = asyncio.Queue()
+        self.sessions: dict[str, Json] = {}  # id: auth_data
+        self.url = ""
+        self._ids = count(1)
+        self._working: dict[str, int] = {}  # reservation id: request_idx
+        self._released: dict[str, asyncio.Future[Json]] = {}
+
+    async def __aenter__(self) -> FakeWorker:
+        app = web.Application()
+        app.router.add_post("/reserve", self._reserve)
+        app.router.add_post("/session/create", self._create)
+        app.router.add_post("/session/end", self._end)
+        app.router.add_post("/ping", self._ping)
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        self._client = aiohttp.ClientSession()
+        await self.report()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._runner.cleanup()
+        await self._client.close()
+
+    async def report(self, **fields: Any) -> int | None:
+        """Sends a worker_status; the answer's status, or None when there was none."""
+        load = 100 * len(self._working)
+        status = {
+            "id": self.number,
+            "mtoken": "token",
+            "url": self.url,
+            "error_msg": "",
+            "max_perf": 100,
+            "cur_load": load,
+            "new_load": 0,
+            "rej_load": 0,
+            "cur_perf": 0,
+            "working_request_idxs": list(self._working.values()),
+        }
+        return await self._post("/worker_status/", {**status, **fields})
+
+    async def tell(self, *outcomes: Json) -> int | None:
+        """Sends a delete_requests; the answer's status, or None when there was none."""
+        body = {"worker_id": self.number, "mtoken": "token", "requests": outcomes}
+        return await self._post("/delete_requests/", body)
+
+    def release(self, known_as: str, **answer: Any) -> None:
+        self._released[known_as].set_result(answer)
+
+    async def _post(self, route: str, body: Json) -> int | None:
+        if self.report_to is None:
+            return None
+        try:
+            async with self._client.post(self.report_to + route, json=body) as response:
+                return response.status
+        except aiohttp.ServerDisconnectedError:
+            return None
+
+    async def _reserve(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        self.bodies.append(body)
+        if self.refusals:
+            code, refusal = self.refusals.pop(0)
+            return web.json_response(refusal, status=code)
+        payload, auth = body.get("payload", body), body.get("auth_data", {})
+        known_as = f"r{next(self._ids)}"
+        self._released[known_as] = asyncio.get_running_loop().create_future()
+        self._working[known_as] = auth.get("request_idx", 0)
+        status = "Cancelled"
+        try:
+            await self.report()
+            answer_to: web.StreamResponse | None = None
+            if payload.get("stream") and self.streams:
+                headers = {"Content-Type": "text/event-stream", "Nullworker-Reservation": known_as}
+                answer_to = web.StreamResponse(headers=headers)
+                await answer_to.prepare(request)
+                event = {"seq": 7, "kind": "held", "reservation_id": known_as}
+                await answer_to.write(f"id: 7\ndata: {json.dumps(event)}\n\n: keepalive\n\n".encode())
+            self.held.put_nowait(known_as)
+            answer = await self._released[known_as]
+            status = "Success"
+            if answer_to is None:
+                return web.json_response(answer)
+            await answer_to.write(f"data: {json.dumps(answer)}\n\n".encode() if answer else b"")
+            return answer_to
+        finally:
+            idx = self._working.pop(known_as)
+            self.ended.put_nowait((known_as, status))
+            if status == "Success":
+                await self.report()
+                await self.tell({"request_idx": idx, "success": True, "status": status})
+
+    async def _create(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.bodies.append(body)
+        known_as = f"s{next(self._ids)}"
+        self.sessions[known_as] = body["auth_data"]
+        return web.json_response({"session_id": known_as, "expiration": 0}, status=201)
+
+    async def _end(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if self.sessions.pop(body["session_id"], None) != body["session_auth"]:
+            return web.json_response({"error": "session not found"}, status=400)
+        self.ended.put_nowait((body["session_id"], "Success"))
+        return web.json_response({"ended": True, "removed_session": body["session_id"]})
+
+    async def _ping(self, request: web.Request) -> web.Response:
+        known_as = (await request.json())["session_id"]
+        self.pings.put_nowait(known_as)
+        if known_as not in self.sessions:
+            return web.json_response({"error": "invalid session"}, status=410)
+        return web.json_response({"result": {"ok": True}})
