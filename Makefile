@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+SEED ?= 1
+STEPS ?= 100000
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint simulate crash bench clean
 
@@ -15,6 +18,9 @@ demo: $(INSTALLED)  ## see it work: a stand-in autoscaler, a worker, a client, a
 
 test: $(INSTALLED)  ## run all tests
 	$(BIN)/python -m pytest
+
+simulate: $(INSTALLED)  ## play STEPS reservations from SEED on, with crashes and faults, in simulated time
+	$(BIN)/python tests/simulation.py --seed $(SEED) --steps $(STEPS)
 
 lint: $(INSTALLED)  ## ruff, mypy strict, import ranks
 	$(BIN)/ruff check .

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import hmac
 import signal
 from collections.abc import Coroutine
 from typing import Any, Final
@@ -18,6 +17,7 @@ import structlog
 from aiohttp import web
 
 from nullworker import __version__, logs
+from nullworker.alarm import Alarm
 from nullworker.autoscaler import STATUS_PATH, Identity, failed_start
 from nullworker.clock import SystemClock
 from nullworker.condition import Condition
@@ -28,15 +28,15 @@ from nullworker.http.control import Control, control_app
 from nullworker.http.external import External, external_app, session_end_app
 from nullworker.http.grants import Gate
 from nullworker.http.sessions import Sessions
-from nullworker.http.wire import make_app
+from nullworker.http.wire import make_app, same_secret
 from nullworker.link import Link
 from nullworker.log import EventLog, open_log
 from nullworker.metrics.exporter import Exporter, Readings
 from nullworker.metrics.reporter import OUTCOMES, STATUS, Reporter
 from nullworker.ports import listen, tls
-from nullworker.service import Commit, Observer, Service
+from nullworker.service import Observer, Service
 from nullworker.settings import Settings
-from nullworker.webhooks import Callbacks
+from nullworker.webhooks import Callbacks, HttpPost
 
 log = structlog.get_logger(__name__)
 
@@ -84,38 +84,6 @@ def identity(settings: Settings) -> Identity | None:
     return Identity(settings.container_id, settings.master_token, settings.own_url, settings.null_max_perf)
 
 
-class Alarm:
-    """Rings the service when time has brought something. An observer: each commit may move the next deadline."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._timer: asyncio.TimerHandle | None = None
-        self._due = float("inf")
-
-    def set(self, _: Commit | None = None) -> None:
-        """Ring at the next deadline; one that has moved away is found out when the bell rings for the old one."""
-        deadline = self._service.next_deadline()
-        if deadline is None or deadline >= self._due:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._due = deadline
-        delay = max(deadline - self._service.now(), 0.0)
-        self._timer = asyncio.get_running_loop().call_later(delay, self._ring)
-
-    def _ring(self) -> None:
-        self._due, self._timer = float("inf"), None
-        try:
-            self._service.tick()
-        finally:
-            self.set()
-
-    def stop(self) -> None:
-        """Ring no more."""
-        if self._timer is not None:
-            self._timer.cancel()
-
-
 class Worker:
     """One worker process."""
 
@@ -137,7 +105,10 @@ class Worker:
         )
         event_log.on_append = self.exporter.append.observe
         self.link = None if settings.standalone else Link(settings.report_addr)
-        self.callbacks = Callbacks(self.service, event_log, lambda result: self.exporter.callbacks.labels(result).inc())
+        self.post = HttpPost()
+        self.callbacks = Callbacks(
+            self.service, event_log, self.post, lambda result: self.exporter.callbacks.labels(result).inc()
+        )
         self.alarm = Alarm(self.service)
         self.health: HealthPoll | None = None
         self._runners: list[web.AppRunner] = []
@@ -161,9 +132,11 @@ class Worker:
         if self.reporter is not None:
             self.reporter.catch_up()
             observers.insert(0, self.reporter.observe)
+            self.service.condition.listeners.append(self.reporter.changed)
         else:
             self._owe_nothing()
         self.service.observers += observers
+        self.service.condition.listeners.append(self.alarm.set)  # a log that fails is a deadline too: to try it again
         self.service.restore()
         self.alarm.set()
         for app, sock, context in sites:
@@ -277,7 +250,7 @@ class Worker:
 
         def guard(request: web.Request) -> None:
             given = request.headers.get("Authorization", "")
-            if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            if token and not same_secret(given, f"Bearer {token}"):
                 raise Unauthorized("the token is not NULL_METRICS_TOKEN", reason="token")
 
         app = make_app("metrics", self.exporter, guard=guard)
@@ -285,13 +258,13 @@ class Worker:
         return app
 
     def _start_tasks(self) -> None:
-        settings, changed = self.settings, (self.reporter.changed if self.reporter else lambda: None)
+        settings = self.settings
         self._start("callbacks", self.callbacks.run())
-        self._start("probe", self._probe(changed))
+        self._start("probe", self._probe())
         if self.reporter is not None:
             self._start("reporter", self.reporter.run())
         if not settings.unsecured:
-            self._start("key", self._keep(self._gate.load_key(changed)))
+            self._start("key", self._keep(self._gate.load_key()))
         if settings.backend_health_url is not None:
             self.health = HealthPoll(
                 settings.backend_health_url,
@@ -300,7 +273,6 @@ class Worker:
                 timeout=settings.null_health_timeout,
                 failures=settings.null_health_failures,
                 cancel_held=settings.null_unhealthy_action == "cancel",
-                changed=changed,
             )
             self._start("health", self.health.run())
 
@@ -313,13 +285,9 @@ class Worker:
         await work
         await asyncio.Event().wait()
 
-    async def _probe(self, changed: Any) -> None:
+    async def _probe(self) -> None:
         while True:
-            before = self.service.condition.log
             self.service.probe()
-            self.alarm.set()
-            if self.service.condition.log != before:
-                changed()
             await asyncio.sleep(PROBE_SECONDS)
 
     def _told_to_stop(self, name: str) -> None:

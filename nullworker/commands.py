@@ -117,21 +117,15 @@ def extend(
 def wait(control: Control, *, timeout: float | None, as_json: bool) -> None:
     """Wait until a reservation is held, and show it. A restart of the worker meanwhile is waited for, too."""
     until = None if timeout is None else stopwatch() + timeout
-    answered = False
-    while True:
-        left = POLL_SECONDS if until is None else max(min(until - stopwatch(), POLL_SECONDS), 0.0)
+    held = control.ask("GET", "/reservation")  # a wrong address should not look like a long wait
+    while held is None:
+        left = POLL_SECONDS if until is None else min(until - stopwatch(), POLL_SECONDS)
+        if left <= 0:
+            raise NotDone(f"no reservation came within {timeout:g} s")
         try:
             held = control.ask("GET", f"/reservation?wait={left:g}", seconds=left + ANSWER_SECONDS)
         except NoWorker:
-            if not answered:  # a wrong address should not look like a long wait
-                raise
             time.sleep(RETRY_SECONDS)
-            held = None
-        answered = True
-        if held is not None:
-            break
-        if until is not None and stopwatch() >= until:
-            raise NotDone(f"no reservation came within {timeout:g} s")
     if as_json:
         click.echo(json.dumps(held))
     else:

@@ -29,6 +29,8 @@ from nullworker.log import open_for_reading
 
 #: Seconds between two looks at a log that is followed.
 LOOK_SECONDS: Final = 0.2
+#: Times are shown to the millisecond: the time of a row, as it was shown, must find that row.
+SHOWN_SECONDS: Final = 0.0005
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 #: Column, its width on the terminal, and its value in a row.
@@ -60,7 +62,7 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> float | N
     if age := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text):
         return SystemClock().now() - float(age[1]) * _UNITS[age[2]]
     try:
-        return from_iso(text)
+        return from_iso(text) - SHOWN_SECONDS
     except ValueError:
         raise click.BadParameter(f"{text!r} must be an age as 90s, 15m, 6h or 2d, or an ISO 8601 time") from None
 

@@ -5,7 +5,8 @@ The one rule: every part of the worker that can stand in the way writes its caus
 
 from __future__ import annotations
 
-from typing import Final, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Final, Literal, NamedTuple
 
 WorkerState = Literal["starting", "ready", "errored", "draining"]
 WORKER_STATES: Final[tuple[WorkerState, ...]] = ("starting", "ready", "errored", "draining")
@@ -27,14 +28,23 @@ class Condition:
         unhealthy: why the consumer, once healthy, is not any more.
         log: why the event log cannot be written.
         draining: why the worker stops.
+        listeners: called whenever a cause comes, goes or changes.
     """
 
     def __init__(self, *, key: str | None, starting: str | None) -> None:
+        self.listeners: list[Callable[[], None]] = []
         self.key = key
         self.starting = starting
         self.unhealthy: str | None = None
         self.log: str | None = None
         self.draining: str | None = None
+
+    def __setattr__(self, name: str, cause: Any) -> None:
+        changed = cause != getattr(self, name, cause)
+        super().__setattr__(name, cause)
+        if changed:
+            for listener in self.listeners:
+                listener()
 
     @property
     def refusal(self) -> str | None:

@@ -10,8 +10,8 @@ While the body runs, the reservation is extended in the background. When the bod
 by its id, with the result; when the body raises, with {"error": ...}. When the reservation ends first, because its
 caller hung up, its deadline came or the worker is gone, the body is cancelled and the loop goes on with the next one.
 
-It needs aiohttp alone. What it leaves out: the queue, and what goes over the wire (consumer_port.py). Each worker has one
-consumer: two would both be given the same reservation.
+It needs aiohttp alone. What it leaves out: the queue, and what goes over the wire (consumer_port.py). Each worker has
+one consumer: two would both be given the same reservation.
 
 The one rule: what belongs to a job, its acknowledgement too, stands inside the `async with`. The line after it is also
 reached when the body was cancelled; `reservation.gone_because` tells.
@@ -23,7 +23,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from datetime import datetime
 from types import TracebackType
 from typing import Any
@@ -53,7 +53,7 @@ async def reservations(
     cancel: bool = True,
     reason: str = "explicit",
     patience: float = PATIENCE_SECONDS,
-) -> AsyncIterator[Reservation]:
+) -> AsyncGenerator[Reservation, None]:
     """Every reservation of the worker on this machine, one after another, for ever; also after the worker's restart.
 
     Args:
@@ -230,8 +230,16 @@ class Reservation:
                 if self.seconds_left() <= self._hold / 2:
                     await self.extend(self._hold)
                 pause = min(pause, max(self.seconds_left() - self._hold / 2, self._hold / 20))
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(bell.wait(), pause)
+            await _rung(bell, pause)
+
+
+async def _rung(bell: asyncio.Event, seconds: float) -> None:
+    """Wait for it, but not for longer. Before Python 3.12 `asyncio.wait_for` loses a cancellation now and then."""
+    ring = asyncio.ensure_future(bell.wait())
+    try:
+        await asyncio.wait([ring], timeout=seconds)
+    finally:
+        ring.cancel()
 
 
 def _seconds(iso: str) -> float:

@@ -9,7 +9,6 @@ What it leaves out: what an errored worker does (condition.py, service.py).
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import aiohttp
 import structlog
@@ -35,7 +34,6 @@ class HealthPoll:
         timeout: float,
         failures: int,
         cancel_held: bool,
-        changed: Callable[[], None],
     ) -> None:
         self.last = "not asked yet"
         self._url = url
@@ -44,7 +42,6 @@ class HealthPoll:
         self._timeout = aiohttp.ClientTimeout(total=timeout)
         self._failures = failures
         self._cancel_held = cancel_held
-        self._changed = changed
         self._failed = 0
 
     async def run(self) -> None:
@@ -74,8 +71,6 @@ class HealthPoll:
                     log.error("consumer_unhealthy", url=self._url, why=trouble, failures=self._failed)
                     self._service.consumer_unhealthy(cause, cancel_held=self._cancel_held)
                 condition.unhealthy = cause
-        if (condition.starting, condition.unhealthy) != before:
-            self._changed()
 
     async def _look(self, http: aiohttp.ClientSession) -> str | None:
         try:

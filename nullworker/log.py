@@ -150,6 +150,10 @@ class EventLog:
             with contextlib.suppress(sqlite3.Error):
                 if self.conn.in_transaction:
                     self.conn.execute("ROLLBACK")
+            if _is_damage(error):
+                with contextlib.suppress(OSError):
+                    _suspicion(self.path).touch()
+                raise LogUnavailable(f"{self.path} is damaged: {error}; a restart sets it aside") from error
             raise LogUnavailable(f"{self.path} cannot be written: {error}") from error
 
 
@@ -203,6 +207,9 @@ def _open(path: Path, sync: str, lock: int) -> EventLog:
         conn.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
         conn.execute("PRAGMA recursive_triggers = ON")
         schema.migrate(conn)
+        if _suspicion(path).exists():
+            _examine(conn)
+            _suspicion(path).unlink()
         opened = EventLog(path, conn, lock)
         _rehearse(opened)
         return opened
@@ -219,6 +226,16 @@ def _rehearse(opened: EventLog) -> None:
             book.apply(event)
         except IllegalMove as error:
             raise LogDamaged(f"event {seq} does not follow from those before it: {error}") from error
+    live = {reservation.id: reservation.state for reservation in book.live()}
+    if live != dict(opened.conn.execute("SELECT reservation_id, state FROM live")):
+        raise LogDamaged("the table `live` does not say what the events say")
+
+
+def _examine(conn: sqlite3.Connection) -> None:
+    """Read the whole file. It takes as long as the file is large, so it is done only after a write has met damage."""
+    found = conn.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if found != "ok":
+        raise LogDamaged(found)
 
 
 def _check_version(path: Path, conn: sqlite3.Connection) -> None:
@@ -257,11 +274,17 @@ def _is_damage(error: sqlite3.Error) -> bool:
     )
 
 
+def _suspicion(path: Path) -> Path:
+    """A mark beside the log: a write has met damage that a start, which reads only what is open, may not see."""
+    return Path(f"{path}.suspect")
+
+
 def _set_aside(path: Path) -> Path:
     aside = Path(f"{path}.damaged-{wall_iso().replace(':', '')}-{os.getpid()}")
     for suffix in ("-wal", "-shm", ""):
         with contextlib.suppress(FileNotFoundError):
             os.rename(f"{path}{suffix}", f"{aside}{suffix}")
+    _suspicion(path).unlink(missing_ok=True)
     return aside
 
 

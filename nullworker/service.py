@@ -292,8 +292,8 @@ class Service:
             log.error(
                 "event_log_unavailable", error=str(error), message="new reservations are refused until it is back"
             )
-        self.condition.log = str(error)
         self._retry_at = self.now() + RETRY_SECONDS
+        self.condition.log = str(error)
 
     def _log_works(self) -> None:
         if self.condition.log is not None:

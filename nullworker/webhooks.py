@@ -10,15 +10,17 @@ What it leaves out: which routes are allowed (http/sessions.py).
 from __future__ import annotations
 
 import asyncio
+import functools
 import sqlite3
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
 
 import aiohttp
 import msgspec
 import structlog
 
 from nullworker import history
+from nullworker.bell import Bell
 from nullworker.errors import LogUnavailable
 from nullworker.fsm.table import ENDED
 from nullworker.log import EventLog
@@ -30,49 +32,81 @@ CALL_SECONDS: Final = 10.0
 GIVE_UP_SECONDS: Final = 86_400.0
 FIRST_PAUSE_SECONDS: Final = 1.0
 LONGEST_PAUSE_SECONDS: Final = 300.0
+#: Seconds between two tries to keep that a callback is done with.
+SETTLE_SECONDS: Final = 5.0
 #: Callbacks under way at once.
 AT_ONCE: Final = 8
 
 NAME: Final = "callbacks"
 
 
+Post = Callable[[str, dict[str, Any]], Awaitable["str | None"]]  # a route and a body; None, or why it failed
+
+
+class HttpPost:
+    """POSTs a callback, in CALL_SECONDS at most. Redirects are not followed."""
+
+    def __init__(self) -> None:
+        self._http: aiohttp.ClientSession | None = None
+
+    async def __call__(self, route: str, body: dict[str, Any]) -> str | None:
+        """None when the other side has taken it, else why not."""
+        if self._http is None:
+            self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CALL_SECONDS))
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with self._http.post(
+                route, data=msgspec.json.encode(body), headers=headers, allow_redirects=False
+            ) as answer:
+                return None if 200 <= answer.status < 300 else f"it answered {answer.status}"
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
+            return str(error) or type(error).__name__
+
+    async def close(self) -> None:
+        """Close its connections."""
+        if self._http is not None:
+            await self._http.close()
+
+
 class Callbacks:
     """Delivers what is owed. Add `observe` to the service's observers, then run `run`."""
 
-    def __init__(self, service: Service, event_log: EventLog, count: Callable[[str], None]) -> None:
+    def __init__(self, service: Service, event_log: EventLog, post: Post, count: Callable[[str], None]) -> None:
         self._service = service
         self._log = event_log
+        self._post = post
         self._count = count
-        self._bell = asyncio.Event()
-        self._bell.set()
+        self._bell = Bell()
+        self._bell.ring()
         self._at_once = asyncio.Semaphore(AT_ONCE)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._under_way: dict[int, asyncio.Task[None]] = {}
 
     def observe(self, commit: Commit) -> None:
         """An event was committed."""
         session = commit.reservation.terms.session
         if commit.event.kind in ENDED and session is not None and session.on_close_route is not None:
-            self._bell.set()
+            self._bell.ring()
 
     async def run(self) -> None:
         """Deliver for as long as the worker lives."""
         seen = 0
         try:
-            async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CALL_SECONDS)) as http:
-                while True:
-                    await self._bell.wait()
-                    self._bell.clear()
-                    for callback in self._owed(seen):
-                        seen = callback.seq
-                        task = asyncio.ensure_future(self._deliver(http, callback))
-                        self._tasks.add(task)
-                        task.add_done_callback(self._tasks.discard)
-                    if self._service.unwritten:  # an end that waits for the log is owed only when it is written
-                        await asyncio.sleep(FIRST_PAUSE_SECONDS)
-                        self._bell.set()
+            while True:
+                await self._bell.wait()
+                for callback in self._owed(seen):
+                    seen = callback.seq
+                    task = asyncio.ensure_future(self._deliver(callback))
+                    self._under_way[seen] = task
+                    task.add_done_callback(functools.partial(self._over, seen))
+                if self._service.unwritten:  # an end that waits for the log is owed only when it is written
+                    await asyncio.sleep(FIRST_PAUSE_SECONDS)
+                    self._bell.ring()
         finally:
-            for task in self._tasks:
+            for task in self._under_way.values():
                 task.cancel()
+
+    def _over(self, seq: int, _: asyncio.Task[None]) -> None:
+        self._under_way.pop(seq, None)
 
     def _owed(self, after: int) -> list[history.Callback]:
         try:
@@ -81,41 +115,34 @@ class Callbacks:
             log.error("callbacks_not_read", error=str(error), message="the event log cannot be read")
             return []
 
-    async def _deliver(self, http: aiohttp.ClientSession, callback: history.Callback) -> None:
+    async def _deliver(self, callback: history.Callback) -> None:
         pause = FIRST_PAUSE_SECONDS
         session_id = callback.body["session_id"]
         while True:
             async with self._at_once:
-                trouble = await self._post(http, callback)
+                trouble = await self._post(callback.route, callback.body)
             if trouble is None:
                 self._count("delivered")
-                self._settle(callback, "delivered", None)
+                await self._settle(callback, "delivered", None)
                 log.info("callback_delivered", reservation_id=session_id, seq=callback.seq)
                 return
             self._count("failed")
             if self._service.now() + pause - callback.ended_at > GIVE_UP_SECONDS:
                 self._count("given_up")
-                self._settle(callback, "given_up", trouble)
+                await self._settle(callback, "given_up", trouble)
                 log.error("callback_given_up", reservation_id=session_id, seq=callback.seq, why=trouble)
                 return
             log.warning("callback_failed", reservation_id=session_id, seq=callback.seq, why=trouble, again_in=pause)
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
 
-    async def _post(self, http: aiohttp.ClientSession, callback: history.Callback) -> str | None:
-        headers = {"Content-Type": "application/json"}
-        try:
-            async with http.post(
-                callback.route, data=msgspec.json.encode(callback.body), headers=headers, allow_redirects=False
-            ) as answer:
-                return None if 200 <= answer.status < 300 else f"it answered {answer.status}"
-        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
-            return str(error) or type(error).__name__
-
-    def _settle(self, callback: history.Callback, outcome: str, detail: str | None) -> None:
-        try:
-            self._log.settle(NAME, [callback.seq], self._service.now(), outcome, detail)
-        except LogUnavailable as error:
-            log.warning(
-                "callback_not_settled", seq=callback.seq, error=str(error), message="it is sent again at a restart"
-            )
+    async def _settle(self, callback: history.Callback, outcome: str, detail: str | None) -> None:
+        """Keep that it is done with, as soon as the log can be written; until then a restart would send it again."""
+        while True:
+            try:
+                self._log.settle(NAME, [callback.seq], self._service.now(), outcome, detail)
+            except LogUnavailable as error:
+                log.warning("callback_not_settled", seq=callback.seq, error=str(error), message="it is tried again")
+                await asyncio.sleep(SETTLE_SECONDS)
+            else:
+                return

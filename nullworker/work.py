@@ -53,7 +53,7 @@ class Work:
         self._failures = 0
         self._busy = False
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
-        self._guard = Guard()
+        self._guard: Guard
 
     def trouble(self) -> str | None:
         """For the health endpoint: why it should get no reservation now."""
@@ -71,6 +71,7 @@ class Work:
 
     async def run(self) -> None:
         """Work until told to stop."""
+        self._guard = Guard()
         serving = asyncio.ensure_future(self._serve())
         try:
             await _first_of(serving, self._stop.wait())

@@ -8,15 +8,58 @@ import os
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
+
+from nullworker.fsm.events import Ended, Event, Held, Queued, SessionTerms
+from nullworker.log import open_log
+from nullworker.testing import StandIn
 
 ROOT = Path(__file__).parent.parent
 #: Seconds after which a test stops waiting for something that should take far less.
 PATIENCE = 20.0
+
+
+class Answer(NamedTuple):
+    """An HTTP answer, read to its end. `body` is the JSON of a JSON answer, else the text."""
+
+    status: int
+    body: Any
+    headers: Mapping[str, str]
+
+
+def signed(vast: StandIn, url: str, payload: Any = None, *, session_id: str | None = None, **auth: Any) -> dict[str, Any]:
+    """The body of a signed POST, with a grant of the stand-in for the worker at url; `auth` goes over its fields."""
+    return {"auth_data": {**vast.grant(url), **auth}, "payload": payload or {}, "session_id": session_id}
+
+
+async def post(url: str, body: Any) -> Answer:
+    """POST JSON, over a connection of its own: one that is cancelled is a client that hangs up."""
+    async with aiohttp.ClientSession() as http, http.post(url, json=body) as answer:
+        is_json = answer.content_type == "application/json"
+        return Answer(answer.status, await (answer.json() if is_json else answer.text()), answer.headers)
+
+
+def secured(folder: Path, vast: StandIn, **env: Any) -> WorkerProcess:
+    """A worker that checks signatures and reports to the stand-in; it takes claims from its line `key_loaded` on."""
+    return WorkerProcess(folder, CONTAINER_ID="7", MASTER_TOKEN="master-secret", REPORT_ADDR=vast.url, **env)
+
+
+def leave_session(
+    db: Path, *, begun: float, ended: float | None = None, route: str | None = None, request_idx: int | None = None
+) -> None:
+    """A log with one session, `old`, of a minute in it, as a worker left it that has gone since. Epoch seconds."""
+    terms = SessionTerms(lifetime=60, auth_sha256="0" * 64, on_close_route=route)
+    queued = Queued(kind="session", duration_cap=60, give_up_at=begun + 30, session=terms, request_idx=request_idx)
+    events = [Event(begun, "old", "queued", None, queued), Event(begun, "old", "held", None, Held(begun + 60))]
+    if ended is not None:
+        events.append(Event(ended, "old", "expired", "duration_elapsed", Ended()))
+    log = open_log(db)
+    log.append(list(enumerate(events, 1)))
+    log.close()
 
 
 class WorkerProcess:
@@ -31,7 +74,7 @@ class WorkerProcess:
         self.lines: list[dict[str, Any]] = []
         self._command = (sys.executable, *module)
         # Nothing of the environment of the tests but what a process needs; the settings are the test's own.
-        self._env = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ} | {
+        self.env = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ} | {
             "PYTHONPATH": str(ROOT),
             "PYTHONWARNINGS": "error",
             "WORKER_PORT": "0",
@@ -58,7 +101,7 @@ class WorkerProcess:
         """Start it without waiting for it to be ready."""
         self.lines = []
         self.process = await asyncio.create_subprocess_exec(
-            *self._command, cwd=self.folder, env=self._env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+            *self._command, cwd=self.folder, env=self.env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
         )
         self._reader = asyncio.ensure_future(self._read())
 

@@ -6,7 +6,6 @@ same machine, or a host name rebound to 127.0.0.1, gets 403.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
@@ -16,11 +15,12 @@ from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
 from nullworker import history
+from nullworker.bell import Bell
 from nullworker.errors import Conflict, Forbidden, Invalid, NotFound
 from nullworker.fsm.table import STATES
 from nullworker.http.page import add_page
 from nullworker.http.stream import stream_events
-from nullworker.http.wire import Handler, decode, json_response, make_app, number, read_body, reservation_json
+from nullworker.http.wire import Handler, decode, json_response, make_app, number, read_body, reservation_json, unfit
 from nullworker.log import EventLog
 from nullworker.metrics.exporter import Exporter
 from nullworker.service import Commit, Service
@@ -63,8 +63,8 @@ class Control:
         asked = decode(body, ReleaseBody) if body.strip() else ReleaseBody()
         if asked.reason not in ("explicit", "consumer_exit"):
             raise Invalid("reason is wrong", reason="must be explicit or consumer_exit")
-        if asked.result is not UNSET and len(msgspec.json.encode(asked.result)) > MAX_RESULT_BYTES:
-            raise Invalid("result is too large", result=f"must be at most {MAX_RESULT_BYTES} bytes of JSON")
+        if asked.result is not UNSET and (why := unfit(asked.result, MAX_RESULT_BYTES)):
+            raise Invalid(f"result {why}", result=why)
         held = self._service.book.held
         if asked.reservation_id is not None and (held is None or held.id != asked.reservation_id):
             return self._not_held(asked.reservation_id)
@@ -164,17 +164,15 @@ class Control:
         return history.reservation(self._log.conn, reservation_id)
 
     async def _next_hold(self, seconds: float) -> None:
-        held = asyncio.Event()
+        bell = Bell()
 
         def observer(commit: Commit) -> None:
             if commit.event.kind == "held":
-                held.set()
+                bell.ring()
 
         self._service.observers.append(observer)
         try:
-            await asyncio.wait_for(held.wait(), seconds)
-        except asyncio.TimeoutError:
-            pass
+            await bell.wait(seconds)
         finally:
             self._service.observers.remove(observer)
 

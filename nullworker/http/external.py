@@ -8,7 +8,6 @@ The one rule: nothing of the control port can be reached here.
 from __future__ import annotations
 
 import asyncio
-import hmac
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -23,7 +22,15 @@ from nullworker.fsm.table import ENDED
 from nullworker.http.grants import Gate, Grant
 from nullworker.http.sessions import Sessions
 from nullworker.http.stream import stream_reservation
-from nullworker.http.wire import HELD, Counts, check_metadata, json_response, make_app, verdict_response
+from nullworker.http.wire import (
+    HELD,
+    Counts,
+    check_metadata,
+    json_response,
+    make_app,
+    same_secret,
+    verdict_response,
+)
 from nullworker.log import EventLog
 from nullworker.service import Service
 
@@ -69,7 +76,7 @@ class External:
     async def update(self, request: web.Request) -> web.Response:
         """Vast's rolling update: leave the mark for which the start script looks."""
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not self._token or not hmac.compare_digest(given.encode(), self._token.encode()):
+        if not self._token or not same_secret(given, self._token):
             raise Unauthorized("the token is not this worker's MASTER_TOKEN", reason="token")
         try:
             FORCE_UPDATE.touch()

@@ -41,7 +41,7 @@ class Auth(msgspec.Struct):
     cost: float | Number
     endpoint: str
     reqnum: int
-    request_idx: int
+    request_idx: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]  # SQLite gives back no larger one
     signature: str
     url: str
 
@@ -82,8 +82,15 @@ class Grant(msgspec.Struct):
 
 
 def fingerprint(auth: Any) -> str:
-    """SHA-256 of an auth_data, the same for the same JSON value whatever its spacing or order."""
-    return hashlib.sha256(json.dumps(auth, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    """SHA-256 of an auth_data, the same for the same JSON value whatever its spacing or order.
+
+    Raises:
+        Invalid: it nests too deep to be compared.
+    """
+    try:
+        return hashlib.sha256(json.dumps(auth, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    except RecursionError:
+        raise Invalid("the auth nests too deep") from None
 
 
 class Gate:
@@ -109,7 +116,7 @@ class Gate:
         self._fetched_at = -REFETCH_SECONDS
         self._refetch: asyncio.Task[None] | None = None
 
-    async def load_key(self, loaded: Callable[[], None]) -> None:
+    async def load_key(self) -> None:
         """Fetch the key, for as long as it takes."""
         assert self._link is not None
         pause = Pause()
@@ -119,7 +126,6 @@ class Gate:
             await asyncio.sleep(pause.failed())
         self._condition.key = None
         log.info("key_loaded")
-        loaded()
 
     async def open(self, request: web.Request) -> Grant:
         """Read a request and check its grant.
@@ -133,10 +139,11 @@ class Gate:
         try:
             envelope = msgspec.json.decode(body, type=Envelope)
             auth = msgspec.json.decode(envelope.auth_data, type=Auth)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            auth_sha256 = fingerprint(json.loads(bytes(envelope.auth_data)))
+        except (msgspec.MsgspecError, ValueError, RecursionError):
             raise explain(body, _Checked) from None
         await self.check(auth)
-        return Grant(auth, fingerprint(json.loads(bytes(envelope.auth_data))), envelope.payload, envelope.session_id)
+        return Grant(auth, auth_sha256, envelope.payload, envelope.session_id)
 
     async def check(self, auth: Auth) -> None:
         """Whether the autoscaler has signed this.

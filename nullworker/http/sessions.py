@@ -21,7 +21,16 @@ from nullworker.fsm.book import Claim, Reservation
 from nullworker.fsm.events import SessionTerms
 from nullworker.fsm.table import ENDED
 from nullworker.http.grants import Gate, fingerprint
-from nullworker.http.wire import RESERVATION_HEADER, check_metadata, decode, json_response, read_body, verdict_response
+from nullworker.http.wire import (
+    MAX_BODY_BYTES,
+    RESERVATION_HEADER,
+    check_metadata,
+    decode,
+    json_response,
+    read_body,
+    unfit,
+    verdict_response,
+)
 from nullworker.service import Service
 from nullworker.settings import is_absolute_http_url
 
@@ -58,6 +67,8 @@ class Sessions:
         payload = grant.read(CreatePayload)
         check_metadata(payload.metadata)
         self._check_route(payload.on_close_route)
+        if why := unfit(payload.on_close_payload, MAX_BODY_BYTES):
+            raise Invalid(f"on_close_payload {why}", payload={"on_close_payload": why})
         lifetime = 60.0 if payload.lifetime is None else payload.lifetime
         terms = SessionTerms(
             lifetime=lifetime,

@@ -8,7 +8,6 @@ The one rule: a stream reads the log and is only woken by commits, so that a slo
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -16,47 +15,23 @@ import msgspec
 from aiohttp import web
 
 from nullworker import history
+from nullworker.bell import Bell
 from nullworker.fsm.book import Reservation
 from nullworker.fsm.table import ENDED
 from nullworker.http.wire import RESERVATION_HEADER, verdict, verdict_response
 from nullworker.log import EventLog
-from nullworker.service import Commit, Service
+from nullworker.service import Service
 
 KEEPALIVE_SECONDS: Final = 15.0
 #: Events read from the log at once.
 BATCH: Final = 200
 
 
-class _Bell:
-    """Rung by commits, waited for by a stream."""
-
-    def __init__(self) -> None:
-        self._rung = asyncio.Event()
-
-    def ring(self, _: Commit | None = None) -> None:
-        self._rung.set()
-
-    async def wait(self, seconds: float | None = None) -> bool:
-        """Whether it was rung, in this time or before; it is silent again afterwards.
-
-        Not asyncio.wait_for: before Python 3.12 that loses a cancellation, so a hang-up, that comes with the result.
-        """
-        timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, self._rung.set)
-        try:
-            await self._rung.wait()
-        finally:
-            late = timer is not None and timer.when() <= asyncio.get_running_loop().time()
-            if timer is not None:
-                timer.cancel()
-        self._rung.clear()
-        return not late
-
-
 async def stream_reservation(
     request: web.Request, service: Service, event_log: EventLog, reservation: Reservation
 ) -> web.StreamResponse:
     """Answer once it is held: an event for each of its events, and as the last data what the plain call would get."""
-    bell = _Bell()
+    bell = Bell()
     service.watch(reservation.id, bell.ring)
     try:
         while reservation.state == "queued":
@@ -74,7 +49,7 @@ async def stream_reservation(
 
 async def stream_events(request: web.Request, service: Service, event_log: EventLog, after: int) -> web.StreamResponse:
     """Every event after a seq, and every one to come, until the reader goes."""
-    bell = _Bell()
+    bell = Bell()
     service.observers.append(bell.ring)
     try:
         response = await _begin(request)
@@ -95,7 +70,7 @@ async def _begin(request: web.Request, headers: dict[str, str] | None = None) ->
 async def _follow(
     response: web.StreamResponse,
     event_log: EventLog,
-    bell: _Bell,
+    bell: Bell,
     after: int,
     reservation_id: str | None,
     *,

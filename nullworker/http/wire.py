@@ -6,6 +6,7 @@ The one rule: every answer that is an error is JSON with `error`, made here and 
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import math
 import secrets
@@ -35,6 +36,8 @@ log = structlog.get_logger(__name__)
 
 MAX_BODY_BYTES: Final = 1024 * 1024
 MAX_METADATA_BYTES: Final = 4096
+#: Levels of objects and arrays in what is kept in the log.
+MAX_DEPTH: Final = 100
 #: Seconds in which a body must have arrived.
 BODY_SECONDS: Final = 10.0
 RESERVATION_HEADER: Final = "Nullworker-Reservation"
@@ -102,6 +105,8 @@ async def _answer(
         return json_response(body, LogUnavailable.status, {"Retry-After": str(RETRY_AFTER_SECONDS)})
     except web.HTTPException as error:
         return _http_error(request, error)
+    except web.RequestPayloadError as error:  # not compressed, or not in chunks, as its headers say
+        return json_response({"error": f"the body cannot be read: {' '.join(str(error).split())}"}, 400)
     except (asyncio.CancelledError, ConnectionResetError):
         raise
     except Exception:
@@ -167,14 +172,21 @@ def explain(body: bytes, shape: Any) -> Invalid:
     """Which fields of a body are wrong, each by its name, where the decoder stops at the first."""
     try:
         value = json.loads(body)  # the tolerant one: it can say which field is NaN
-    except (ValueError, RecursionError) as error:
+        wrong = _not_finite(value) or _wrong(value, shape)
+    except RecursionError:
+        return Invalid("the body nests too deep")
+    except ValueError as error:
         return Invalid(f"the body is not JSON: {error}")
-    wrong = _not_finite(value) or _wrong(value, shape)
     if isinstance(wrong, str):
         return Invalid(f"the body must be a JSON object: {wrong}")
     if not wrong:
-        return Invalid("the body is not JSON: it has text that is not UTF-8, or nests too deep")
+        return Invalid("the body is not JSON: it has text that is not Unicode, or nests too deep")
     return Invalid("some fields are missing or wrong: " + ", ".join(_names(wrong)), **wrong)
+
+
+def same_secret(given: str, ours: str) -> bool:
+    """Whether a header has our secret, in constant time; a header may hold any bytes (PEP 383)."""
+    return hmac.compare_digest(given.encode(errors="surrogateescape"), ours.encode())
 
 
 def check_metadata(metadata: dict[str, Any] | None) -> None:
@@ -183,9 +195,20 @@ def check_metadata(metadata: dict[str, Any] | None) -> None:
     Raises:
         Invalid: it is too large.
     """
-    if metadata is not None and len(msgspec.json.encode(metadata)) > MAX_METADATA_BYTES:
-        why = f"must be at most {MAX_METADATA_BYTES} bytes of JSON"
+    if why := unfit(metadata, MAX_METADATA_BYTES):
         raise Invalid(f"metadata {why}", payload={"metadata": why})
+
+
+def unfit(value: Any, most: int) -> str | None:
+    """Why a value cannot be kept in the log, if it cannot: too large, or so deep that a reader of it would fail."""
+    if _deeper(value, MAX_DEPTH):
+        return f"must nest at most {MAX_DEPTH} deep"
+    return f"must be at most {most} bytes of JSON" if len(msgspec.json.encode(value)) > most else None
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_deeper(each, levels - 1) for each in inner)
 
 
 def _wrong(value: Any, shape: Any) -> Any:
@@ -214,10 +237,15 @@ def _wrong(value: Any, shape: Any) -> Any:
 def _not_finite(value: Any) -> Any:
     """Where a value has a number that JSON cannot hold."""
     if isinstance(value, dict):
-        return {name: wrong for name, each in value.items() if (wrong := _not_finite(each))}
+        # a name may hold half a surrogate pair, which no answer can carry
+        return {_ascii(name): wrong for name, each in value.items() if (wrong := _not_finite(each))}
     if isinstance(value, list):
         return next((wrong for each in value if (wrong := _not_finite(each))), None)
     return "must be a finite number" if isinstance(value, float) and not math.isfinite(value) else None
+
+
+def _ascii(name: str) -> str:
+    return name.encode("ascii", "backslashreplace").decode()
 
 
 def _names(wrong: dict[str, Any], prefix: str = "") -> list[str]:

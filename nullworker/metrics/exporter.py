@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import prometheus_client
 from aiohttp import hdrs, web
@@ -140,12 +140,15 @@ class Exporter:
         self.reports.labels(call, result).inc()
 
 
-class _OneFamilyEach(CollectorRegistry):
+class _OneFamilyEach(Collector):
     """A registry's metrics, with `nullworker_reservations_total` as a family of its own name."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        super().__init__()
+    def __init__(self, registry: Any) -> None:
         self._registry = registry
+
+    def restricted_registry(self, names: Iterable[str]) -> _OneFamilyEach:
+        """Only some of them, as asked for by `?name[]=`."""
+        return _OneFamilyEach(self._registry.restricted_registry(names))
 
     def collect(self) -> Iterable[Metric]:
         """All metrics."""

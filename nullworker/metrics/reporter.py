@@ -21,6 +21,7 @@ import structlog
 
 from nullworker import history
 from nullworker.autoscaler import OUTCOMES_PATH, STATUS_PATH, Identity, Load, delete_requests, outcome_of, worker_status
+from nullworker.bell import Bell
 from nullworker.errors import LogUnavailable
 from nullworker.fsm.table import ENDED
 from nullworker.link import CALL_SECONDS, Delivery, Link, Pause
@@ -40,7 +41,7 @@ Count = Callable[[str, str], None]  # call, result
 
 
 class Reporter:
-    """Reports on one worker. Add `observe` to the service's observers, then run `run`.
+    """Reports on one worker. Add `observe` to the service's observers and `changed` to the condition's listeners.
 
     Attributes:
         backlog: outcomes that the autoscaler has not acknowledged.
@@ -58,9 +59,9 @@ class Reporter:
         self._started_at = service.now()
         self._loaded_after: float | None = None
         self._disk_gb = self._disk_reported_gb = _disk_gb()
-        self._changed = asyncio.Event()
-        self._urgent = asyncio.Event()
-        self._ended = asyncio.Event()
+        self._changed = Bell()
+        self._urgent = Bell()
+        self._ended = Bell()
         self._cursor = 0
 
     def catch_up(self) -> None:
@@ -73,7 +74,7 @@ class Reporter:
         self._cursor = self._log.cursor(OUTCOMES)
         self.backlog = history.count_finished(self._log.conn, after=self._cursor)
         if self.backlog:
-            self._ended.set()
+            self._ended.ring()
 
     def observe(self, commit: Commit) -> None:
         """An event was committed."""
@@ -85,13 +86,14 @@ class Reporter:
             at_once = reservation.held_at is None and reservation.ended_at == reservation.queued_at
             self._load.ended(outcome_of(reservation), at_once=at_once)
             self.backlog += 1
-            self._ended.set()
-        self._changed.set()
+            self._ended.ring()
+        self._changed.ring()
 
     def changed(self) -> None:
-        """The worker itself has changed: ready, an error. That is rare, and reported at once."""
-        self._changed.set()
-        self._urgent.set()
+        """The condition of the worker has changed; that it is ready is reported at once."""
+        self._changed.ring()
+        if self._loaded_after is None and self._service.condition.loaded:
+            self._urgent.ring()
 
     async def run(self) -> None:
         """Report for as long as the worker lives."""
@@ -109,12 +111,12 @@ class Reporter:
     async def _report_status(self) -> None:
         pause = Pause()
         while True:
-            self._changed.clear()
-            self._urgent.clear()
+            self._changed.silence()
+            self._urgent.silence()
             if await self._send_status(CALL_SECONDS) == "ok":
                 pause.worked()
-                await _wait(self._urgent, CHANGED_SECONDS)
-                await _wait(self._changed, IDLE_SECONDS - CHANGED_SECONDS)
+                await self._urgent.wait(CHANGED_SECONDS)
+                await self._changed.wait(IDLE_SECONDS - CHANGED_SECONDS)
             else:
                 await asyncio.sleep(pause.failed())
 
@@ -151,7 +153,6 @@ class Reporter:
         size = BATCH
         while True:
             await self._ended.wait()
-            self._ended.clear()
             owed = True
             while owed:
                 delivery, owed = await self._send_outcomes(size, CALL_SECONDS)
@@ -161,6 +162,8 @@ class Reporter:
                 pause.worked()
                 # one outcome that is refused must not take the others of its batch with it
                 size = 1 if delivery == "refused" else BATCH
+            if self._service.unwritten:  # an end that waits for the log is owed only when it is written
+                self._ended.ring()
             await asyncio.sleep(CHANGED_SECONDS)
 
     async def _send_outcomes(self, size: int, seconds: float) -> tuple[Delivery, bool]:
@@ -184,21 +187,26 @@ class Reporter:
         if delivery == "refused":
             if len(told) > 1:
                 return delivery, True
-            self._set_aside(told[0].seq)
+            if not self._set_aside(told[0].seq):
+                return "failed", True
         self._cursor = last
         self.backlog = max(self.backlog - len(batch), 0)
         self._move(OUTCOMES, last)
         return delivery, True
 
-    def _set_aside(self, seq: int) -> None:
+    def _set_aside(self, seq: int) -> bool:
+        """Keep what is refused for good, for people; False: it could not be kept, so it is sent again."""
+        try:
+            self._log.settle(OUTCOMES, [seq], self._service.now(), "refused", self._link.trouble)
+        except LogUnavailable:
+            return False
         log.error(
             "outcome_refused",
             seq=seq,
             why=self._link.trouble,
             message="the autoscaler refuses this outcome for good; it is kept in the table `settled`, the rest goes on",
         )
-        with _best_effort():
-            self._log.settle(OUTCOMES, [seq], self._service.now(), "refused", self._link.trouble)
+        return True
 
     def _move(self, name: str, seq: int) -> None:
         with _best_effort():
@@ -228,13 +236,6 @@ def _best_effort() -> Iterator[None]:
         yield
     except (LogUnavailable, sqlite3.Error) as error:
         log.warning("cursor_not_moved", error=str(error), message="what was delivered is sent again after a restart")
-
-
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    try:
-        await asyncio.wait_for(event.wait(), seconds)
-    except asyncio.TimeoutError:
-        pass
 
 
 def _disk_gb() -> float:
