@@ -2,37 +2,55 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
-
 SEED ?= 1
 STEPS ?= 100000
+KILLS ?= 300
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint simulate crash bench clean
+.PHONY: help install tools demo test lint oldest simulate crash bench clean
 
 help:  ## show this list
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
-demo: $(INSTALLED)  ## see it work: a stand-in autoscaler, a worker, a client, a consumer, and the log
+install: $(VENV)/.installed  ## make a virtual environment with everything in it
+
+demo: install  ## see it work: a fleet of workers on this machine, no account needed
 	$(BIN)/nullworker demo
 
-test: $(INSTALLED)  ## run all tests
+test: install tools  ## run all tests
 	$(BIN)/python -m pytest
 
-simulate: $(INSTALLED)  ## play STEPS reservations from SEED on, with crashes and faults, in simulated time
-	$(BIN)/python tests/simulation.py --seed $(SEED) --steps $(STEPS)
-
-lint: $(INSTALLED)  ## ruff, mypy strict, import ranks
+lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
 
-$(INSTALLED): pyproject.toml
+oldest: $(VENV)-3.10/.installed  ## run the core of the tests on Python 3.10, which Vast's template has
+	$(VENV)-3.10/bin/python -m pytest -m "not slow"
+
+simulate: install  ## play STEPS reservations from SEED on, with crashes and faults, in simulated time
+	$(BIN)/python tests/simulation.py --seed $(SEED) --steps $(STEPS)
+
+crash: install  ## kill a real worker KILLS times under load, and check that nothing is lost
+	$(BIN)/python bench/crash.py --kills $(KILLS)
+
+bench: install  ## compare speed and memory with a worker on the official SDK
+	$(BIN)/python -m bench
+
+tools:  # servers and programs that the tests start: Debian's packages
+	@.ci/tools
+
+$(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
 	touch $@
 
+$(VENV)-3.10/.installed: pyproject.toml $(VENV)/.installed
+	$$(.ci/find-python 3.10) -m venv $(VENV)-3.10
+	$(VENV)-3.10/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	$(VENV)-3.10/bin/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
+	touch $@
+
 clean:  ## remove what make has made
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(VENV)-3.10 .mypy_cache .ruff_cache .pytest_cache .hypothesis

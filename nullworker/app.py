@@ -10,10 +10,10 @@ import asyncio
 import contextlib
 import dataclasses
 import signal
+import socket
 from collections.abc import Coroutine
 from typing import Any, Final
 
-import structlog
 from aiohttp import web
 
 from nullworker import __version__, logs
@@ -31,14 +31,16 @@ from nullworker.http.sessions import Sessions
 from nullworker.http.wire import make_app, same_secret
 from nullworker.link import Link
 from nullworker.log import EventLog, open_log
+from nullworker.logs import get_log
 from nullworker.metrics.exporter import Exporter, Readings
+from nullworker.metrics.narrator import narrate
 from nullworker.metrics.reporter import OUTCOMES, STATUS, Reporter
 from nullworker.ports import listen, tls
 from nullworker.service import Observer, Service
 from nullworker.settings import Settings
 from nullworker.webhooks import Callbacks, HttpPost
 
-log = structlog.get_logger(__name__)
+log = get_log(__name__)
 
 #: Seconds for the last reports, and for open connections to be closed: both at once, within the 3 s that the contract
 #: gives to the stop beside NULL_DRAIN_SECONDS.
@@ -72,8 +74,10 @@ async def _tell_failed_start(settings: Settings, why: str) -> None:
     if me is None:
         return
     link = Link(settings.report_addr)
-    delivery = await link.post(STATUS_PATH, failed_start(me, why), seconds=STOP_SECONDS)
-    log.error("start_failed", why=why, autoscaler_told=delivery == "ok")
+    told = False
+    with contextlib.suppress(asyncio.TimeoutError):
+        told = await asyncio.wait_for(link.post(STATUS_PATH, failed_start(me, why)), STOP_SECONDS) == "ok"
+    log.error("start_failed", why=why, autoscaler_told=told)
     await link.close()
 
 
@@ -111,6 +115,7 @@ class Worker:
         )
         self.alarm = Alarm(self.service)
         self.health: HealthPoll | None = None
+        self._sockets: list[socket.socket] = []
         self._runners: list[web.AppRunner] = []
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -128,7 +133,7 @@ class Worker:
         me = identity(self.settings)  # with the port that was taken, when any free one was asked for
         if me is not None and self.link is not None:
             self.reporter = Reporter(me, self.service, self.log, self.link, self.exporter.count_report)
-        observers: list[Observer] = [self.exporter.observe, self.callbacks.observe, self.alarm.set, logs.narrate]
+        observers: list[Observer] = [self.exporter.observe, self.callbacks.observe, self.alarm.set, narrate]
         if self.reporter is not None:
             self.reporter.catch_up()
             observers.insert(0, self.reporter.observe)
@@ -170,7 +175,7 @@ class Worker:
         stop.cancel()
         for task in dead:
             error = None if task.cancelled() else task.exception()
-            log.critical("task_died", task=task.get_name(), error=repr(error), exc_info=error)
+            log.error("task_died", task=task.get_name(), error=repr(error))
         self.service.condition.unhealthy = f"a part of the worker has died: {dead[0].get_name()}"
         self.service.drain("a part of the worker has died")
         return 1
@@ -186,6 +191,8 @@ class Worker:
             *(runner.cleanup() for runner in self._runners),
             *([self.reporter.flush(STOP_SECONDS)] if self.reporter and self._runners else []),
         )
+        for sock in self._sockets:
+            sock.close()
         if self.link is None:
             self._owe_nothing()
         else:
@@ -200,8 +207,8 @@ class Worker:
     def _listen(self) -> list[tuple[web.Application, Any, Any]]:
         settings = self.settings
         context = tls() if settings.use_ssl else None
-        control_sock = listen(settings.null_control_port, host="127.0.0.1", variable="NULL_CONTROL_PORT")
-        external_sock = listen(settings.worker_port, host=None, variable="WORKER_PORT")
+        control_sock = self._take(settings.null_control_port, host="127.0.0.1", variable="NULL_CONTROL_PORT")
+        external_sock = self._take(settings.worker_port, host=None, variable="WORKER_PORT")
         self.settings = settings = dataclasses.replace(
             settings,
             worker_port=external_sock.getsockname()[1],
@@ -234,16 +241,20 @@ class Worker:
             ),
         ]
         try:
-            http_sock = listen(http_port, host="127.0.0.1", variable="WORKER_HTTP_PORT")
+            http_sock = self._take(http_port, host="127.0.0.1", variable="WORKER_HTTP_PORT")
             sites.append((session_end_app(sessions, self.exporter), http_sock, None))
         except (CannotStart, OverflowError) as error:
             if settings.worker_http_port is not None:
                 raise
             log.warning("session_end_port_taken", port=http_port, why=str(error), message="set WORKER_HTTP_PORT for it")
         if settings.null_metrics_host is not None and settings.null_metrics_port is not None:
-            sock = listen(settings.null_metrics_port, host=settings.null_metrics_host, variable="NULL_METRICS_PORT")
+            sock = self._take(settings.null_metrics_port, host=settings.null_metrics_host, variable="NULL_METRICS_PORT")
             sites.append((self._metrics_app(metrics), sock, None))
         return sites
+
+    def _take(self, port: int, *, host: str | None, variable: str) -> socket.socket:
+        self._sockets.append(listen(port, host=host, variable=variable))
+        return self._sockets[-1]
 
     def _metrics_app(self, metrics: Any) -> web.Application:
         token = self.settings.null_metrics_token

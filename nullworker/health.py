@@ -11,11 +11,11 @@ from __future__ import annotations
 import asyncio
 
 import aiohttp
-import structlog
 
+from nullworker.logs import get_log
 from nullworker.service import Service
 
-log = structlog.get_logger(__name__)
+log = get_log(__name__)
 
 
 class HealthPoll:

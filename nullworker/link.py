@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import aiohttp
 import msgspec
-import structlog
 
 from nullworker.autoscaler import KEY_PATH, PublicKey
+from nullworker.logs import get_log
 
-log = structlog.get_logger(__name__)
+log = get_log(__name__)
 
 #: Seconds that one call may take; the SDK's own figure (vastai 1.9.1, server/lib/metrics.py).
 CALL_SECONDS = 10.0

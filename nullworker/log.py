@@ -18,15 +18,14 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import structlog
-
 from nullworker import schema
 from nullworker.clock import Anchor, stopwatch, wall_iso
 from nullworker.errors import CannotStart, IllegalMove, LogDamaged, LogUnavailable
 from nullworker.fsm.book import Book, Limits
 from nullworker.fsm.events import Event, Row, from_row, to_row
+from nullworker.logs import get_log
 
-log = structlog.get_logger(__name__)
+log = get_log(__name__)
 
 #: Milliseconds that an append waits for a stranger's write lock. The whole worker waits with it, so it is short.
 BUSY_MILLISECONDS = 100

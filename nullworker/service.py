@@ -20,7 +20,6 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
-import structlog
 from msgspec import UNSET, UnsetType
 
 from nullworker.clock import Anchor, Clock
@@ -29,8 +28,9 @@ from nullworker.errors import LogUnavailable
 from nullworker.fsm.book import Book, Claim, Limits, Reservation
 from nullworker.fsm.events import Event
 from nullworker.fsm.table import ENDED
+from nullworker.logs import get_log
 
-log = structlog.get_logger(__name__)
+log = get_log(__name__)
 
 #: Seconds between two tries of a log that cannot be written.
 RETRY_SECONDS = 0.25

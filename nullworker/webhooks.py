@@ -17,16 +17,16 @@ from typing import Any, Final
 
 import aiohttp
 import msgspec
-import structlog
 
 from nullworker import history
 from nullworker.bell import Bell
 from nullworker.errors import LogUnavailable
 from nullworker.fsm.table import ENDED
 from nullworker.log import EventLog
+from nullworker.logs import get_log
 from nullworker.service import Commit, Service
 
-log = structlog.get_logger(__name__)
+log = get_log(__name__)
 
 CALL_SECONDS: Final = 10.0
 GIVE_UP_SECONDS: Final = 86_400.0

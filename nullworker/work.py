@@ -20,7 +20,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import click
-import structlog
 
 from nullworker import logs
 from nullworker.clock import stopwatch
@@ -28,8 +27,9 @@ from nullworker.consumer import PATIENCE_SECONDS, Reservation, health_endpoint, 
 from nullworker.control_client import Control, with_control
 from nullworker.errors import CannotStart
 from nullworker.group import Group, Guard
+from nullworker.logs import get_log
 
-log = structlog.get_logger(__name__)
+log = get_log(__name__)
 
 #: A command that fails within this many seconds has done no work.
 AT_ONCE_SECONDS = 2.0

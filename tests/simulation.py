@@ -20,7 +20,6 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-import structlog
 from simulated_world import Autoscaler, Disk, Owners, SimulatedClock, SimulatedLoop
 
 from nullworker.alarm import Alarm
@@ -387,7 +386,7 @@ class Simulation:
 
 def simulate(seed: int, steps: int) -> Counter[str]:
     """One history. Raises AssertionError when a promise is broken."""
-    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    logging.disable(logging.CRITICAL)
     loop = SimulatedLoop()
     memory = Path("/dev/shm")
     try:
@@ -395,7 +394,7 @@ def simulate(seed: int, steps: int) -> Counter[str]:
             return loop.run_until_complete(Simulation(seed, steps, Path(folder), loop).run())
     finally:
         loop.close()
-        structlog.reset_defaults()
+        logging.disable(logging.NOTSET)
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import msgspec
-import structlog
 from aiohttp import web
 from msgspec import Meta
 
@@ -32,9 +31,10 @@ from nullworker.http.wire import (
     verdict_response,
 )
 from nullworker.log import EventLog
+from nullworker.logs import get_log
 from nullworker.service import Service
 
-log = structlog.get_logger(__name__)
+log = get_log(__name__)
 
 #: Where Vast's start script looks for a wanted update (vastai 1.9.1, server/lib/backend.py, pyworker_update_handler).
 FORCE_UPDATE: Final = Path("/.force_update")

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Annotated, Any, Final
 
 import msgspec
-import structlog
 from aiohttp import web
 from msgspec import Meta
 
@@ -26,8 +25,9 @@ from nullworker.condition import Condition
 from nullworker.errors import Invalid, Unauthorized, Unavailable
 from nullworker.http.wire import T, decode, explain, read_body
 from nullworker.link import Link, Pause
+from nullworker.logs import get_log
 
-log = structlog.get_logger(__name__)
+log = get_log(__name__)
 
 #: Seconds between two fetches of the key that a failed signature asks for.
 REFETCH_SECONDS: Final = 60.0

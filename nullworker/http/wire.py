@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final, Protocol, TypeVar, get_args, get_type_hints
 
 import msgspec
-import structlog
 from aiohttp import web
 from msgspec import UNSET
 
@@ -31,8 +30,9 @@ from nullworker.errors import (
 )
 from nullworker.fsm.book import Reservation
 from nullworker.fsm.table import ending
+from nullworker.logs import get_log
 
-log = structlog.get_logger(__name__)
+log = get_log(__name__)
 
 MAX_BODY_BYTES: Final = 1024 * 1024
 MAX_METADATA_BYTES: Final = 4096

@@ -17,8 +17,6 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import structlog
-
 from nullworker import history
 from nullworker.autoscaler import OUTCOMES_PATH, STATUS_PATH, Identity, Load, delete_requests, outcome_of, worker_status
 from nullworker.bell import Bell
@@ -26,9 +24,10 @@ from nullworker.errors import LogUnavailable
 from nullworker.fsm.table import ENDED
 from nullworker.link import CALL_SECONDS, Delivery, Link, Pause
 from nullworker.log import EventLog
+from nullworker.logs import get_log
 from nullworker.service import Commit, Service
 
-log = structlog.get_logger(__name__)
+log = get_log(__name__)
 
 #: Seconds between two reports when something has changed, and when nothing has (vastai 1.9.1, server/lib/metrics.py).
 CHANGED_SECONDS, IDLE_SECONDS = 1.0, 10.0
@@ -102,7 +101,7 @@ class Reporter:
     async def flush(self, seconds: float) -> None:
         """The last reports, in `seconds` at most: the outcomes, then the status."""
         try:
-            await asyncio.wait_for(self._flush(seconds), seconds)
+            await asyncio.wait_for(self._flush(), seconds)
         except asyncio.TimeoutError:
             log.warning("last_reports_unsent", owed=self.backlog, message="they are in the log, for the next start")
 
@@ -213,15 +212,16 @@ class Reporter:
             if seq > self._log.cursor(name):
                 self._log.move_cursor(name, seq)
 
-    async def _flush(self, seconds: float) -> None:
+    async def _flush(self) -> None:
+        # calls of the usual length: one that ended together with the whole could swallow its cancellation
         owed = True
         size = BATCH
         while owed:
-            delivery, owed = await self._send_outcomes(size, seconds)
+            delivery, owed = await self._send_outcomes(size, CALL_SECONDS)
             size = 1 if delivery == "refused" else BATCH
             if delivery == "failed":
                 break
-        await self._send_status(seconds)
+        await self._send_status(CALL_SECONDS)
 
     def _finished_since(self, seq: int) -> Iterator[list[history.Finished]]:
         while batch := history.finished(self._log.conn, after=seq, limit=1000):

@@ -2,48 +2,42 @@
 // One rule: the worker is the truth. An event only means "look again", so nothing here can drift from the log.
 
 const ROWS = 12; // reservations at first, and with each "Show older"
-const WAITING_SHOWN = 5; // of the queue, those whose turn comes first
-const FEED = 100; // events kept in the feed
+const WAITING_SHOWN = 5, FEED = 100; // of the queue, those whose turn comes first; of the events, the newest
 const POLL_MS = 5000; // health and the autoscaler change without an event
 const PATIENCE_MS = 8000; // for one answer: behind it, a tunnel that has died without a word
 const RETRY_MS = [500, 1000, 2000, 4000]; // pauses between tries while there is no answer
 const STEPS = [15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 21600, 43200, 86400, 604800]; // of the axis, seconds
 
 const REASONS = {
-  explicit: "released by its consumer", session_end: "session closed by its owner",
-  consumer_exit: "its command has ended", duration_elapsed: "its time was over",
+  explicit: "released by its consumer", session_end: "session closed by its owner", consumer_exit: "its command has ended",
+  extend: "by its consumer", ping: "renewed by its owner", duration_elapsed: "its time was over",
   queue_timeout: "waited too long", queue_full: "the queue was full", busy: "the slot was taken",
   client_disconnect: "its caller hung up", not_ready: "the worker was not ready", errored: "the consumer was unhealthy",
   draining: "the worker was stopping", log_unavailable: "the log could not be written",
   consumer_unhealthy: "the consumer became unhealthy", worker_restart: "the worker was restarted",
-  extend: "by its consumer", ping: "renewed by its owner",
 };
 const ICON = { held: "#2f6fed", ready: "#1d9a58", starting: "#c98a12", draining: "#c98a12", errored: "#d63c32", lost: "#8a93a0" };
-
 const $ = (id) => document.getElementById(id);
-const seen = { status: null, list: [], skew: 0, limit: ROWS, lost: null, heldId: undefined, readyAt: 0 };
+const seen = { status: null, list: [], skew: 0, limit: ROWS, lost: null, heldId: undefined, turn: 0 };
 
 function make(tag, attributes = {}, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children.filter((child) => child !== null));
+  node.append(...children);
   return node;
 }
 
-function text(node, value) {
-  if (node.textContent !== value) node.textContent = value;
-}
+const text = (node, value) => { if (node.textContent !== value) node.textContent = value; };
+const announce = (words) => text($("announce"), words);
 
 // -- time ---------------------------------------------------------------------------------------------------------
-
 const now = () => Date.now() + seen.skew; // the worker's clock, in ms: the browser's may be wrong
 const clockFormat = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
 const dayFormat = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short" });
 
 function clock(iso) {
   const moment = new Date(iso);
-  const today = moment.toDateString() === new Date(now()).toDateString();
-  return (today ? "" : dayFormat.format(moment) + ", ") + clockFormat.format(moment);
+  return (moment.toDateString() === new Date(now()).toDateString() ? "" : dayFormat.format(moment) + ", ") + clockFormat.format(moment);
 }
 
 function span(seconds) {
@@ -58,12 +52,12 @@ function span(seconds) {
 
 function countdown(seconds) {
   const whole = Math.max(Math.ceil(seconds), 0);
-  const [hours, minutes, rest] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
-  const pad = (value) => String(value).padStart(2, "0");
-  return hours ? `${hours}:${pad(minutes)}:${pad(rest)}` : `${minutes}:${pad(rest)}`;
+  const [hours, minutes, rest] = [whole / 3600, (whole / 60) % 60, whole % 60].map((part) => String(Math.floor(part)).padStart(2, "0"));
+  return whole >= 3600 ? `${Number(hours)}:${minutes}:${rest}` : `${Number(minutes)}:${rest}`;
 }
 
 // -- asking -------------------------------------------------------------------------------------------------------
+let source = null, turns = 0, tries = 0, due = null, again = null;
 
 async function ask(path, body) {
   const init = { signal: AbortSignal.timeout(PATIENCE_MS), cache: "no-store" };
@@ -73,29 +67,24 @@ async function ask(path, body) {
 }
 
 async function look() {
+  const turn = ++turns;
   const { json: status, date } = await ask("status");
   const waiting = Math.min(status.queue.length, 200);
   const { json: found } = await ask(`reservations?limit=${seen.limit + waiting + 1}`);
+  if (turn < seen.turn) return; // a later look was answered first
   const held = status.held;
   const theirs = held ? Date.parse(held.held_at) + held.held_seconds * 1000 : Date.parse(date) + 500;
   if (held || Math.abs(theirs - now()) > 2000) seen.skew = theirs - Date.now(); // a Date header is to the second
-  Object.assign(seen, { status, list: found.reservations });
+  Object.assign(seen, { turn, status, list: found.reservations ?? seen.list });
   draw();
 }
 
-let source = null, tries = 0, due = null, again = null;
 
-function lookSoon() {
-  if (due === null) due = setTimeout(() => { due = null; look().catch(lost); }, 100);
-}
+const lookSoon = () => { due ??= setTimeout(() => { due = null; look().catch(lost); }, 100); };
 
 async function connect() {
   again = null;
-  try {
-    await look();
-  } catch (error) {
-    return lost(error);
-  }
+  try { await look(); } catch { return lost(); }
   $("events").replaceChildren();
   source?.close();
   source = new EventSource(`events?after=${Math.max(seen.status.log.last_seq - 40, 0)}`);
@@ -106,16 +95,14 @@ async function connect() {
 
 function found() {
   if (seen.lost) announce("The worker answers again.");
-  tries = 0;
-  seen.lost = null;
+  [seen.lost, tries] = [null, 0];
   draw();
 }
 
 function lost() {
   source?.close();
-  source = null;
   clearTimeout(due);
-  due = null;
+  source = due = null;
   if (!seen.lost) announce("The worker does not answer.");
   seen.lost ??= Date.now();
   again ??= setTimeout(connect, RETRY_MS[Math.min(tries++, RETRY_MS.length - 1)]);
@@ -123,11 +110,11 @@ function lost() {
 }
 
 // -- drawing ------------------------------------------------------------------------------------------------------
-
 function draw() {
   const { status } = seen;
-  $("link").dataset.link = seen.lost ? "lost" : source ? "live" : "connecting";
-  text($("link-text"), seen.lost ? "no answer" : source ? "live" : "connecting");
+  const link = seen.lost ? "lost" : source?.readyState === EventSource.OPEN ? "live" : "connecting";
+  $("link").dataset.link = link;
+  text($("link-text"), link === "lost" ? "no answer" : link);
   $("banner").hidden = !seen.lost;
   if (seen.lost) text($("banner"), `The worker has not answered since ${clock(seen.lost)}. This page tries again by itself; what you see is from before.`);
   document.body.classList.toggle("stale", Boolean(seen.lost));
@@ -160,17 +147,15 @@ function drawHeld({ state, held, queue, ...status }) {
     }
     facts($("facts"), { waited: span(held.queued_seconds), request: held.request_idx, metadata: held.metadata && JSON.stringify(held.metadata) });
   }
-  if (seen.heldId !== undefined && seen.heldId !== (held?.id ?? null)) {
-    announce(held ? `Reservation ${held.id} is held until ${clock(held.ends_at)}.` : "Nothing is held any more.");
-  }
-  seen.heldId = held?.id ?? null;
+  const id = held?.id ?? null;
+  if (![undefined, id].includes(seen.heldId)) announce(held ? `Reservation ${id} is held until ${clock(held.ends_at)}.` : "Nothing is held any more.");
+  seen.heldId = id;
 }
 
 function facts(list, values) {
   const shown = Object.entries(values).filter(([, value]) => value !== null && value !== undefined);
-  const key = JSON.stringify(shown);
-  if (list.dataset.key === key) return;
-  list.dataset.key = key;
+  if (list.dataset.key === JSON.stringify(shown)) return;
+  list.dataset.key = JSON.stringify(shown);
   list.replaceChildren(...shown.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, String(value)))));
 }
 
@@ -189,9 +174,9 @@ function drawChecks({ state, queue, consumer, autoscaler, log }) {
   const list = $("checks");
   if (!list.children.length) list.append(...checks.map(() => make("li", {}, make("span", { class: "mark", "aria-hidden": "true" }), make("h3"), make("strong"), make("p"))));
   checks.forEach(([name, level, word, why], index) => {
-    const [, title, state, reason] = list.children[index].children;
+    const [, ...nodes] = list.children[index].children;
     list.children[index].dataset.level = level;
-    [[title, name], [state, word], [reason, why]].forEach(([node, value]) => text(node, value));
+    [name, word, why].forEach((value, part) => text(nodes[part], value));
   });
 }
 
@@ -207,8 +192,7 @@ function drawRows() {
     fillRow(row, each);
   });
   for (const row of old.values()) row.remove();
-  $("none").hidden = shown.length > 0;
-  $("axis").hidden = shown.length === 0;
+  $("none").hidden = !($("axis").hidden = shown.length === 0);
   $("older").hidden = rest.length <= seen.limit;
 }
 
@@ -225,8 +209,8 @@ function fillRow(row, each) {
   const [chip, , , story] = row.querySelector("summary").children;
   text(chip, each.state);
   text(story.firstChild, [each.kind === "session" ? "session" : null, REASONS[each.reason] ?? each.reason ?? `since ${clock(each.held_at ?? each.queued_at)}`].filter(Boolean).join(" · "));
-  const json = (value) => value === null ? null : JSON.stringify(value, null, 1);
-  facts(row.querySelector("dl"), { ...each, id: null, state: null, metadata: json(each.metadata), result: json(each.result) });
+  const [metadata, result] = [each.metadata, each.result].map((value) => value && JSON.stringify(value, null, 1));
+  facts(row.querySelector("dl"), { ...each, id: null, state: null, metadata, result });
 }
 
 function feed(event) {
@@ -248,8 +232,8 @@ function tick() {
   }
   document.title = seen.lost ? "no answer · nullworker" : status.held ? `${$("countdown").textContent} · nullworker` : `${$("state").textContent} · nullworker`;
   const rows = [...$("rows").children];
-  const recent = rows.slice(0, 8).map((row) => Date.parse(row.record.queued_at));
-  const step = STEPS.find((each) => 4000 * each >= at - Math.min(...recent)) ?? STEPS.at(-1);
+  const oldest = Math.min(...rows.slice(0, 8).map((row) => Date.parse(row.record.queued_at)));
+  const step = STEPS.find((each) => 4000 * each >= at - oldest) ?? STEPS.at(-1);
   if ($("axis").dataset.step !== String(step)) {
     $("axis").dataset.step = step;
     $("axis").replaceChildren(...[-4, -3, -2, -1, 0, 1].map((tick) => make("span", {}, tick ? `${tick < 0 ? "−" : "+"}${span(Math.abs(tick) * step)}` : "now")));
@@ -263,9 +247,7 @@ function drawBar(row, place, at) {
   const [queued, held, ends, ended] = [each.queued_at, each.held_at, each.ends_at, each.ended_at].map((time) => time && Date.parse(time));
   const put = (node, from, to) => {
     node.hidden = from === null || to === null || place(to) <= 0;
-    if (node.hidden) return;
-    node.style.left = `${place(from)}%`;
-    node.style.width = `${place(to) - place(from)}%`;
+    if (!node.hidden) Object.assign(node.style, { left: `${place(from)}%`, width: `${place(to) - place(from)}%` });
   };
   put(wait, queued, held ?? ended ?? at);
   put(bar, held ?? ended, ended ?? at);
@@ -277,13 +259,7 @@ function drawBar(row, place, at) {
 }
 
 // -- acting: always on the reservation that the button names --------------------------------------------------------
-
-function announce(words) { text($("announce"), words); }
-
-function say(words, level = "good") {
-  $("outcome").dataset.level = level;
-  text($("outcome"), words);
-}
+const say = (words, level = "good") => { $("outcome").dataset.level = level; text($("outcome"), words); };
 
 async function act(path, body, words) {
   try {
@@ -296,31 +272,29 @@ async function act(path, body, words) {
   lookSoon();
 }
 
-function askToRelease() {
-  const id = $("release").dataset.id;
-  text($("confirm-id"), id);
-  $("confirm-yes").dataset.id = id;
-  const waiting = seen.status.queue.length;
-  text($("confirm-text"), `Its caller gets the answer “released”, and the slot ${waiting ? "goes to the next in the queue" : "is free"}. This cannot be taken back.`);
+$("release").onclick = () => {
+  const next = seen.status.queue.length ? "goes to the next in the queue" : "is free";
+  $("confirm-yes").dataset.id = $("release").dataset.id;
+  text($("confirm-id"), $("release").dataset.id);
+  text($("confirm-text"), `Its caller gets the answer “released”, and the slot ${next}. This cannot be taken back.`);
   $("confirm").showModal();
-}
-
-$("release").onclick = askToRelease;
+};
 $("confirm-no").onclick = () => $("confirm").close();
 $("confirm-yes").onclick = async () => {
+  const { id } = $("confirm-yes").dataset;
   $("confirm").close();
-  const id = $("confirm-yes").dataset.id;
   await act("release", { reservation_id: id }, () => `Released ${id}.`);
   $("state").focus();
 };
 $("extend-form").onsubmit = (submit) => {
   submit.preventDefault();
-  const id = $("extend").dataset.id;
+  const { id } = $("extend").dataset;
   act("extend", { reservation_id: id, seconds: Number($("extend-by").value) }, (json) => `${id} now ends ${clock(json.ends_at)}.`);
 };
 $("older").onclick = () => { seen.limit += ROWS; lookSoon(); };
 text($("zone"), Intl.DateTimeFormat().resolvedOptions().timeZone);
+const lookAgain = () => { if (source && !document.hidden) lookSoon(); };
 setInterval(tick, 1000);
-setInterval(() => { if (source && !document.hidden) look().catch(lost); }, POLL_MS);
-document.onvisibilitychange = () => { if (source && !document.hidden) lookSoon(); };
+setInterval(lookAgain, POLL_MS);
+document.onvisibilitychange = lookAgain;
 connect();

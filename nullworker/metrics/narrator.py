@@ -1,0 +1,27 @@
+"""Tells committed events as log lines, with the words of the event log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nullworker.fsm.table import ENDED
+from nullworker.logs import get_log
+from nullworker.service import Commit
+
+log = get_log("nullworker")
+
+
+def narrate(commit: Commit) -> None:
+    """An observer: one line for each event."""
+    event, reservation = commit.event, commit.reservation
+    fields: dict[str, Any] = {"reservation_id": event.reservation_id, "seq": commit.seq}
+    if event.reason is not None:
+        fields["reason"] = event.reason
+    if event.kind == "queued":
+        fields["request_idx"] = reservation.terms.request_idx
+        fields["claim"] = reservation.terms.kind
+    elif event.kind == "held":
+        fields["queued_seconds"] = round(event.at - reservation.queued_at, 3)
+    elif event.kind in ENDED and reservation.held_at is not None:
+        fields["held_seconds"] = round(event.at - reservation.held_at, 3)
+    log.info(f"reservation_{event.kind}", **fields)
