@@ -11,6 +11,7 @@ The one rule: a command that is refused has changed nothing.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -61,7 +62,9 @@ class Book:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.held: Reservation | None = None
-        self.queue: dict[str, Reservation] = {}  # in the order of arrival
+        # In the order of arrival. A dict would keep the order too, but finds its first key by walking past all the
+        # removed ones: with a long queue each hand-over would cost as much as the queue was long.
+        self.queue: OrderedDict[str, Reservation] = OrderedDict()
 
     # -- what is there -------------------------------------------------------------------------------------------
 

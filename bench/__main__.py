@@ -1,0 +1,193 @@
+"""Compares this worker with one on the official SDK and with bare aiohttp: paired, alternating, one machine, one run.
+
+    python -m bench [--rounds 5] [--only cycles,...]
+
+Prints medians and spread, ratios first. docs/performance.md says how to read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Awaitable, Callable
+from importlib.metadata import version
+from pathlib import Path
+
+from bench.peers import Peer
+from nullworker.testing import StandIn
+
+Figures = dict[str, float]
+Measure = Callable[[str, StandIn, Path], Awaitable[Figures]]
+
+CYCLES, QUEUED, FORGED = 400, 1000, 1500
+
+
+async def cycles(name: str, vast: StandIn, folder: Path) -> Figures:
+    """Start, then one client and one consumer, one after the other."""
+    async with Peer(name, vast, folder) as peer:
+        figures = {
+            "spawn -> port open, s": peer.seconds_to_port,
+            "spawn -> ready reported, s": peer.seconds_to_ready,
+            "memory when ready, MB": peer.memory(),
+        }
+        body = peer.body()
+        latencies: list[float] = []
+
+        async def cycle() -> None:
+            waiting = asyncio.ensure_future(peer.reserve(body))
+            while not await peer.release():
+                pass
+            released = time.perf_counter()
+            assert await waiting == 200
+            latencies.append(time.perf_counter() - released)
+
+        for _ in range(50):
+            await cycle()
+        latencies.clear()
+        cpu, started = peer.cpu(), time.perf_counter()
+        for _ in range(CYCLES):
+            await cycle()
+        seconds = time.perf_counter() - started
+        figures["reserve -> release cycles, /s"] = CYCLES / seconds
+        figures["worker CPU per cycle, ms"] = (peer.cpu() - cpu) / CYCLES * 1e3
+        figures["release -> answer, p50, ms"], figures["release -> answer, p99, ms"] = await answers(peer)
+        return figures
+
+
+async def answers(peer: Peer) -> tuple[float, float]:
+    """From the moment in which the consumer asks for the release to the caller's answer."""
+    body, seen = peer.body(), []
+    for _ in range(CYCLES):
+        waiting = asyncio.ensure_future(peer.reserve(body))
+        await asyncio.sleep(0.003)  # it is held by now
+        asked = time.perf_counter()
+        answered = asyncio.get_running_loop().create_future()
+        waiting.add_done_callback(lambda _, done=answered: done.set_result(time.perf_counter()))
+        while not await peer.release():
+            asked = time.perf_counter()
+        seen.append((await answered - asked) * 1e3)
+    return statistics.median(seen), statistics.quantiles(seen, n=100)[98]
+
+
+async def queue(name: str, vast: StandIn, folder: Path, queued: int = QUEUED) -> Figures:
+    """Many wait; each release hands the slot on."""
+    async with Peer(name, vast, folder) as peer:
+        before = peer.memory()
+        waiting = [asyncio.ensure_future(peer.reserve(peer.body(number))) for number in range(1, queued + 1)]
+        while len(peer.stats.net_connections()) < queued:
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(1.0)  # all are read and queued
+        memory = (peer.memory() - before) / queued * 1e3
+        started, released = time.perf_counter(), 0
+        while released < queued:
+            released += await peer.release()
+        await asyncio.gather(*waiting)
+        seconds = (time.perf_counter() - started) / queued * 1e3
+    if queued == QUEUED:
+        return {f"memory per queued, {queued} queued, kB": memory, f"hand-over with {queued} queued, ms": seconds}
+    return {f"hand-over with {queued} queued, ms": seconds}
+
+
+async def long_queue(name: str, vast: StandIn, folder: Path) -> Figures:
+    """Ten times as many."""
+    return await queue(name, vast, folder, 10 * QUEUED) if name == "nullworker" else {}
+
+
+async def forged(name: str, vast: StandIn, folder: Path) -> Figures:
+    """Requests with a signature that is nobody's, from eight connections."""
+    if name == "floor":
+        return {}
+    async with Peer(name, vast, folder) as peer:
+        body = peer.body()
+        signature = body["auth_data"]["signature"]
+        body["auth_data"]["signature"] = ("B" if signature[0] == "A" else "A") + signature[1:]
+
+        async def refused(count: int) -> None:
+            for _ in range(count):
+                assert await peer.reserve(body) == 401
+
+        await refused(20)
+        started = time.perf_counter()
+        await asyncio.gather(*(refused(FORGED // 8) for _ in range(8)))
+        return {"forged requests refused, /s": FORGED / (time.perf_counter() - started)}
+
+
+async def command(name: str, vast: StandIn, folder: Path) -> Figures:
+    """`nullworker release` as a whole process, and Python's own start."""
+    if name != "nullworker":
+        return {}
+    async with Peer(name, vast, folder) as peer:
+        figures = {}
+        for label, words in (
+            ("`nullworker release`, ms", ["-m", "nullworker", "release", "--control-url", peer.control]),
+            ("Python's own start, ms", ["-c", "pass"]),
+        ):
+            started = time.perf_counter()
+            process = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=asyncio.subprocess.DEVNULL)
+            await process.wait()
+            figures[label] = (time.perf_counter() - started) * 1e3
+        return figures
+
+
+MEASURES: dict[str, Measure] = {
+    "cycles": cycles,
+    "queue": queue,
+    "long_queue": long_queue,
+    "forged": forged,
+    "command": command,
+}
+
+
+async def run(rounds: int, names: list[str]) -> dict[str, dict[str, list[float]]]:
+    """All figures of all rounds: figure, peer, values."""
+    table: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    peers = ["nullworker", "SDK", "floor"]
+    async with StandIn() as vast:
+        for number in range(rounds):
+            for measure in names:
+                for peer in peers[number % 3 :] + peers[: number % 3]:
+                    print(f"round {number + 1}/{rounds}: {measure}, {peer:<12}", end="\r", file=sys.stderr, flush=True)
+                    with tempfile.TemporaryDirectory() as folder:
+                        for figure, value in (await MEASURES[measure](peer, vast, Path(folder))).items():
+                            table[figure][peer].append(value)
+    print(" " * 60, end="\r", file=sys.stderr)
+    return table
+
+
+def show(table: dict[str, dict[str, list[float]]]) -> None:
+    """A markdown table: the ratio to the SDK and to the floor, then medians with the least and the most."""
+    print(
+        f"{platform.machine()}, Python {platform.python_version()}, aiohttp {version('aiohttp')}, vastai {version('vastai')}"
+    )
+    print()
+    print("| figure | x SDK | x floor | nullworker | SDK | floor |")
+    print("|---|---|---|---|---|---|")
+    for figure, peers in table.items():
+        middle = {peer: statistics.median(values) for peer, values in peers.items()}
+        ours = middle["nullworker"]
+        ratios = [f"{ours / middle[peer]:.2f}" if middle.get(peer, 0) > 0 else "" for peer in ("SDK", "floor")]
+        cells = [
+            f"{middle[peer]:.3g} ({min(peers[peer]):.3g} - {max(peers[peer]):.3g})" if middle.get(peer, 0) > 0 else ""
+            for peer in ("nullworker", "SDK", "floor")
+        ]
+        print("| " + " | ".join([figure, *ratios, *cells]) + " |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", default=",".join(MEASURES), help="of " + ", ".join(MEASURES))
+    options = parser.parse_args()
+    show(asyncio.run(run(options.rounds, options.only.split(","))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Worker processes to be compared, started alike: this project's, the SDK's, and the floor."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+from nullworker.testing import StandIn
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = {
+    "nullworker": ["-m", "nullworker", "serve"],
+    "SDK": [str(ROOT / "bench" / "sdk_worker.py")],
+    "floor": [str(ROOT / "bench" / "floor.py")],
+}
+
+
+class Peer:
+    """One running worker. `seconds_to_port` and `seconds_to_ready` are counted from its start."""
+
+    def __init__(self, name: str, vast: StandIn, folder: Path, **env: str) -> None:
+        self.name = name
+        self.vast = vast
+        self.folder = folder
+        self.env = env
+        self.seconds_to_port = self.seconds_to_ready = float("nan")
+
+    async def __aenter__(self) -> Peer:
+        self.port, self.control_port = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.control = f"http://127.0.0.1:{self.control_port}"
+        env = {
+            **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+            "PYTHONPATH": str(ROOT),
+            "CONTAINER_ID": str(self.port),
+            "MASTER_TOKEN": "token",
+            "REPORT_ADDR": self.vast.url,
+            "PUBLIC_IPADDR": "127.0.0.1",
+            "WORKER_PORT": str(self.port),
+            f"VAST_TCP_PORT_{self.port}": str(self.port),
+            "WORKER_HTTP_PORT": str(free_port()),
+            "NULL_CONTROL_PORT": str(self.control_port),
+            "NULL_EVENT_LOG": str(self.folder / "log.db"),
+            "NULL_MAX_QUEUE_SECONDS": "3600",
+            "NULL_MAX_QUEUED": "20000",
+            "UNSECURED": "false",
+            "USE_SSL": "false",
+            **self.env,
+        }
+        with (self.folder / f"{self.name}.err").open("wb") as errors:
+            started = time.perf_counter()
+            self.process = await asyncio.create_subprocess_exec(
+                sys.executable, *COMMANDS[self.name], cwd=self.folder, env=env, stdout=errors, stderr=errors
+            )
+        self.stats = psutil.Process(self.process.pid)
+        while not await _answers(self.port):
+            if self.process.returncode is not None:
+                raise RuntimeError(f"{self.name} has died: {(self.folder / f'{self.name}.err').read_text()[-800:]}")
+        self.seconds_to_port = time.perf_counter() - started
+        if self.name != "floor":
+            ready = lambda: any(s["id"] == self.port and s["max_perf"] > 0 for s in self.vast.statuses)  # noqa: E731
+            await self.vast.wait_for(ready, timeout=30)
+            self.seconds_to_ready = time.perf_counter() - started
+        self.http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.http.close()
+        self.process.kill()
+        await self.process.wait()
+
+    def body(self, number: int = 1) -> dict[str, Any]:
+        """A signed request."""
+        return {
+            "auth_data": self.vast.grant(self.url, request_idx=number, reqnum=number),
+            "payload": {"duration": 3600},
+        }
+
+    async def reserve(self, body: dict[str, Any]) -> int:
+        """Hold a reservation until it is released. The status."""
+        async with self.http.post(self.url + "/reserve", json=body) as answer:
+            await answer.read()
+            return answer.status
+
+    async def release(self) -> bool:
+        """Whether one was released."""
+        async with self.http.post(self.control + "/release") as answer:
+            return bool((await answer.json())["released"])
+
+    def memory(self) -> float:
+        """Resident MB."""
+        return float(self.stats.memory_info().rss) / 1e6
+
+    def cpu(self) -> float:
+        """Seconds of CPU so far."""
+        times = self.stats.cpu_times()
+        return float(times.user + times.system)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+async def _answers(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        await asyncio.sleep(0.001)
+        return False
+    writer.close()
+    return True
