@@ -31,7 +31,9 @@ class Answer(NamedTuple):
     headers: Mapping[str, str]
 
 
-def signed(vast: StandIn, url: str, payload: Any = None, *, session_id: str | None = None, **auth: Any) -> dict[str, Any]:
+def signed(
+    vast: StandIn, url: str, payload: Any = None, *, session_id: str | None = None, **auth: Any
+) -> dict[str, Any]:
     """The body of a signed POST, with a grant of the stand-in for the worker at url; `auth` goes over its fields."""
     return {"auth_data": {**vast.grant(url), **auth}, "payload": payload or {}, "session_id": session_id}
 
@@ -101,7 +103,11 @@ class WorkerProcess:
         """Start it without waiting for it to be ready."""
         self.lines = []
         self.process = await asyncio.create_subprocess_exec(
-            *self._command, cwd=self.folder, env=self.env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+            *self._command,
+            cwd=self.folder,
+            env=self.env,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
         )
         self._reader = asyncio.ensure_future(self._read())
 
