@@ -18,6 +18,10 @@ from nullworker.service import Service
 log = get_log(__name__)
 
 
+#: Seconds between two looks at most, until the first success.
+FIRST_LOOKS_SECONDS = 1.0
+
+
 class HealthPoll:
     """Polls one URL.
 
@@ -49,7 +53,9 @@ class HealthPoll:
         async with aiohttp.ClientSession(timeout=self._timeout) as http:
             while True:
                 self.saw(await self._look(http))
-                await asyncio.sleep(self._interval)
+                # a worker that waits for its consumer costs money and does nothing: the first success is looked for
+                starting = self._service.condition.starting is not None
+                await asyncio.sleep(min(self._interval, FIRST_LOOKS_SECONDS) if starting else self._interval)
 
     def saw(self, trouble: str | None) -> None:
         """One look: None when all is well, else what was wrong."""

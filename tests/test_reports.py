@@ -211,3 +211,15 @@ async def test_nobody_without_a_grant_is_ever_told_of(worker: WorkerProcess, vas
     assert vast.outcomes_of(999) == []
     assert not [status for status in vast.statuses if status["rej_load"] or 999 in status["working_request_idxs"]]
     assert vast.totals() == (100, 0, 100)
+
+
+async def test_a_stop_waits_for_the_call_that_is_under_way_so_that_it_arrives_once(
+    worker: WorkerProcess, vast: StandIn
+) -> None:
+    vast.fail("delete_requests", "slow", seconds=0.5)
+    claim = await reserve(worker, vast)
+    await worker.release()
+    assert await claim.outcome() == "Success"
+    assert await worker.terminate() == 0
+    assert len(vast.outcomes_of(claim.idx)) == 1
+    assert vast.totals().cur_perf == 100

@@ -58,6 +58,7 @@ class Reporter:
         self._started_at = service.now()
         self._loaded_after: float | None = None
         self._disk_gb = self._disk_reported_gb = _disk_gb()
+        self._one_status, self._one_batch = asyncio.Lock(), asyncio.Lock()  # one call under way, so in order
         self._changed = Bell()
         self._urgent = Bell()
         self._ended = Bell()
@@ -99,7 +100,10 @@ class Reporter:
         await asyncio.gather(self._report_status(), self._report_outcomes())
 
     async def flush(self, seconds: float) -> None:
-        """The last reports, in `seconds` at most: the outcomes, then the status."""
+        """The last reports, in `seconds` at most: the outcomes, then the status.
+
+        Call it while `run` runs: a call that is under way is waited for and not cut off, else it would arrive twice.
+        """
         try:
             await asyncio.wait_for(self._flush(), seconds)
         except asyncio.TimeoutError:
@@ -120,6 +124,10 @@ class Reporter:
                 await asyncio.sleep(pause.failed())
 
     async def _send_status(self, seconds: float) -> Delivery:
+        async with self._one_status:
+            return await self._send_status_now(seconds)
+
+    async def _send_status_now(self, seconds: float) -> Delivery:
         condition, sent, seq = self._service.condition, self._load.copy(), self._service.seq
         if self._loaded_after is None and condition.loaded:
             self._loaded_after = self._service.now() - self._started_at
@@ -167,6 +175,10 @@ class Reporter:
 
     async def _send_outcomes(self, size: int, seconds: float) -> tuple[Delivery, bool]:
         """Send a batch. Returns how that went, and whether more is owed."""
+        async with self._one_batch:
+            return await self._send_outcomes_now(size, seconds)
+
+    async def _send_outcomes_now(self, size: int, seconds: float) -> tuple[Delivery, bool]:
         try:
             batch = history.finished(self._log.conn, after=self._cursor, limit=size)
         except sqlite3.Error as error:
