@@ -7,6 +7,7 @@ same machine, or a host name rebound to 127.0.0.1, gets 403.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
@@ -20,7 +21,17 @@ from nullworker.errors import Conflict, Forbidden, Invalid, NotFound
 from nullworker.fsm.table import STATES
 from nullworker.http.page import add_page
 from nullworker.http.stream import stream_events
-from nullworker.http.wire import Handler, decode, json_response, make_app, number, read_body, reservation_json, unfit
+from nullworker.http.wire import (
+    HELD,
+    Handler,
+    decode,
+    json_response,
+    make_app,
+    number,
+    read_body,
+    reservation_json,
+    unfit,
+)
 from nullworker.log import EventLog
 from nullworker.metrics.exporter import Exporter
 from nullworker.service import Commit, Service
@@ -28,6 +39,8 @@ from nullworker.service import Commit, Service
 MAX_RESULT_BYTES: Final = 64 * 1024
 MAX_WAIT_SECONDS: Final = 60.0
 MAX_PAGE: Final = 1000
+#: Both ports, for tools: OpenAPI 3.1. Read once, so that it describes the worker that runs.
+OPENAPI: Final = Path(__file__).with_name("openapi.json").read_bytes()
 _LOCAL_NAMES: Final = frozenset(("127.0.0.1", "localhost", "::1"))
 
 Status = Callable[[], dict[str, Any]]
@@ -99,6 +112,7 @@ class Control:
         wait = number(request, "wait", 0.0, MAX_WAIT_SECONDS)
         held = self._service.book.held
         if held is None and wait > 0:
+            request[HELD] = True
             await self._next_hold(wait)
             held = self._service.book.held
         if held is None:
@@ -182,6 +196,11 @@ async def health(request: web.Request) -> web.Response:
     return json_response({"status": "ok"})
 
 
+async def openapi(request: web.Request) -> web.Response:
+    """What can be asked of this worker, for tools."""
+    return web.Response(body=OPENAPI, content_type="application/json", headers={"Cache-Control": "no-cache"})
+
+
 def local_only(request: web.Request) -> None:
     """Refuse what a browser may have been tricked into sending.
 
@@ -206,6 +225,7 @@ def control_app(control: Control, exporter: Exporter, metrics: Handler, *, stub_
     app.router.add_get("/status", control.status)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/events", control.events)
+    app.router.add_get("/openapi.json", openapi)
     add_page(app)
     if stub_health:
         app.router.add_get("/health", health)

@@ -18,7 +18,7 @@ from nullworker import history
 from nullworker.bell import Bell
 from nullworker.fsm.book import Reservation
 from nullworker.fsm.table import ENDED
-from nullworker.http.wire import RESERVATION_HEADER, verdict, verdict_response
+from nullworker.http.wire import HELD, RESERVATION_HEADER, verdict, verdict_response
 from nullworker.log import EventLog
 from nullworker.service import Service
 
@@ -62,6 +62,7 @@ async def stream_events(request: web.Request, service: Service, event_log: Event
 async def _begin(request: web.Request, headers: dict[str, str] | None = None) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
     response.content_type = "text/event-stream"
+    request[HELD] = True
     await response.prepare(request)
     await response.write(b": open\n\n")
     return response

@@ -34,7 +34,6 @@ const announce = (words) => text($("announce"), words);
 const now = () => Date.now() + seen.skew; // the worker's clock, in ms: the browser's may be wrong
 const clockFormat = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
 const dayFormat = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short" });
-
 function clock(iso) {
   const moment = new Date(iso);
   return (moment.toDateString() === new Date(now()).toDateString() ? "" : dayFormat.format(moment) + ", ") + clockFormat.format(moment);
@@ -85,8 +84,8 @@ const lookSoon = () => { due ??= setTimeout(() => { due = null; look().catch(los
 async function connect() {
   again = null;
   try { await look(); } catch { return lost(); }
-  $("events").replaceChildren();
   source?.close();
+  $("events").replaceChildren();
   source = new EventSource(`events?after=${Math.max(seen.status.log.last_seq - 40, 0)}`);
   source.onopen = found;
   source.onerror = lost;
@@ -273,10 +272,11 @@ async function act(path, body, words) {
 }
 
 $("release").onclick = () => {
+  const told = seen.status.held?.kind === "session" ? "The session is closed" : "Its caller gets the answer “released”";
   const next = seen.status.queue.length ? "goes to the next in the queue" : "is free";
   $("confirm-yes").dataset.id = $("release").dataset.id;
   text($("confirm-id"), $("release").dataset.id);
-  text($("confirm-text"), `Its caller gets the answer “released”, and the slot ${next}. This cannot be taken back.`);
+  text($("confirm-text"), `${told}, and the slot ${next}. This cannot be taken back.`);
   $("confirm").showModal();
 };
 $("confirm-no").onclick = () => $("confirm").close();
