@@ -22,7 +22,7 @@ from nullworker import schema
 from nullworker.clock import Anchor, stopwatch, wall_iso
 from nullworker.errors import CannotStart, IllegalMove, LogDamaged, LogUnavailable
 from nullworker.fsm.book import Book, Limits
-from nullworker.fsm.events import Event, Row, from_row, to_row
+from nullworker.fsm.events import Event, from_row, to_row
 from nullworker.logs import get_log
 
 log = get_log(__name__)
@@ -73,7 +73,7 @@ class EventLog:
             " WHERE reservation_id IN (SELECT reservation_id FROM live) ORDER BY seq"
         ).fetchall()
         for seq, *row in rows:
-            yield seq, from_row(_row(row))
+            yield seq, from_row(tuple(row))
 
     def cursor(self, name: str) -> int:
         """The last event that a reader is done with; 0 for a new reader."""
@@ -99,6 +99,22 @@ class EventLog:
         """
         rows = [(name, seq, at, outcome, detail) for seq in seqs]
         self._write("INSERT OR IGNORE INTO settled VALUES (?, ?, ?, ?, ?)", rows)
+
+    def prune(self, reservation_ids: Iterable[str]) -> None:
+        """Remove reservations, each with all its events; the database refuses one that is not done with.
+
+        Raises:
+            LogUnavailable: nothing is removed.
+        """
+        self._write("INSERT INTO pruning VALUES (?)", ((each,) for each in reservation_ids))
+
+    def give_back(self, pages: int) -> None:
+        """Give free pages back to the disk, so many at most; 0 is all.
+
+        Raises:
+            sqlite3.Error: they stay, for new events.
+        """
+        self.conn.executescript(f"PRAGMA incremental_vacuum({pages})")  # execute() would give back one page only
 
     def anchor(self) -> Anchor | None:
         """The clock's anchor, if something is live that was timed by it."""
@@ -130,7 +146,11 @@ class EventLog:
 
     def size(self) -> int:
         """Bytes on disk, the write-ahead log included."""
-        return sum(_size(Path(f"{self.path}{suffix}")) for suffix in ("", "-wal"))
+        total = 0
+        for suffix in ("", "-wal"):
+            with contextlib.suppress(OSError):
+                total += os.stat(f"{self.path}{suffix}").st_size
+        return total
 
     def close(self) -> None:
         """Close the file and give the lock back. A second call does nothing."""
@@ -140,7 +160,7 @@ class EventLog:
             os.close(self._lock)
             self._lock = None
 
-    def _write(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
+    def _write(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
         try:
             self.conn.execute("BEGIN IMMEDIATE")
             self.conn.executemany(statement, rows)
@@ -156,8 +176,8 @@ class EventLog:
             raise LogUnavailable(f"{self.path} cannot be written: {error}") from error
 
 
-def open_log(path: Path, *, sync: str = "full") -> EventLog:
-    """Open the log for writing, make it if there is none, set a damaged one aside.
+def open_log(path: Path, *, sync: str = "full", mend: bool = True) -> EventLog:
+    """Open the log for writing, make it if there is none; with `mend`, set a damaged one aside.
 
     Raises:
         CannotStart: another worker has it, it is of a newer version or another program, or the folder is not writable.
@@ -174,6 +194,8 @@ def open_log(path: Path, *, sync: str = "full") -> EventLog:
         except (LogDamaged, sqlite3.DatabaseError) as error:
             if isinstance(error, sqlite3.OperationalError) and not _is_damage(error):
                 raise CannotStart(f"the event log {path} cannot be opened: {error}") from error
+            if not mend:
+                raise CannotStart(f"{path} is damaged: {error}; the next start of its worker sets it aside") from error
             aside = _set_aside(path)
             log.error("event_log_damaged", path=str(path), set_aside=str(aside), error=str(error))
             return _open(path, sync, lock)
@@ -190,7 +212,7 @@ def open_for_reading(path: Path) -> EventLog:
     """
     try:
         conn = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=5)
-        _check_version(path, conn)
+        schema.check_version(path, conn)
         return EventLog(path, conn, None)
     except sqlite3.Error as error:
         raise CannotStart(f"there is no event log to read at {path}: {error}") from error
@@ -200,7 +222,9 @@ def _open(path: Path, sync: str, lock: int) -> EventLog:
     os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
     conn = sqlite3.connect(path, isolation_level=None, timeout=BUSY_MILLISECONDS / 1000, cached_statements=64)
     try:
-        _check_version(path, conn)
+        schema.check_version(path, conn)
+        if conn.execute("PRAGMA page_count").fetchone() == (0,):
+            conn.execute("PRAGMA auto_vacuum = INCREMENTAL")  # what is pruned can be given back
         conn.execute("PRAGMA journal_mode = WAL")
         conn.execute(f"PRAGMA synchronous = {sync}")
         conn.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
@@ -235,19 +259,6 @@ def _examine(conn: sqlite3.Connection) -> None:
     found = conn.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if found != "ok":
         raise LogDamaged(found)
-
-
-def _check_version(path: Path, conn: sqlite3.Connection) -> None:
-    version = conn.execute("PRAGMA user_version").fetchone()[0]
-    owner = conn.execute("PRAGMA application_id").fetchone()[0]
-    empty = conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
-    if owner != schema.APPLICATION_ID and not empty:
-        raise CannotStart(f"{path} is a database of another program; set NULL_EVENT_LOG to another file")
-    if version > schema.VERSION:
-        raise CannotStart(
-            f"{path} was written by a newer nullworker (log version {version}, this one knows {schema.VERSION}); "
-            "update nullworker, or set NULL_EVENT_LOG to another file"
-        )
 
 
 def _take_lock(path: Path) -> int:
@@ -285,14 +296,3 @@ def _set_aside(path: Path) -> Path:
             os.rename(f"{path}{suffix}", f"{aside}{suffix}")
     _suspicion(path).unlink(missing_ok=True)
     return aside
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
-def _row(values: Sequence[object]) -> Row:
-    return tuple(values)  # type: ignore[return-value]  # the columns of the SELECT, checked by from_row

@@ -4,6 +4,9 @@ The database itself refuses to change or remove an event, to end a reservation t
 whatever writes to it: this worker, a second one, or somebody's sqlite3 shell. INSERT OR REPLACE walks around
 triggers for UPDATE and DELETE, so an insert must come after the last event.
 
+What is removed is removed as a whole reservation, by naming it in `pruning`, and only when nobody needs it any more:
+that is the view `done_with`. A DELETE fails for whoever tries it.
+
 `live` is derived by triggers from `events`, so that a start reads what is open and not the whole history.
 Times are stored as epoch seconds and shown by the views as ISO 8601 UTC with milliseconds.
 
@@ -13,7 +16,10 @@ The one rule: a released migration never changes; a new shape is a new migration
 from __future__ import annotations
 
 import sqlite3
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
+
+from nullworker.errors import CannotStart
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
@@ -48,6 +54,7 @@ CREATE TABLE callbacks (
 CREATE TRIGGER events_are_not_changed BEFORE UPDATE ON events
 BEGIN SELECT RAISE(ABORT, 'events are append-only: no UPDATE'); END;
 CREATE TRIGGER events_are_not_removed BEFORE DELETE ON events
+WHEN NOT EXISTS (SELECT 1 FROM pruning WHERE reservation_id = OLD.reservation_id)
 BEGIN SELECT RAISE(ABORT, 'events are append-only: no DELETE'); END;
 CREATE TRIGGER events_come_after_the_last BEFORE INSERT ON events
 WHEN NEW.seq <= (SELECT max(seq) FROM events)
@@ -65,7 +72,8 @@ CREATE TRIGGER live_held AFTER INSERT ON events WHEN NEW.kind = 'held'
 BEGIN UPDATE live SET state = 'held' WHERE reservation_id = NEW.reservation_id; END;
 CREATE TRIGGER live_ended AFTER INSERT ON events WHEN NEW.kind IN ('released', 'expired', 'cancelled')
 BEGIN
-    INSERT INTO callbacks SELECT NEW.seq FROM live WHERE reservation_id = NEW.reservation_id AND callback;
+    INSERT INTO callbacks
+        SELECT NEW.seq FROM live WHERE reservation_id = NEW.reservation_id AND callback AND state = 'held';
     DELETE FROM live WHERE reservation_id = NEW.reservation_id;
 END;
 
@@ -87,6 +95,28 @@ CREATE TABLE meta (
     name TEXT PRIMARY KEY,
     value TEXT NOT NULL
 ) STRICT;
+
+CREATE VIEW done_with AS
+SELECT seq, at, reservation_id
+  FROM events
+ WHERE kind IN ('released', 'expired', 'cancelled')
+   AND seq < (SELECT max(seq) FROM events)
+   AND seq <= (SELECT min(seq) FROM cursors WHERE name IN ('worker_status', 'delete_requests') HAVING count(*) = 2)
+   AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = events.seq);
+CREATE TABLE pruning (
+    reservation_id TEXT PRIMARY KEY  -- to name one here removes it, whole; so the table is always empty
+) STRICT;
+CREATE TRIGGER pruning_only_what_is_done_with BEFORE INSERT ON pruning
+WHEN NOT EXISTS (SELECT 1 FROM done_with WHERE reservation_id = NEW.reservation_id)
+BEGIN SELECT RAISE(ABORT, 'only a reservation that has ended, and of which all have heard, can be pruned'); END;
+CREATE TRIGGER pruned AFTER INSERT ON pruning
+BEGIN
+    DELETE FROM settled
+     WHERE name IN ('callbacks', 'delete_requests')
+       AND seq IN (SELECT seq FROM events WHERE reservation_id = NEW.reservation_id);
+    DELETE FROM events WHERE reservation_id = NEW.reservation_id;
+    DELETE FROM pruning WHERE reservation_id = NEW.reservation_id;
+END;
 """
 
 
@@ -148,6 +178,25 @@ SELECT day,
  GROUP BY day
  ORDER BY day
 """
+
+
+def check_version(path: Path, conn: sqlite3.Connection) -> None:
+    """Whether this code may use a file.
+
+    Raises:
+        CannotStart: it is of another program, or of a newer version of this one.
+        sqlite3.Error: it cannot be read.
+    """
+    version = conn.execute("PRAGMA user_version").fetchone()[0]
+    owner = conn.execute("PRAGMA application_id").fetchone()[0]
+    empty = conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
+    if owner != APPLICATION_ID and not empty:
+        raise CannotStart(f"{path} is a database of another program; set NULL_EVENT_LOG to another file")
+    if version > VERSION:
+        raise CannotStart(
+            f"{path} was written by a newer nullworker (log version {version}, this one knows {VERSION}); "
+            "update nullworker, or set NULL_EVENT_LOG to another file"
+        )
 
 
 def migrate(conn: sqlite3.Connection) -> None:

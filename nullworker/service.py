@@ -130,10 +130,7 @@ class Service:
         Raises:
             LogUnavailable: the log cannot be written, and too much waits for it to keep even the refusal.
         """
-        if self.book.held is None and (anchor := self._clock.settle()) is not None:
-            log.warning("clock_moved", message="the wall clock was set; the worker follows it now that nothing is held")
-            self._retry_at = 0.0  # it was a time of the old clock
-            self._keep_anchor(anchor)
+        self._follow_the_wall_clock()
         now, reservation_id = self.now(), self._make_id()
         if self.condition.log:
             self._flush(now)
@@ -155,15 +152,24 @@ class Service:
         """
         return self._commit(self.book.release(reservation_id, reason, self.now(), result))[0].reservation
 
-    def extend(self, reservation_id: str, seconds: float, *, reason: str = "extend") -> Reservation:
+    def extend(self, reservation_id: str, seconds: float) -> Reservation:
         """Move the deadline of the held reservation to now + seconds, at most the cap from now.
 
         Raises:
             IllegalMove: it is not held.
             LogUnavailable: it could not be logged, so it was not done.
         """
-        events = self.book.extend(reservation_id, reason, seconds, self.now())
+        events = self.book.extend(reservation_id, seconds, self.now())
         return self._commit(events, must=False)[0].reservation
+
+    def renew(self, reservation_id: str) -> Reservation:
+        """A session's owner is there: it lives for its lifetime from now at least.
+
+        Raises:
+            IllegalMove: it is not held, or no session.
+            LogUnavailable: it could not be logged, so it was not done.
+        """
+        return self._commit(self.book.renew(reservation_id, self.now()), must=False)[0].reservation
 
     def cancel(self, reservation_id: str, reason: str) -> None:
         """End a live reservation as cancelled; one that has ended stays as it is."""
@@ -300,7 +306,14 @@ class Service:
             log.warning("event_log_recovered", message="the event log can be written again, nothing is missing in it")
             self.condition.log = None
 
-    def _keep_anchor(self, anchor: Anchor) -> None:
+    def _follow_the_wall_clock(self) -> None:
+        """If it was set, and nothing is held, neither here nor in a log that still waits for its end."""
+        if self.book.held is not None or self.unwritten:
+            return
+        if (anchor := self._clock.settle()) is None:
+            return
+        log.warning("clock_moved", message="the wall clock was set; the worker follows it now that nothing is held")
+        self._retry_at = 0.0  # it was a time of the old clock
         try:
             self._journal.store_anchor(anchor)
         except LogUnavailable as error:

@@ -4,12 +4,13 @@ Each field is named as its environment variable, in lower case; its metadata say
 and what it is for, and `--help`, the documentation's table and every error message come from there.
 What it leaves out: the command line itself (cli.py) and files of any kind.
 
-The one rule: nothing else in this package reads the environment.
+The one rule: nothing else in the worker reads the environment; the consumer's commands read NULL_CONTROL_PORT.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -25,6 +26,7 @@ YEAR_SECONDS = 31_536_000
 OLD_API = "https://cloud.vast.ai/api/v0"
 
 _TRUE = frozenset(("true", "t", "yes", "y", "on", "1"))
+_AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _FALSE = frozenset(("false", "f", "no", "n", "off", "0"))
 
 
@@ -92,11 +94,24 @@ def _read_urls(text: str) -> tuple[str, ...]:
     return urls
 
 
+def read_age(text: str) -> float:
+    """Seconds of an age as 90s, 15m, 6h or 30d.
+
+    Raises:
+        ValueError: it is none, or longer than a century.
+    """
+    age = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text)
+    if age is None or (seconds := float(age[1]) * _AGE_UNITS[age[2]]) > 100 * YEAR_SECONDS:
+        raise ValueError(text)
+    return seconds
+
+
 _TEXT = Kind(str, "any text")
 _BOOL = Kind(_read_bool, "true or false")
 _URL = Kind(_read_url, "an absolute http or https URL")
 _URLS = Kind(_read_urls, "a comma list of absolute http or https URLs")
 _PATH = Kind(Path, "a file's path")
+_AGE = Kind(read_age, "an age as 90s, 15m, 6h or 30d")
 _PORT = _number(0, 65535, whole=True)
 
 
@@ -126,6 +141,9 @@ class Settings:
     )
     null_log_sync: str = _setting(
         "full", _choice("full", "normal"), "full: survives a power cut; normal: survives a killed process"
+    )
+    null_log_keep: float | None = _setting(
+        None, _AGE, "for how long what has ended stays in the log, pruned daily; unset: for ever"
     )
     null_max_perf: float = _setting(
         100.0, _number(0, 1e9, above=True), "max_perf reported, and the workload of one reservation"

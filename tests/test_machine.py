@@ -164,18 +164,34 @@ class Reservations(RuleBasedStateMachine):
             self.service.cancel(data.draw(st.sampled_from(sorted(self.ended))), "client_disconnect")
             assert self.picture() == before
 
-    @rule(seconds=st.sampled_from([0.0, 3.0, 100 * CAP]), reason=st.sampled_from(["extend", "ping"]))
-    def extend(self, seconds: float, reason: str) -> None:
+    @rule(seconds=st.sampled_from([0.0, 3.0, 100 * CAP]))
+    def extend(self, seconds: float) -> None:
         held = self.service.book.held
         if held is None:
             return
         before = self.picture()
         try:
-            extended = self.service.extend(held.id, seconds, reason=reason)
+            extended = self.service.extend(held.id, seconds)
         except LogUnavailable:
             assert self.picture() == before
         else:
             assert extended.ends_at == self.clock.now() + min(seconds, CAP)
+
+    @rule()
+    def ping(self) -> None:
+        held = self.service.book.held
+        if held is None:
+            return
+        before, deadline = self.picture(), held.ends_at
+        assert deadline is not None
+        try:
+            renewed = self.service.renew(held.id)
+        except (LogUnavailable, IllegalMove):
+            assert self.picture() == before
+            assert held.terms.session is None or self.service.condition.log
+        else:
+            assert held.terms.session is not None
+            assert renewed.ends_at == max(deadline, self.clock.now() + min(held.terms.session.lifetime, CAP))
 
     @rule(seconds=st.sampled_from([0.0, 0.3, 1.0, 5.0, 20.0, 2 * CAP]))
     def wait(self, seconds: float) -> None:

@@ -119,11 +119,19 @@ class Book:
         held = self._held(reservation_id)
         return [Event(now, held.id, "released", reason, Ended(result)), *self._promote(now)]
 
-    def extend(self, reservation_id: str, reason: str, seconds: float, now: float) -> list[Event]:
+    def extend(self, reservation_id: str, seconds: float, now: float) -> list[Event]:
         """The deadline becomes now + seconds, at most the cap of this worker from now."""
         held = self._held(reservation_id)
         ends_at = now + min(seconds, self.limits.max_reservation_seconds)
-        return [Event(now, held.id, "extended", reason, Extended(ends_at))]
+        return [Event(now, held.id, "extended", "extend", Extended(ends_at))]
+
+    def renew(self, reservation_id: str, now: float) -> list[Event]:
+        """A session lives for its lifetime from now, at most the cap; a later deadline stays as it is."""
+        held = self._held(reservation_id)
+        if held.terms.session is None or held.ends_at is None:
+            raise IllegalMove(f"reservation {reservation_id} is no session")
+        ends_at = now + min(held.terms.session.lifetime, self.limits.max_reservation_seconds)
+        return [Event(now, held.id, "extended", "ping", Extended(max(ends_at, held.ends_at)))]
 
     def cancel(self, reservation_id: str, reason: str, now: float) -> list[Event]:
         """It ends without a release, whether it is held or waits."""

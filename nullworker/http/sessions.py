@@ -132,7 +132,7 @@ class Sessions:
         session = self._find(grant.session_id)
         if session is None or session.terms.session is None:
             raise Gone(f"there is no session {grant.session_id}")
-        self._service.extend(session.id, session.terms.session.lifetime, reason="ping")
+        self._service.renew(session.id)
         return json_response({"result": {"ok": True}}, headers={RESERVATION_HEADER: session.id})
 
     async def _named(self, request: web.Request) -> Named:

@@ -47,6 +47,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 #: Set on a request that waited for a reservation: its duration says nothing about this server.
 HELD = web.RequestKey("held", bool)
+#: Of an app: counts an answer to what was no request.
+UNREADABLE: web.AppKey[Callable[[int], None]] = web.AppKey("unreadable")
+#: The header `Server`: a name, and no versions, which aiohttp would tell.
+SERVER_NAME: Final = "nullworker"
 
 
 class Counts(Protocol):
@@ -86,7 +90,13 @@ def make_app(port: str, counts: Counts, guard: Callable[[web.Request], None] | N
             route = info.canonical if info is not None else "unknown"
             counts.count_request(port, route, status, None if request.get(HELD) else stopwatch() - started)
 
-    return web.Application(middlewares=[middleware], client_max_size=MAX_BODY_BYTES)
+    async def name_server(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["Server"] = SERVER_NAME
+
+    app = web.Application(middlewares=[middleware], client_max_size=MAX_BODY_BYTES)
+    app.on_response_prepare.append(name_server)
+    app[UNREADABLE] = lambda status: counts.count_request(port, "unknown", status, None)
+    return app
 
 
 async def _answer(
@@ -107,8 +117,8 @@ async def _answer(
         return _http_error(request, error)
     except web.RequestPayloadError as error:  # not compressed, or not in chunks, as its headers say
         return json_response({"error": f"the body cannot be read: {' '.join(str(error).split())}"}, 400)
-    except (asyncio.CancelledError, ConnectionResetError):
-        raise
+    except ConnectionError:  # raised on, it would be a bug to aiohttp
+        return json_response({"error": "the client hung up"}, 499)
     except Exception:
         error_id = secrets.token_hex(4)
         log.exception("bug", error_id=error_id, route=request.path, method=request.method)
