@@ -28,6 +28,10 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "wait": ("Wait until a reservation is held.", "nullworker.commands:wait"),
     "history": ("The reservations in the log.", "nullworker.commands_log:history"),
     "events": ("The events in the log.", "nullworker.commands_log:events"),
+    "prune": ("Remove old reservations from the log.", "nullworker.prune:prune"),
+    "demo": ("See the whole story on this machine.", "nullworker.demo:demo"),
+    "dev": ("A stand-in for Vast Serverless on this machine.", "nullworker.dev:dev"),
+    "doctor": ("Check this machine, and an endpoint's parameters.", "nullworker.doctor:doctor"),
 }
 
 

@@ -29,8 +29,8 @@ from nullworker.log import open_for_reading
 
 #: Seconds between two looks at a log that is followed.
 LOOK_SECONDS: Final = 0.2
-#: Times are shown to the millisecond: the time of a row, as it was shown, must find that row.
-SHOWN_SECONDS: Final = 0.0005
+#: Times are shown to the millisecond, rounded: the time of a row, as it was shown, must find that row.
+SHOWN_SECONDS: Final = 0.001
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 #: Column, its width on the terminal, and its value in a row.
