@@ -15,7 +15,18 @@ PACKAGE = Path(__file__).parent.parent / "nullworker"
 RANKS = (
     {"errors", "clock", "settings", "bell", "logs", ""},
     {"fsm"},
-    {"condition", "service", "alarm", "schema", "log", "history", "autoscaler", "control_client"},
+    {
+        "condition",
+        "service",
+        "alarm",
+        "schema",
+        "log",
+        "rehearsal",
+        "history",
+        "retention",
+        "autoscaler",
+        "control_client",
+    },
     {"link", "http", "metrics", "health", "webhooks", "ports", "testing"},
     {"app"},
 )

@@ -21,6 +21,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "NULL_MAX_QUEUE_SECONDS": ("-0.1", "nan", "inf", "soon"),
     "NULL_MAX_QUEUED": ("-1", "1.5", "many"),
     "NULL_LOG_SYNC": ("off", "fast"),
+    "NULL_LOG_KEEP": ("0", "30", "d", "-1d", "1w", "1e9d", "nan"),
     "NULL_MAX_PERF": ("0", "-1", "nan", "inf", "fast"),
     "NULL_HEALTH_INTERVAL": ("0", "-1", "nan", "often"),
     "NULL_HEALTH_TIMEOUT": ("0", "-1", "inf", "long"),

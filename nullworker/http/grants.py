@@ -60,6 +60,10 @@ class _Checked(msgspec.Struct):
     session_id: str | None = None
 
 
+class _Bare(msgspec.Struct):
+    session_id: str | None = None
+
+
 class Grant(msgspec.Struct):
     """A request that may be acted upon. `auth` is None for a bare payload on an unsecured worker."""
 
@@ -192,7 +196,4 @@ def _bare(body: bytes) -> Grant | None:
     fields = decode(body, dict[str, msgspec.Raw])
     if "auth_data" in fields:
         return None
-    session_id = None
-    if "session_id" in fields:
-        session_id = decode(fields["session_id"], str | None)  # type: ignore[arg-type]
-    return Grant(None, fingerprint(None), fields.get("payload", msgspec.Raw(body)), session_id)
+    return Grant(None, fingerprint(None), fields.get("payload", msgspec.Raw(body)), decode(body, _Bare).session_id)
