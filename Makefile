@@ -32,7 +32,7 @@ simulate: install  ## play STEPS reservations from SEED on, with crashes and fau
 	$(BIN)/python tests/simulation.py --seed $(SEED) --steps $(STEPS)
 
 crash: install  ## kill a real worker KILLS times under load, and check that nothing is lost
-	$(BIN)/python bench/crash.py --kills $(KILLS)
+	$(BIN)/python -m bench.crash --kills $(KILLS)
 
 bench: install  ## compare speed and memory with a worker on the official SDK
 	$(BIN)/python -m bench

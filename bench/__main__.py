@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import os
 import platform
 import statistics
@@ -63,17 +64,21 @@ async def cycles(name: str, vast: StandIn, folder: Path) -> Figures:
 
 async def answers(peer: Peer) -> tuple[float, float]:
     """From the moment in which the consumer asks for the release to the caller's answer."""
-    body, seen = peer.body(), []
+    body, seen = peer.body(), list[float]()
     for _ in range(CYCLES):
         waiting = asyncio.ensure_future(peer.reserve(body))
         await asyncio.sleep(0.003)  # it is held by now
         asked = time.perf_counter()
-        answered = asyncio.get_running_loop().create_future()
-        waiting.add_done_callback(lambda _, done=answered: done.set_result(time.perf_counter()))
+        answered: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        waiting.add_done_callback(functools.partial(_stamp, answered))
         while not await peer.release():
             asked = time.perf_counter()
         seen.append((await answered - asked) * 1e3)
     return statistics.median(seen), statistics.quantiles(seen, n=100)[98]
+
+
+def _stamp(answered: asyncio.Future[float], _: asyncio.Future[int]) -> None:
+    answered.set_result(time.perf_counter())
 
 
 async def queue(name: str, vast: StandIn, folder: Path, queued: int = QUEUED) -> Figures:
@@ -163,9 +168,8 @@ async def run(rounds: int, names: list[str]) -> dict[str, dict[str, list[float]]
 
 def show(table: dict[str, dict[str, list[float]]]) -> None:
     """A markdown table: the ratio to the SDK and to the floor, then medians with the least and the most."""
-    print(
-        f"{platform.machine()}, Python {platform.python_version()}, aiohttp {version('aiohttp')}, vastai {version('vastai')}"
-    )
+    versions = ", ".join(f"{name} {version(name)}" for name in ("aiohttp", "vastai", "cryptography"))
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
     print()
     print("| figure | x SDK | x floor | nullworker | SDK | floor |")
     print("|---|---|---|---|---|---|")

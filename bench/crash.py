@@ -4,7 +4,7 @@ A real process (signed grants, a stand-in autoscaler that is down, slow, late an
 random moments, its start included, and started again at once, while clients reserve, stream, hang up, open, renew
 and end sessions, and a consumer releases. Afterwards every answer that anybody got is looked up in the log.
 
-    python bench/crash.py --kills 300 --seed 1
+    python -m bench.crash --kills 300 --seed 1
 
 The seed decides what is done and when, as far as the machine's own timing allows. Exit 1: something is wrong; the
 folder with the log is kept, and named.
@@ -23,12 +23,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the clone itself is what is tested
-
-import crash_audit
-from crash_load import Ledger, Load
-from crash_worker import Worker
-
+from bench import crash_audit
+from bench.crash_load import Ledger, Load
+from bench.crash_worker import Worker
 from nullworker.testing import StandIn
 from nullworker.testing.faults import Call, How
 
@@ -78,7 +75,7 @@ class Run:
         """All that the log owes has reached the other side, also for claims whose answer was lost."""
         owed = {r.terms.request_idx for r in crash_audit.read(self.worker.db).reservations.values()}
         await self.vast.wait_for(lambda: owed <= {each["request_idx"] for each in self.vast.outcomes}, DELIVERY)
-        while crash_audit.callbacks_owed(self.worker.db):  # noqa: ASYNC110  # another process settles them
+        while crash_audit.callbacks_owed(self.worker.db):  # another process settles them
             await asyncio.sleep(0.1)
 
     async def _kill(self, kills: int, seconds: float, users: asyncio.Future[None]) -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import msgspec
-from crash_load import Claim, Hold, Ledger
 
+from bench.crash_load import Claim, Hold, Ledger
 from nullworker.autoscaler import outcome_of
 from nullworker.errors import IllegalMove
 from nullworker.fsm.book import Book, Limits, Reservation

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import aiohttp
 from aiohttp import web
-from crash_worker import Worker
 
+from bench.crash_worker import Worker
 from nullworker.clock import from_iso
 from nullworker.testing import StandIn
 

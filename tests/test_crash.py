@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from bench import crash_audit, crash_load
 from nullworker.fsm.events import Ended, Event, Held, Queued
 from nullworker.log import EventLog, open_log
 
@@ -24,7 +24,8 @@ START = 1_700_000_000.0
 async def test_nothing_is_lost_doubled_or_left_when_the_worker_is_killed_again_and_again() -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-W", "error", str(ROOT / "bench" / "crash.py"), "--kills", "40", "--seconds-max", "18", "--seed", "1"),
+        *("-W", "error", "-m", "bench.crash", "--kills", "40", "--seconds-max", "18", "--seed", "1"),
+        cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
     )
@@ -43,12 +44,8 @@ class Evidence:
     """A log of two requests, and all that was seen of them from outside; nothing is wrong with it."""
 
     def __init__(self, folder: Path) -> None:
-        sys.path.insert(0, str(ROOT / "bench"))
-        try:
-            self.audit: Any = importlib.import_module("crash_audit")
-            load: Any = importlib.import_module("crash_load")
-        finally:
-            sys.path.pop(0)
+        self.audit: Any = crash_audit
+        load: Any = crash_load
         self.db = folder / "audit.db"
         self.log: EventLog = open_log(self.db)
         self.log.append(
