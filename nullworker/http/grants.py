@@ -68,9 +68,21 @@ class Grant(msgspec.Struct):
     """A request that may be acted upon. `auth` is None for a bare payload on an unsecured worker."""
 
     auth: Auth | None
-    auth_sha256: str
+    auth_data: msgspec.Raw
     payload: msgspec.Raw
     session_id: str | None
+
+    @property
+    def auth_sha256(self) -> str:
+        """What a session is known to belong to.
+
+        Raises:
+            Invalid: the auth nests too deep to be compared.
+        """
+        try:
+            return fingerprint(json.loads(bytes(self.auth_data)))
+        except (ValueError, RecursionError):
+            raise Invalid("auth_data cannot be compared: it has a number too long, or nests too deep") from None
 
     def read(self, shape: type[T]) -> T:
         """The payload in the given shape.
@@ -143,11 +155,10 @@ class Gate:
         try:
             envelope = msgspec.json.decode(body, type=Envelope)
             auth = msgspec.json.decode(envelope.auth_data, type=Auth)
-            auth_sha256 = fingerprint(json.loads(bytes(envelope.auth_data)))
         except (msgspec.MsgspecError, ValueError, RecursionError):
             raise explain(body, _Checked) from None
         await self.check(auth)
-        return Grant(auth, auth_sha256, envelope.payload, envelope.session_id)
+        return Grant(auth, envelope.auth_data, envelope.payload, envelope.session_id)
 
     async def check(self, auth: Auth) -> None:
         """Whether the autoscaler has signed this.
@@ -161,20 +172,21 @@ class Gate:
         if self._key is None:
             raise Unavailable(self._condition.key or "the autoscaler's key is not loaded", reason="not_ready")
         if not self._key.verify(auth.url, auth.signature):
-            await self._fetch_again()
-            if not self._key.verify(auth.url, auth.signature):
+            if not (await self._fetch_again() and self._key.verify(auth.url, auth.signature)):
                 raise Unauthorized("the signature is not the autoscaler's", reason="signature")
         if self._url_policy != "off" and auth.url.rstrip("/") != self._own_url:
             if self._url_policy == "enforce":
                 raise Unauthorized(f"the grant is for {auth.url}, and this worker is {self._own_url}", reason="url")
             log.warning("grant_for_another_url", url=auth.url, own_url=self._own_url, request_idx=auth.request_idx)
 
-    async def _fetch_again(self) -> None:
+    async def _fetch_again(self) -> bool:
+        """The key may have been changed. Whether it was fetched, which is not done more than once a minute."""
         if self._refetch is None:
             if stopwatch() - self._fetched_at < REFETCH_SECONDS:
-                return
+                return False
             self._refetch = asyncio.ensure_future(self._fetch_once())
         await asyncio.shield(self._refetch)
+        return True
 
     async def _fetch_once(self) -> None:
         try:
@@ -196,4 +208,4 @@ def _bare(body: bytes) -> Grant | None:
     fields = decode(body, dict[str, msgspec.Raw])
     if "auth_data" in fields:
         return None
-    return Grant(None, fingerprint(None), fields.get("payload", msgspec.Raw(body)), decode(body, _Bare).session_id)
+    return Grant(None, msgspec.Raw(b"null"), fields.get("payload", msgspec.Raw(body)), decode(body, _Bare).session_id)
