@@ -57,6 +57,7 @@ class Fleet:
 
     parameters: Parameters
     machines: dict[int | str, Machine] = field(default_factory=dict)
+    retired: set[int | str] = field(default_factory=set)  # workers that get no more requests, whatever they report
 
     def report(self, status: Mapping[str, Any], now: float) -> None:
         """Takes in one worker_status. Grants that it shows are load of the report's own from here on."""
@@ -86,8 +87,12 @@ class Fleet:
         return str(best.status["url"])
 
     def ready(self, now: float) -> list[Machine]:
-        """The workers that are ready and have reported lately, busy or not."""
-        return [each for each in self.machines.values() if each.ready and now < each.reported_at + FRESH_SECONDS]
+        """The workers that are ready, have reported lately and are not retired, busy or not."""
+        return [
+            machine
+            for number, machine in self.machines.items()
+            if machine.ready and now < machine.reported_at + FRESH_SECONDS and number not in self.retired
+        ]
 
     def _takes(self, machine: Machine, cost: float, now: float) -> bool:
         load = machine.load(now)

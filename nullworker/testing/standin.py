@@ -60,7 +60,7 @@ class StandIn(Inbox):
         self._started_at = self._clock()
         self._idxs, self._reqnums = count(1), count(1)
         self._signatures: dict[str, str] = {}  # the signature of a url never changes, and costs 0.6 ms
-        self._waiting: dict[int, float] = {}  # request_idx: last poll
+        self._waiting: dict[int, tuple[float, float]] = {}  # request_idx: (cost, last poll)
         self._closing = asyncio.Event()
         self._runner: web.AppRunner | None = None
 
@@ -103,8 +103,16 @@ class StandIn(Inbox):
     @property
     def waiting(self) -> list[int]:
         """The request_idx of each client that asks for a worker and has none: what a scaler would start one for."""
+        return list(self._asking())
+
+    @property
+    def waiting_load(self) -> float:
+        """The workload of all that `waiting` lists."""
+        return sum(self._asking().values())
+
+    def _asking(self) -> dict[int, float]:
         now = self._clock()
-        return [idx for idx, polled_at in self._waiting.items() if now < polled_at + POLL_SECONDS]
+        return {idx: cost for idx, (cost, polled_at) in self._waiting.items() if now < polled_at + POLL_SECONDS}
 
     # ---- life ----
 
@@ -180,7 +188,7 @@ class StandIn(Inbox):
             if url is None:
                 if idx not in self._waiting:
                     self._tell(f"route            request {idx} waits for a worker")
-                self._waiting[idx] = self._clock()
+                self._waiting[idx] = (cost, self._clock())
                 return web.json_response({"request_idx": idx})
             self._waiting.pop(idx, None)
             self._tell(f"route            request {idx} goes to {url}")

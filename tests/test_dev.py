@@ -1,0 +1,358 @@
+"""`nullworker dev` as a process: real workers, the official client, and everything that goes wrong with a fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import os
+import pty
+import re
+import signal
+import sqlite3
+import ssl
+import sys
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from harness import PATIENCE, ROOT
+from marks import MARK, marked
+from programs import until
+
+pytestmark = pytest.mark.slow
+
+SLEEP = (sys.executable, "-m", "nullworker", "work", "--", "sleep")
+
+
+class Dev:
+    """`nullworker dev` on free ports. `lines` are what it has said, without the times."""
+
+    def __init__(self, folder: Path, *arguments: str, **env: str) -> None:
+        self.folder = folder
+        self.lines: list[str] = []
+        self.mark = uuid.uuid4().hex
+        ports = ("--port", "0", "--worker-port", "0", "--control-port", "0")
+        self._command = (
+            sys.executable,
+            "-m",
+            "nullworker",
+            "dev",
+            *ports,
+            "--folder",
+            str(folder / "logs"),
+            *arguments,
+        )
+        self._env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
+        self._env |= {MARK: self.mark, "NULL_DRAIN_SECONDS": "1", **env}
+        self._arrived = asyncio.Condition()
+        self.process: asyncio.subprocess.Process
+
+    async def __aenter__(self) -> Dev:
+        self.process = await asyncio.create_subprocess_exec(
+            *self._command, env=self._env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+        )
+        self._reader = asyncio.ensure_future(self._read())
+        self.url = (await self.line("a stand-in for Vast Serverless")).rpartition(" ")[2]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self.process.returncode is None:
+            assert await self.end(signal.SIGINT) == 0
+        assert self.running() == []
+
+    async def end(self, *numbers: signal.Signals) -> int:
+        """Signal it; its exit code."""
+        for number in numbers:
+            self.process.send_signal(number)
+        code = await asyncio.wait_for(self.process.wait(), PATIENCE)
+        await self._reader
+        return code
+
+    async def line(self, pattern: str, *, nth: int = 1) -> str:
+        """The nth line that begins with that pattern, once it is there."""
+
+        def found() -> list[str]:
+            return [line for line in self.lines if re.match(pattern, line)]
+
+        async with self._arrived:
+            try:
+                await asyncio.wait_for(self._arrived.wait_for(lambda: len(found()) >= nth), 2 * PATIENCE)
+            except asyncio.TimeoutError:
+                raise AssertionError(f"no line {pattern!r} number {nth} in {self.lines}") from None
+        return found()[nth - 1]
+
+    def running(self, what: str = "") -> list[int]:
+        """The processes that it has started, by whomever, and that still run: not itself."""
+        return [pid for pid in marked(self.mark, what) if pid != self.process.pid]
+
+    def sql(self, worker: int, query: str) -> list[Any]:
+        """Ask the log of one worker."""
+        with contextlib.closing(sqlite3.connect(self.folder / "logs" / f"nullworker-{worker}.db")) as conn:
+            return conn.execute(query).fetchall()
+
+    async def _read(self) -> None:
+        assert self.process.stdout is not None
+        async for raw in self.process.stdout:
+            async with self._arrived:
+                self.lines.append(re.sub(r"^[\d:]{8}  ", "", raw.decode().rstrip()))
+                self._arrived.notify_all()
+
+
+@contextlib.asynccontextmanager
+async def official(dev: Dev) -> AsyncIterator[Any]:
+    """The endpoint, by the official client."""
+    sdk = importlib.import_module("vastai")
+    client = sdk.CoroutineServerless("any", autoscaler_url=dev.url, webserver_url=dev.url)
+    client._ssl_context = ssl.create_default_context()  # else it downloads Vast's root certificate
+    async with client:
+        yield await client.get_endpoint("null")
+
+
+async def reserve(endpoint: Any, **payload: Any) -> dict[str, Any]:
+    """One reservation, as an application has it; the worker's answer."""
+    result = await asyncio.wait_for(endpoint.request("/reserve", payload, cost=100), 3 * PATIENCE)
+    assert result["ok"], result
+    answer: dict[str, Any] = result["response"]
+    return answer
+
+
+@contextlib.asynccontextmanager
+async def health(answer: Callable[[int, int], int]) -> AsyncIterator[str]:
+    """A consumer's health endpoint: `answer` gets which worker asks, by the order of their first question, from 1 on,
+    and how often that one has asked; it gives the status."""
+    asked: dict[Any, int] = {}
+
+    async def handle(request: web.Request) -> web.Response:
+        asked[request.transport] = asked.get(request.transport, 0) + 1
+        return web.Response(status=answer(list(asked).index(request.transport) + 1, asked[request.transport]))
+
+    app = web.Application()
+    app.router.add_get("/health", handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1, keepalive_timeout=600)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/health"
+    finally:
+        await runner.cleanup()
+
+
+# ---- on demand ----
+
+
+async def test_twenty_reservations_by_the_official_client_on_five_workers_and_back_to_zero(tmp_path: Path) -> None:
+    most = 0
+    async with Dev(tmp_path, "--max-workers", "5", "--inactivity", "1", "--", *SLEEP, "0.1") as dev:
+        async with official(dev) as endpoint:
+            asked = [asyncio.ensure_future(reserve(endpoint, metadata={"job": job})) for job in range(20)]
+            while not all(each.done() for each in asked):
+                await asyncio.wait(asked, timeout=0.1)
+                most = max(most, len(dev.running("serve")))
+            answers = [each.result() for each in asked]
+        started = sum(line.endswith(": starting") for line in dev.lines)
+        await dev.line(r"worker \d+: gone", nth=started)
+        await until(lambda: not dev.running("serve"))
+        held = [
+            job
+            for worker in range(1, started + 1)
+            for (job,) in dev.sql(worker, "SELECT metadata ->> 'job' FROM reservations WHERE state = 'released'")
+        ]
+        open_ones = [dev.sql(worker, "SELECT * FROM open_reservations") for worker in range(1, started + 1)]
+    assert {answer["released"] for answer in answers} == {"consumer_exit"}
+    assert sorted(held) == list(range(20))
+    assert not any(open_ones)
+    assert 1 < most <= 5
+
+
+async def test_min_load_keeps_workers_without_any_request(tmp_path: Path) -> None:
+    async with Dev(tmp_path, "--min-load", "200", "--inactivity", "0") as dev:
+        await dev.line("worker 1: ready")
+        await dev.line("worker 2: ready")
+        assert len(dev.running("serve")) == 2
+
+
+async def test_a_cold_worker_comes_back_with_its_number_and_its_log(tmp_path: Path) -> None:
+    async with Dev(tmp_path, "--cold-workers", "1", "--inactivity", "0.5", "--", *SLEEP, "0") as dev:
+        async with official(dev) as endpoint:
+            await reserve(endpoint)
+            await dev.line("worker 1: stopped, and kept as cold")
+            await reserve(endpoint)
+        assert dev.sql(1, "SELECT count(*) FROM reservations WHERE state = 'released'") == [(2,)]
+
+
+# ---- what goes wrong ----
+
+
+async def test_a_worker_that_is_killed_in_the_middle_is_started_again_and_the_client_is_served(tmp_path: Path) -> None:
+    async with Dev(tmp_path, "--max-workers", "1", "--", *SLEEP, "3") as dev:
+        async with official(dev) as endpoint:
+            asked = asyncio.ensure_future(reserve(endpoint))
+            await dev.line("worker 1: held")
+            (worker,) = dev.running("serve")
+            os.kill(worker, signal.SIGKILL)
+            await dev.line(re.escape("worker 1: dead (killed by SIGKILL; it is started again)"))
+            assert (await asked)["released"] == "consumer_exit"
+        await dev.line("worker 1: request 1 Cancelled")
+        await dev.line("worker 1: request 1 Success")
+        ends = dev.sql(1, "SELECT state, reason FROM reservations")
+        assert ends == [("cancelled", "worker_restart"), ("released", "consumer_exit")]
+
+
+async def test_a_worker_that_never_gets_healthy_is_replaced(tmp_path: Path) -> None:
+    async with (
+        health(lambda worker, _: 503 if worker == 1 else 200) as url,
+        Dev(
+            tmp_path,
+            *("--max-workers", "1", "--loading-timeout", "4", "--", *SLEEP, "0"),
+            BACKEND_HEALTH_URL=url,
+            NULL_HEALTH_INTERVAL="0.2",
+        ) as dev,
+        official(dev) as endpoint,
+    ):
+        asked = asyncio.ensure_future(reserve(endpoint))
+        await dev.line(re.escape("worker 1: stopping (not ready after 4 s, and replaced: see "))
+        await dev.line("worker 2: ready")
+        assert (await asked)["released"] == "consumer_exit"
+        assert "worker 1: ready" not in dev.lines
+
+
+async def test_an_errored_worker_is_replaced(tmp_path: Path) -> None:
+    async with (
+        health(lambda worker, nth: 503 if (worker, nth > 1) == (1, True) else 200) as url,
+        Dev(tmp_path, "--min-load", "100", BACKEND_HEALTH_URL=url, NULL_HEALTH_INTERVAL="0.5") as dev,
+    ):
+        await dev.line(r"worker 1: errored \(.* answered 503\)")
+        await dev.line(re.escape("worker 1: stopping (errored, and replaced)"))
+        await dev.line("worker 2: ready")
+
+
+async def test_an_errored_worker_may_finish_what_it_holds(tmp_path: Path) -> None:
+    sick = asyncio.Event()
+    async with (
+        health(lambda worker, _: 503 if worker == 1 and sick.is_set() else 200) as url,
+        Dev(tmp_path, "--", *SLEEP, "3", BACKEND_HEALTH_URL=url, NULL_HEALTH_INTERVAL="0.2") as dev,
+        official(dev) as endpoint,
+    ):
+        asked = asyncio.ensure_future(reserve(endpoint))
+        await dev.line("worker 1: held")
+        sick.set()
+        await dev.line("worker 1: errored")
+        assert (await asked)["released"] == "consumer_exit"
+        assert dev.sql(1, "SELECT state FROM reservations") == [("released",)], "here, and not elsewhere after a retry"
+        await dev.line(re.escape("worker 1: stopping (errored, and replaced)"))
+
+
+async def test_a_worker_that_cannot_start_is_replaced_and_said_where_to_look(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    with contextlib.closing(sqlite3.connect(tmp_path / "logs" / "nullworker-1.db")) as conn:
+        conn.execute("CREATE TABLE somebody_elses (a)")
+    async with Dev(tmp_path, "--min-load", "100") as dev:
+        gone = await dev.line("worker 1: gone")
+        log = tmp_path / "logs" / "worker-1.log"
+        assert gone == f"worker 1: gone (exit code 1 before it was ready: see {log})"
+        assert "database of another program" in log.read_text()
+        await dev.line("worker 2: ready")
+
+
+async def test_a_consumer_that_ends_by_itself_is_started_again(tmp_path: Path) -> None:
+    starts = tmp_path / "starts"
+    async with Dev(tmp_path, "--min-load", "100", "--", "/bin/sh", "-c", f"echo $NULL_CONTROL_PORT >> {starts}"):
+        await until(lambda: starts.exists() and len(starts.read_text().split()) >= 2)
+    assert len(set(starts.read_text().split())) == 1
+
+
+# ---- the end ----
+
+
+async def test_the_first_ctrl_c_lets_what_is_held_finish(tmp_path: Path) -> None:
+    async with Dev(tmp_path, "--", *SLEEP, "3", NULL_DRAIN_SECONDS="30") as dev, official(dev) as endpoint:
+        asked = asyncio.ensure_future(reserve(endpoint))
+        await dev.line("worker 1: held")
+        assert await dev.end(signal.SIGINT) == 0
+        assert (await asked)["released"] == "consumer_exit"
+        assert dev.running() == []
+
+
+async def test_the_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
+    async with Dev(tmp_path, "--", *SLEEP, "600", NULL_DRAIN_SECONDS="600") as dev, official(dev) as endpoint:
+        asked = asyncio.ensure_future(reserve(endpoint))
+        await dev.line("worker 1: held")
+        dev.process.send_signal(signal.SIGINT)
+        await dev.line("worker 1: stopping")
+        assert await dev.end(signal.SIGINT) == 0
+        asked.cancel()
+        assert dev.sql(1, "SELECT state, reason FROM reservations") == [("cancelled", "draining")]
+        assert dev.running() == []
+
+
+async def test_nothing_outlives_it_when_it_is_killed(tmp_path: Path) -> None:
+    async with Dev(tmp_path, "--min-load", "200", "--", *SLEEP, "600") as dev:
+        await dev.line("worker 2: ready")
+        dev.process.kill()
+        await dev.process.wait()
+        await until(lambda: not dev.running())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "code", "words"),
+    [
+        (("--port", "PORT"), {}, 1, "port PORT cannot be had"),
+        (("--port", "0"), {"MAX_RESERVATION_SECONDS": "soon"}, 2, "MAX_RESERVATION_SECONDS='soon' is not allowed"),
+        (("--port", "0", "--", "no-such-command"), {}, 2, "there is no command 'no-such-command'"),
+        (("--port", "0", "--target-util", "0"), {}, 2, "target-util"),
+    ],
+)
+async def test_a_start_that_cannot_be_is_one_line(
+    arguments: tuple[str, ...], env: dict[str, str], code: int, words: str
+) -> None:
+    server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+    port = str(server.sockets[0].getsockname()[1])
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "nullworker", "dev"),
+        *(argument.replace("PORT", port) for argument in arguments),
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **env},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, err = await asyncio.wait_for(process.communicate(), PATIENCE)
+    server.close()
+    assert (process.returncode, len(err.splitlines())) == (code, 1), err
+    assert words.replace("PORT", port) in err.decode()
+
+
+# ---- what it shows ----
+
+
+async def test_in_a_terminal_there_is_a_live_table(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    shown = bytearray()
+    loop = asyncio.get_running_loop()
+
+    def read() -> None:
+        try:
+            shown.extend(os.read(ours, 65536))
+        except OSError:  # the last one who had it open has gone
+            loop.remove_reader(ours)
+
+    loop.add_reader(ours, read)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "nullworker", "dev", "--port", "0", "--worker-port", "0", "--control-port", "0"),
+        *("--min-load", "100"),
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path), "TERM": "xterm"},
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    await until(lambda: re.search(rb"\n1 +ready +\d+ s", shown) is not None)
+    process.send_signal(signal.SIGTERM)
+    assert await asyncio.wait_for(process.wait(), PATIENCE) == 0
+    loop.remove_reader(ours)
+    os.close(ours)
+    text = shown.decode()
+    assert re.search(r"worker +state +for +held by +queue +control port", text)
+    assert "production scale is Vast's engine" in text
+    assert os.listdir(tmp_path) == []
