@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from nullworker import __version__, logs
+from nullworker import __version__, logs, retention
 from nullworker.alarm import Alarm
 from nullworker.autoscaler import STATUS_PATH, Identity, failed_start
 from nullworker.clock import SystemClock
@@ -27,6 +27,7 @@ from nullworker.health import HealthPoll
 from nullworker.http.control import Control, control_app
 from nullworker.http.external import External, external_app, session_end_app
 from nullworker.http.grants import Gate
+from nullworker.http.server import Port, raise_fd_limit, shares
 from nullworker.http.sessions import Sessions
 from nullworker.http.wire import make_app, same_secret
 from nullworker.link import Link
@@ -116,7 +117,7 @@ class Worker:
         self.alarm = Alarm(self.service)
         self.health: HealthPoll | None = None
         self._sockets: list[socket.socket] = []
-        self._runners: list[web.AppRunner] = []
+        self._ports: list[Port] = []
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -144,11 +145,12 @@ class Worker:
         self.service.condition.listeners.append(self.alarm.set)  # a log that fails is a deadline too: to try it again
         self.service.restore()
         self.alarm.set()
+        external_most, local_most = shares(raise_fd_limit(), self.settings.null_max_queued)
         for app, sock, context in sites:
-            runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=STOP_SECONDS / 2)
-            await runner.setup()
-            self._runners.append(runner)
-            await web.SockSite(runner, sock, ssl_context=context).start()
+            most = local_most if self._ports else external_most  # the external one is the first
+            port = Port(app, sock, most=most, tls=context, shutdown_seconds=STOP_SECONDS / 2)
+            self._ports.append(port)
+            await port.start()
         self._start_tasks()
         if self.settings.unsecured:
             log.warning(
@@ -184,15 +186,16 @@ class Worker:
         """End what is left, answer everybody, send the last reports, close the log."""
         self.service.end_drain()
         self.alarm.stop()
+        await asyncio.gather(
+            *(port.stop() for port in self._ports),
+            *([self.reporter.flush(STOP_SECONDS)] if self.reporter and self._ports else []),
+        )
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(
-            *(runner.cleanup() for runner in self._runners),
-            *([self.reporter.flush(STOP_SECONDS)] if self.reporter and self._runners else []),
-        )
         for sock in self._sockets:
             sock.close()
+        await self.post.close()
         if self.link is None:
             self._owe_nothing()
         else:
@@ -272,6 +275,8 @@ class Worker:
         settings = self.settings
         self._start("callbacks", self.callbacks.run())
         self._start("probe", self._probe())
+        if settings.null_log_keep is not None:
+            self._start("pruning", self._prune(settings.null_log_keep))
         if self.reporter is not None:
             self._start("reporter", self.reporter.run())
         if not settings.unsecured:
@@ -300,6 +305,14 @@ class Worker:
         while True:
             self.service.probe()
             await asyncio.sleep(PROBE_SECONDS)
+
+    async def _prune(self, keep: float) -> None:
+        await asyncio.sleep(retention.FIRST_SECONDS)
+        while True:
+            if self.link is None:
+                self._owe_nothing()
+            await retention.prune_gently(self.log, self.service.now() - keep)
+            await asyncio.sleep(retention.DAY_SECONDS)
 
     def _told_to_stop(self, name: str) -> None:
         if self._stop.is_set():  # told twice: no more patience with what is held

@@ -18,10 +18,9 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from nullworker import schema
+from nullworker import rehearsal, schema
 from nullworker.clock import Anchor, stopwatch, wall_iso
-from nullworker.errors import CannotStart, IllegalMove, LogDamaged, LogUnavailable
-from nullworker.fsm.book import Book, Limits
+from nullworker.errors import CannotStart, LogUnavailable
 from nullworker.fsm.events import Event, from_row, to_row
 from nullworker.logs import get_log
 
@@ -165,11 +164,11 @@ class EventLog:
             self.conn.execute("BEGIN IMMEDIATE")
             self.conn.executemany(statement, rows)
             self.conn.execute("COMMIT")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the second: a sentence about damage, quoting it
             with contextlib.suppress(sqlite3.Error):
                 if self.conn.in_transaction:
                     self.conn.execute("ROLLBACK")
-            if _is_damage(error):
+            if rehearsal.is_damage(error):
                 with contextlib.suppress(OSError):
                     _suspicion(self.path).touch()
                 raise LogUnavailable(f"{self.path} is damaged: {error}; a restart sets it aside") from error
@@ -191,8 +190,8 @@ def open_log(path: Path, *, sync: str = "full", mend: bool = True) -> EventLog:
     try:
         try:
             return _open(path, sync, lock)
-        except (LogDamaged, sqlite3.DatabaseError) as error:
-            if isinstance(error, sqlite3.OperationalError) and not _is_damage(error):
+        except rehearsal.UNREADABLE as error:
+            if not rehearsal.is_damage(error):
                 raise CannotStart(f"the event log {path} cannot be opened: {error}") from error
             if not mend:
                 raise CannotStart(f"{path} is damaged: {error}; the next start of its worker sets it aside") from error
@@ -231,34 +230,14 @@ def _open(path: Path, sync: str, lock: int) -> EventLog:
         conn.execute("PRAGMA recursive_triggers = ON")
         schema.migrate(conn)
         if _suspicion(path).exists():
-            _examine(conn)
+            rehearsal.examine(conn)
             _suspicion(path).unlink()
         opened = EventLog(path, conn, lock)
-        _rehearse(opened)
+        rehearsal.rehearse(opened)
         return opened
     except BaseException:
         conn.close()
         raise
-
-
-def _rehearse(opened: EventLog) -> None:
-    """What a restart needs must be readable and make sense, or the file is damaged."""
-    book = Book(Limits())
-    for seq, event in opened.live():
-        try:
-            book.apply(event)
-        except IllegalMove as error:
-            raise LogDamaged(f"event {seq} does not follow from those before it: {error}") from error
-    live = {reservation.id: reservation.state for reservation in book.live()}
-    if live != dict(opened.conn.execute("SELECT reservation_id, state FROM live")):
-        raise LogDamaged("the table `live` does not say what the events say")
-
-
-def _examine(conn: sqlite3.Connection) -> None:
-    """Read the whole file. It takes as long as the file is large, so it is done only after a write has met damage."""
-    found = conn.execute("PRAGMA integrity_check(1)").fetchone()[0]
-    if found != "ok":
-        raise LogDamaged(found)
 
 
 def _take_lock(path: Path) -> int:
@@ -276,12 +255,6 @@ def _take_lock(path: Path) -> int:
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"pid {os.getpid()}, since {wall_iso()}\n".encode(), 0)
     return lock
-
-
-def _is_damage(error: sqlite3.Error) -> bool:
-    return any(
-        word in str(error) for word in ("malformed", "not a database", "corrupt", "no such table", "no such column")
-    )
 
 
 def _suspicion(path: Path) -> Path:

@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from typing import Any, TextIO
 
 from nullworker.clock import iso
+
+
+#: A value that needs no quotes.
+_PLAIN = re.compile(r"[^\s\"'=]+")
 
 
 class Log:
@@ -95,4 +100,4 @@ def _content(record: logging.LogRecord) -> dict[str, Any]:
 
 def _word(value: Any) -> str:
     text = str(value)
-    return text if text and not any(letter.isspace() or letter in "\"'=" for letter in text) else json.dumps(text)
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)

@@ -203,7 +203,7 @@ class Reporter:
         self._cursor = last
         self.backlog = max(self.backlog - len(batch), 0)
         self._move(OUTCOMES, last)
-        return delivery, True
+        return delivery, len(batch) == size  # fewer: that was all, and what has ended since may wait for company
 
     def _set_aside(self, seq: int) -> bool:
         """Keep what is refused for good, for people; False: it could not be kept, so it is sent again."""
