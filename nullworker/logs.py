@@ -17,7 +17,6 @@ from typing import Any, TextIO
 
 from nullworker.clock import iso
 
-
 #: A value that needs no quotes.
 _PLAIN = re.compile(r"[^\s\"'=]+")
 

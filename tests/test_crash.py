@@ -17,6 +17,8 @@ from bench import crash_audit, crash_load
 from nullworker.fsm.events import Ended, Event, Held, Queued
 from nullworker.log import EventLog, open_log
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 START = 1_700_000_000.0
 

@@ -21,6 +21,8 @@ from programs import until
 from nullworker.demo_clients import Job, NotReserved, plain
 from nullworker.testing import StandIn
 
+pytestmark = pytest.mark.slow
+
 
 class Demo:
     """`nullworker demo`, whose temporary files go into `folder`."""

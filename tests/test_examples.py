@@ -22,6 +22,8 @@ from queues import QUEUES, Queue
 from nullworker.client import HoldError, hold
 from nullworker.testing import StandIn
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = sorted(QUEUES)
 
 

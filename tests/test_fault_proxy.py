@@ -9,9 +9,12 @@ from pathlib import Path
 from random import Random
 
 import aiohttp
+import pytest
 from claims import data_of
 from fault_proxy import FaultProxy
 from harness import PATIENCE, WorkerProcess
+
+pytestmark = pytest.mark.slow
 
 #: Seconds of bad network. Set FAULT_SECONDS for a longer run.
 SECONDS = float(os.environ.get("FAULT_SECONDS", "8"))

@@ -21,6 +21,8 @@ from prometheus_client.parser import text_string_to_metric_families as text_fami
 
 from nullworker.testing import StandIn
 
+pytestmark = pytest.mark.slow
+
 MONITORING = ROOT / "monitoring"
 RULES = [MONITORING / "recording.yaml", MONITORING / "alerts.yaml"]
 DASHBOARDS = sorted((MONITORING / "dashboards").glob("*.json"))

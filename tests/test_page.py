@@ -22,6 +22,8 @@ import pytest_asyncio
 from harness import PATIENCE, WorkerProcess
 from playwright.async_api import Browser, Page, async_playwright, expect
 
+pytestmark = pytest.mark.slow
+
 ARGUMENTS = [
     "--headless",
     "--no-sandbox",
