@@ -171,9 +171,9 @@ class Gate:
             return
         if self._key is None:
             raise Unavailable(self._condition.key or "the autoscaler's key is not loaded", reason="not_ready")
-        if not self._key.verify(auth.url, auth.signature):
-            if not (await self._fetch_again() and self._key.verify(auth.url, auth.signature)):
-                raise Unauthorized("the signature is not the autoscaler's", reason="signature")
+        good = self._key.verify(auth.url, auth.signature)
+        if not good and not (await self._fetch_again() and self._key.verify(auth.url, auth.signature)):
+            raise Unauthorized("the signature is not the autoscaler's", reason="signature")
         if self._url_policy != "off" and auth.url.rstrip("/") != self._own_url:
             if self._url_policy == "enforce":
                 raise Unauthorized(f"the grant is for {auth.url}, and this worker is {self._own_url}", reason="url")
