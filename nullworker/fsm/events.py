@@ -104,5 +104,5 @@ def from_row(row: Row) -> Event:
     try:
         decoder = _decoders[kind]  # type: ignore[index]  # an unknown kind is the KeyError below
         return Event(float(at), str(reservation_id), kind, reason, decoder.decode(data))  # type: ignore[arg-type]
-    except (KeyError, TypeError, ValueError, msgspec.MsgspecError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise LogDamaged(f"an event of kind {kind!r} for {reservation_id!r} cannot be read: {error}") from error
