@@ -1,0 +1,289 @@
+"""A port: who may be connected, how many, and for how long. aiohttp parses and answers; the bounds are here.
+
+A connection whose request does not come, or whose end could not be noticed, is closed after PATIENCE_SECONDS. When a
+port is full, the oldest of those that have nothing under way makes room, and a request that is under way is never
+closed for a newcomer: neither an honest caller nor a held reservation is pushed out by a crowd that only connects.
+
+What it leaves out: bodies (wire.py bounds their size and time), and listening (ports.py).
+
+The one rule: only what aiohttp and asyncio document is used; the exceptions say so, and tests/test_hardening.py fails
+when they are gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import resource
+import socket
+import ssl
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+from aiohttp import web
+
+# Not documented, but without an underscore: the one way to tell 431 from 400.
+from aiohttp.http_exceptions import LineTooLong
+
+from nullworker.errors import SlowBody
+from nullworker.http.wire import SERVER_NAME, UNREADABLE, json_response
+from nullworker.logs import get_log
+
+log = get_log(__name__)
+
+#: Bytes of a request line and of one header, and how many headers: what aiohttp has by itself, said here so that it
+#: stays. The official client puts its api key into the query, and sends six headers.
+MAX_LINE_BYTES: Final = 8190
+MAX_HEADER_BYTES: Final = 8190
+MAX_HEADERS: Final = 128
+_TOO_MANY_HEADERS: Final = "Too many headers received"  # aiohttp's words
+
+#: Seconds for a TLS handshake, for the head of a request, and for a connection that cannot be read.
+PATIENCE_SECONDS: Final = 10.0
+#: Seconds that a connection may wait for its next request: longer than the 15 s of aiohttp's client, so that it is
+#: the client that closes and no request meets a closed door.
+KEEPALIVE_SECONDS: Final = 75.0
+#: Seconds between two looks at whose time is over.
+LOOK_SECONDS: Final = 1.0
+#: Connections taken from the kernel at once, before others have their turn.
+AT_ONCE: Final = 64
+#: Seconds without accepting when the machine has no more descriptors or memory.
+EXHAUSTED_SECONDS: Final = 1.0
+#: Seconds between two log lines that say that a port is full.
+FULL_LINE_SECONDS: Final = 60.0
+
+#: Connections of the external port beside those in the queue, and of a port on 127.0.0.1.
+SPARE_CONNECTIONS: Final = 4096
+LOCAL_CONNECTIONS: Final = 1024
+
+
+def raise_fd_limit() -> int:
+    """As many open files as this process may have. Returns how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return 2**31 if soft == resource.RLIM_INFINITY else soft
+
+
+def shares(files: int, max_queued: int) -> tuple[int, int]:
+    """Most connections of the external port, and of each other one, so that some files are left for the worker itself.
+
+    Where there are few files, a third of them is kept from the external port; where there are many, 4096.
+    """
+    return min(max_queued + SPARE_CONNECTIONS, files - min(files * 3 // 8, 4096)), min(LOCAL_CONNECTIONS, files // 16)
+
+
+class Connection(web.RequestHandler):
+    """One connection. It tells its port what happens to it."""
+
+    __slots__ = ("_port", "busy", "line")
+
+    def __init__(self, port: Port, server: web.Server, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(
+            server,
+            loop=loop,
+            keepalive_timeout=KEEPALIVE_SECONDS,
+            lingering_time=PATIENCE_SECONDS,
+            max_line_size=MAX_LINE_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+            max_headers=MAX_HEADERS,
+            access_log=None,  # type: ignore[arg-type]  # documented as "no access log", and typed otherwise
+        )
+        self._port = port
+        self.busy = False  # a request is under way
+        self.line: asyncio.Transport | None = None  # aiohttp forgets its own as soon as it wants to close it
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.line = cast(asyncio.Transport, transport)
+        self._port.opened(self)
+        super().connection_made(transport)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self.line = None
+        self._port.closed(self)
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._port.heard(self)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """What aiohttp cannot parse, as JSON. It closes the connection: nobody knows where the next request begins."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("a part of an answer is sent already")
+        if status == 400:
+            if isinstance(exc, LineTooLong) or message == _TOO_MANY_HEADERS:
+                status = 431
+            error = f"the request is no valid HTTP: {' '.join((message or '').split())[:200]}"
+        else:  # outside of wire.py's middleware, so a bug
+            log.exception("bug", route=request.path, method=request.method)
+            error = "a bug in nullworker; its log has the details"
+        self._port.unreadable(status)
+        answer = json_response({"error": error}, status, {"Server": SERVER_NAME})
+        answer.force_close()
+        return answer
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """aiohttp tells of a bug. A body that cannot be read, or is late, is none: its sender has had the answer."""
+        if not isinstance(kw.get("exc_info"), (web.RequestPayloadError, SlowBody)):
+            super().log_exception(*args, **kw)
+
+    @property
+    def stuck(self) -> bool:
+        """No request is under way, or its caller's end could not be noticed: a line that is not read has no end."""
+        return not self.busy or self.line is None or self.line.is_closing() or not self.line.is_reading()
+
+    def abort(self) -> None:
+        """Close it now: no goodbye, which a TLS peer could draw out."""
+        if self.line is not None:
+            self.line.abort()
+
+
+class Port:
+    """One app on one listening socket, with `most` connections at most."""
+
+    def __init__(
+        self,
+        app: web.Application,
+        listener: socket.socket,
+        *,
+        most: int,
+        tls: ssl.SSLContext | None = None,
+        shutdown_seconds: float = 1.0,
+    ) -> None:
+        self.unreadable: Callable[[int], None] = app[UNREADABLE]
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=shutdown_seconds)
+        self._listener = listener
+        self._most = most
+        self._tls: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": PATIENCE_SECONDS}
+        self._open = 0
+        # Each in the order of its deadlines, since all in it have the same time.
+        self._greeting: dict[asyncio.Task[None], None] = {}  # accepted, perhaps in a TLS handshake
+        self._pressed: dict[Connection, float] = {}  # whose head must come, or which must be read again
+        self._idle: dict[Connection, float] = {}  # answered, and no next request yet
+        self._look: asyncio.TimerHandle | None = None
+        self._next_full_line = 0.0
+
+    async def start(self) -> None:
+        """Accept."""
+        self._loop = asyncio.get_running_loop()
+        await self._runner.setup()
+        assert self._runner.server is not None
+        self._server = self._runner.server
+        self._answer = self._server.request_handler
+        # Attributes without an underscore, but not documented. Around the app rather than in a middleware, since
+        # aiohttp answers `Expect` before any middleware.
+        self._server.request_handler = self._handle
+        self._listener.setblocking(False)
+        self._look = self._loop.call_later(LOOK_SECONDS, self._close_late)
+        self._listen()
+
+    async def stop(self) -> None:
+        """Accept nothing more, let requests end for `shutdown_seconds`, close all."""
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+            self._loop.remove_reader(self._listener)
+        for task in self._greeting:
+            task.cancel()
+        await self._runner.cleanup()
+
+    # -- what a connection tells -----------------------------------------------------------------------------------
+
+    def opened(self, connection: Connection) -> None:
+        """It is there, and its first request must come."""
+        self._open += 1
+        self._pressed[connection] = self._loop.time() + PATIENCE_SECONDS
+
+    def heard(self, connection: Connection) -> None:
+        """Bytes have come: of the next request, or so many that no more are read."""
+        if connection.busy:
+            if connection.stuck:
+                self._pressed.setdefault(connection, self._loop.time() + PATIENCE_SECONDS)
+        elif self._idle.pop(connection, None) is not None:
+            self._pressed[connection] = self._loop.time() + PATIENCE_SECONDS
+
+    def closed(self, connection: Connection) -> None:
+        """It is gone."""
+        self._open -= 1
+        self._pressed.pop(connection, None)
+        self._idle.pop(connection, None)
+
+    async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        connection = cast(Connection, request.protocol)
+        connection.busy = True
+        self._idle.pop(connection, None)
+        if not connection.stuck:
+            self._pressed.pop(connection, None)
+        try:
+            return await self._answer(request)
+        except web.HTTPException as error:  # 417: an expectation that is none
+            return json_response({"error": error.reason}, error.status)
+        finally:
+            connection.busy = False
+            if connection.line is not None:
+                self._pressed.pop(connection, None)
+                self._idle[connection] = self._loop.time() + KEEPALIVE_SECONDS + PATIENCE_SECONDS
+
+    # -- newcomers -------------------------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        if self._look is not None:  # else it was stopped in the meantime
+            self._loop.add_reader(self._listener, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(AT_ONCE):
+            try:
+                sock, _ = self._listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:  # no descriptor or no memory is left: the kernel keeps them for a while
+                log.error("cannot_accept", why=error.strerror)
+                self._loop.remove_reader(self._listener)
+                self._loop.call_later(EXHAUSTED_SECONDS, self._listen)
+                return
+            if self._open + len(self._greeting) >= self._most and not self._make_room():
+                sock.close()
+                continue
+            sock.setblocking(False)
+            task = self._loop.create_task(self._greet(sock))
+            self._greeting[task] = None
+            task.add_done_callback(lambda task: self._greeting.pop(task, None))
+
+    async def _greet(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError, asyncio.TimeoutError):  # gone already, or no TLS
+            await self._loop.connect_accepted_socket(self._connection, sock, **self._tls)
+
+    def _connection(self) -> Connection:
+        return Connection(self, self._server, self._loop)
+
+    def _make_room(self) -> bool:
+        """Close the oldest of the largest crowd that has nothing under way. False: all have."""
+        if self._loop.time() >= self._next_full_line:
+            self._next_full_line = self._loop.time() + FULL_LINE_SECONDS
+            log.warning("port_full", port=self._listener.getsockname()[1], connections=self._open)
+        crowds: tuple[dict[Any, Any], ...] = (self._greeting, self._pressed, self._idle)
+        crowd = max(crowds, key=len)
+        for oldest in crowd:
+            del crowd[oldest]
+            (oldest.cancel if isinstance(oldest, asyncio.Task) else oldest.abort)()
+            return True
+        return False
+
+    def _close_late(self) -> None:
+        now = self._loop.time()
+        for crowd in (self._pressed, self._idle):
+            late = itertools.takewhile(lambda each: each[1] <= now, crowd.items())
+            for connection, _ in tuple(late):
+                del crowd[connection]
+                if connection.stuck:
+                    connection.abort()
+        self._look = self._loop.call_later(LOOK_SECONDS, self._close_late)

@@ -1,0 +1,338 @@
+"""What is old leaves the log as whole reservations; what is needed stays, whoever asks; and the space comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from claims import reserve
+from harness import WorkerProcess, post, secured
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs import nullworker
+
+from nullworker.clock import SystemClock
+from nullworker.errors import LogUnavailable
+from nullworker.fsm.events import Ended, Event, Extended, Held, Queued, SessionTerms
+from nullworker.log import EventLog, open_for_reading, open_log
+from nullworker.retention import STEP, expendable
+from nullworker.testing import StandIn
+
+DAY = 86_400.0
+
+
+def told_all(log: EventLog) -> None:
+    """The autoscaler has acknowledged everything."""
+    for name in ("worker_status", "delete_requests"):
+        log.move_cursor(name, log.last_seq)
+
+
+def add(log: EventLog, name: str, at: float, *, end: str | None = "released", route: str | None = None) -> int:
+    """A reservation of a second, with all the events that one can have. The seq of its last event."""
+    terms = SessionTerms(lifetime=60, auth_sha256="0" * 64, on_close_route=route) if route else None
+    queued = Queued(kind="session" if route else "request", duration_cap=60, give_up_at=at + 30, session=terms)
+    events = [
+        Event(at, name, "queued", None, queued),
+        Event(at, name, "held", None, Held(at + 60)),
+        Event(at, name, "extended", "extend", Extended(at + 90)),
+    ]
+    if end is not None:
+        events.append(Event(at + 1, name, end, "explicit", Ended(result={"log": "x" * 500})))  # type: ignore[arg-type]
+    log.append(list(enumerate(events, log.last_seq + 1)))
+    return log.last_seq
+
+
+def size_of(file: Path) -> int:
+    return file.stat().st_size
+
+
+def names(log: EventLog) -> dict[str, int]:
+    """The reservations in the log, and how many events each has."""
+    return dict(log.conn.execute("SELECT reservation_id, count(*) FROM events GROUP BY 1 ORDER BY min(seq)"))
+
+
+def prune(log: EventLog, before: float) -> None:
+    log.prune(each for ids in expendable(log.conn, before) for each in ids)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "nullworker.db"
+
+
+@pytest.fixture
+def log(path: Path) -> Iterator[EventLog]:
+    with contextlib.closing(open_log(path)) as log:
+        yield log
+
+
+def test_what_is_old_leaves_whole_and_what_is_not_stays_whole(log: EventLog) -> None:
+    for day in range(10):
+        add(log, f"day{day}", day * DAY)
+    told_all(log)
+    prune(log, 5 * DAY)
+    assert names(log) == {f"day{day}": 4 for day in range(5, 10)}
+    last = log.last_seq
+    log.close()
+    with contextlib.closing(open_log(log.path)) as again:
+        assert (again.last_seq, list(again.live())) == (last, [])
+        assert add(again, "new", 11 * DAY) == last + 4
+
+
+def test_what_is_open_stays_however_old(log: EventLog) -> None:
+    add(log, "old", 0)
+    add(log, "open", 1, end=None)
+    told_all(log)
+    prune(log, DAY)
+    assert names(log) == {"open": 3}
+    assert [event.reservation_id for _, event in log.live()] == ["open"] * 3
+
+
+@pytest.mark.parametrize("behind", ["worker_status", "delete_requests"])
+def test_what_the_autoscaler_has_not_acknowledged_stays(log: EventLog, behind: str) -> None:
+    ends = [add(log, name, at) for at, name in enumerate("abcd")]
+    told_all(log)
+    log.move_cursor(behind, ends[1])
+    prune(log, DAY)
+    assert names(log) == {"c": 4, "d": 4}
+    log.conn.execute("DELETE FROM cursors WHERE name = ?", (behind,))
+    with pytest.raises(LogUnavailable):
+        log.prune(["c"])
+
+
+def test_what_a_callback_is_owed_for_stays_until_it_is_settled(log: EventLog) -> None:
+    owed = add(log, "owed", 0, route="http://10.0.0.1/")
+    add(log, "last", 1)
+    told_all(log)
+    prune(log, DAY)
+    assert names(log) == {"owed": 4, "last": 4}
+    log.settle("callbacks", [owed], 2, "delivered")
+    prune(log, DAY)
+    assert names(log) == {"last": 4}
+    assert log.conn.execute("SELECT count(*) FROM settled").fetchone() == (0,)
+
+
+def test_the_last_event_of_all_stays(log: EventLog) -> None:
+    add(log, "only", 0)
+    told_all(log)
+    prune(log, DAY)
+    assert names(log) == {"only": 4}
+
+
+def test_a_clock_that_was_set_back_keeps_what_it_must(log: EventLog) -> None:
+    for name, at in (("future", 100 * DAY), ("past", 1.0), ("last", 2.0)):
+        add(log, name, at)
+    told_all(log)
+    prune(log, DAY)
+    assert names(log) == {"future": 4, "last": 4}
+
+
+def test_more_than_one_step(log: EventLog) -> None:
+    for number in range(STEP):
+        add(log, f"n{number}", float(number))
+    told_all(log)
+    steps = list(expendable(log.conn, DAY))
+    assert sum(map(len, steps)) == STEP - 1
+    assert max(map(len, steps)) <= STEP
+    prune(log, DAY)
+    assert list(names(log)) == [f"n{STEP - 1}"]
+
+
+# -- the promise -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM events",
+        "DELETE FROM events WHERE reservation_id = 'old'",
+        "DELETE FROM events WHERE seq = 1",
+        "UPDATE events SET at = 0",
+        "INSERT INTO pruning VALUES ('open')",
+        "INSERT INTO pruning VALUES ('owed')",
+        "INSERT INTO pruning VALUES ('unheard')",
+        "INSERT INTO pruning VALUES ('unknown')",
+        "INSERT INTO pruning VALUES (NULL)",
+        "INSERT OR REPLACE INTO pruning VALUES ('open')",
+        "INSERT OR IGNORE INTO pruning VALUES ('open')",
+        "INSERT INTO pruning SELECT DISTINCT reservation_id FROM events",
+    ],
+)
+@pytest.mark.parametrize("recursive", ["ON", "OFF"])
+def test_no_shell_can_remove_more_than_that(log: EventLog, statement: str, recursive: str) -> None:
+    add(log, "old", 0)
+    add(log, "owed", 1, route="http://10.0.0.1/")
+    told_all(log)
+    add(log, "unheard", 2)
+    add(log, "open", 3, end=None)
+    before = names(log)
+    with contextlib.closing(sqlite3.connect(log.path)) as shell:
+        shell.execute(f"PRAGMA recursive_triggers = {recursive}")
+        with pytest.raises(sqlite3.IntegrityError):
+            shell.execute(statement)
+        shell.commit()
+    assert names(log) == before
+    prune(log, DAY)
+    assert names(log) == {name: events for name, events in before.items() if name != "old"}
+    assert log.conn.execute("SELECT count(*) FROM pruning").fetchone() == (0,)
+
+
+def test_a_pruning_that_fails_removes_nothing(log: EventLog) -> None:
+    for name in "abc":
+        add(log, name, 0)
+    told_all(log)
+    before = names(log)
+    with pytest.raises(LogUnavailable, match="only a reservation that has ended"):
+        log.prune(["a", "b", "nobody"])
+    assert names(log) == before
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.data())
+def test_what_may_go_is_exactly_what_is_not_needed(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    with contextlib.closing(open_log(tmp_path_factory.mktemp("log") / "nullworker.db")) as log:
+        ends: dict[str, int] = {}
+        ages = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=12))
+        routed = [data.draw(st.booleans()) for _ in ages]
+        for number, age in enumerate(ages):
+            ends[f"r{number}"] = add(log, f"r{number}", age * DAY, route="http://10.0.0.1/" if routed[number] else None)
+        cursors = [data.draw(st.integers(0, log.last_seq)) for _ in range(2)]
+        for name, seq in zip(("worker_status", "delete_requests"), cursors, strict=True):
+            log.move_cursor(name, seq)
+        settled = data.draw(st.sets(st.sampled_from(sorted(ends))))
+        log.settle("callbacks", [ends[name] for name in settled], 0, "delivered")
+        horizon = data.draw(st.integers(0, 10)) * DAY
+        stays = {
+            name
+            for number, (name, seq) in enumerate(ends.items())
+            if ages[number] * DAY + 1 >= horizon
+            or seq > min(cursors)
+            or seq == log.last_seq
+            or (routed[number] and name not in settled)
+        }
+        prune(log, horizon)
+        assert names(log) == {name: 4 for name in ends if name in stays}
+        assert log.conn.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def long_history(path: Path, reservations: int = 300) -> None:
+    """Old and told, and one of today."""
+    with contextlib.closing(open_log(path, sync="normal")) as log:
+        now = SystemClock().now()
+        for number in range(reservations):
+            add(log, f"old{number}", now - 40 * DAY + number)
+        add(log, "new", now - DAY)
+        told_all(log)
+
+
+async def ask(*arguments: str) -> dict[str, Any]:
+    told: dict[str, Any] = json.loads(await nullworker("prune", "--json", *arguments))
+    return told
+
+
+async def test_the_command_removes_what_is_old_and_gives_the_space_back(path: Path) -> None:
+    long_history(path)
+    size = size_of(path)
+    dry = await ask("--keep", "30d", "--log", str(path), "--dry-run")
+    assert (dry["reservations"], dry["dry_run"], size_of(path)) == (300, True, size)
+    told = await ask("--keep", "30d", "--log", str(path))
+    assert (told["reservations"], told["dry_run"], told["log"]) == (300, False, str(path))
+    assert told["bytes"] == size_of(path) < size / 4
+    with contextlib.closing(open_for_reading(path)) as log:
+        assert names(log) == {"new": 4}
+    assert (await ask("--keep", "30d", "--log", str(path)))["reservations"] == 0
+    assert "0 reservations that ended before" in await nullworker("prune", "--keep", "5m", NULL_EVENT_LOG=str(path))
+
+
+async def test_the_command_leaves_the_log_of_a_running_worker_alone(tmp_path: Path) -> None:
+    long_history(tmp_path / "nullworker.db", 3)
+    async with WorkerProcess(tmp_path) as worker:
+        said = await nullworker("prune", "--keep", "30d", "--log", str(worker.db), code=1)
+        assert f"pid {worker.process.pid}" in said
+        assert (await ask("--keep", "30d", "--log", str(worker.db), "--dry-run"))["reservations"] == 3
+        assert worker.sql("SELECT count(*) FROM reservations") == [(4,)]
+
+
+async def test_the_command_makes_nothing_and_sets_nothing_aside(tmp_path: Path) -> None:
+    missing = tmp_path / "missing.db"
+    assert "there is no event log" in await nullworker("prune", "--keep", "30d", "--log", str(missing), code=1)
+    damaged = tmp_path / "damaged.db"
+    damaged.write_bytes(b"noise" * 1000)
+    assert "damaged" in await nullworker("prune", "--keep", "30d", "--log", str(damaged), code=1)
+    assert sorted(os.listdir(tmp_path)) == ["damaged.db", "damaged.db.lock"]
+
+
+@pytest.mark.parametrize("keep", ["", "30", "d", "-1d", "1.d", "1e9d", "1w", "9" * 400 + "d", "½d"])
+async def test_ages_that_are_none(path: Path, keep: str) -> None:
+    long_history(path, 1)
+    assert "must be an age as 90s" in await nullworker("prune", "--keep", keep, "--log", str(path), code=2)
+
+
+# -- the worker --------------------------------------------------------------------------------------------------------
+
+AT_ONCE = "from nullworker import cli, retention; retention.FIRST_SECONDS = retention.PAUSE_SECONDS = 0; cli.main()"
+
+
+@pytest.mark.parametrize("standalone", [True, False])
+async def test_a_worker_prunes_its_own_log(tmp_path: Path, vast: StandIn, *, standalone: bool) -> None:
+    long_history(tmp_path / "nullworker.db")
+    size = size_of(tmp_path / "nullworker.db")
+    module = ("-c", AT_ONCE, "serve")
+    make = WorkerProcess(tmp_path, module=module, NULL_LOG_KEEP="30d")
+    if not standalone:
+        make = secured(tmp_path, vast, module=module, NULL_LOG_KEEP="30d")
+    async with make as worker:
+        assert (await worker.line("log_pruned"))["reservations"] == 300
+        assert worker.sql("SELECT id FROM reservations") == [("new",)]
+        if not standalone:
+            await worker.line("key_loaded")
+            claim = await (await reserve(worker, vast)).held()
+            await worker.release()
+            assert (await claim.answer()).status == 200
+            assert await claim.outcome() == "Success"
+        else:
+            assert (await post(worker.url + "/reserve", {"duration": 0})).status == 200
+        assert await worker.terminate() == 0
+    assert size_of(worker.db) < size / 4
+
+
+async def test_a_worker_keeps_what_is_owed_and_prunes_it_when_it_is_told(tmp_path: Path, vast: StandIn) -> None:
+    with contextlib.closing(open_log(tmp_path / "nullworker.db")) as log:
+        for name in ("owed", "last"):
+            add(log, name, 0)
+    quick = AT_ONCE.replace("cli.main", "retention.DAY_SECONDS = 0.1; cli.main")
+    async with secured(tmp_path, vast, module=("-c", quick, "serve"), NULL_LOG_KEEP="30d") as worker:
+        assert (await worker.line("log_pruned", where=lambda line: line["reservations"]))["reservations"] == 1
+        assert worker.sql("SELECT id FROM reservations") == [("last",)]
+        await vast.wait_for(lambda: vast.totals().cur_perf >= 200)  # both were reported before
+
+
+async def test_a_worker_without_the_setting_keeps_everything(tmp_path: Path) -> None:
+    long_history(tmp_path / "nullworker.db", 3)
+    async with WorkerProcess(tmp_path, module=("-c", AT_ONCE, "serve")) as worker:
+        assert (await post(worker.url + "/reserve", {"duration": 0})).status == 200
+        assert worker.sql("SELECT count(*) FROM reservations") == [(5,)]
+
+
+async def test_a_day_whose_pruning_fails_is_not_the_end(tmp_path: Path) -> None:
+    long_history(tmp_path / "nullworker.db", 3)
+    quick = AT_ONCE.replace("cli.main", "retention.DAY_SECONDS = 0.1; cli.main")
+    worker = WorkerProcess(tmp_path, module=("-c", quick, "serve"), NULL_LOG_KEEP="30d")
+    with contextlib.closing(sqlite3.connect(worker.db, isolation_level=None)) as shell:
+        shell.execute("BEGIN IMMEDIATE")
+        async with worker:
+            assert "locked" in (await worker.line("not_pruned"))["why"]
+            shell.execute("ROLLBACK")
+            assert (await worker.line("log_pruned"))["reservations"] == 3
+            assert (await post(worker.url + "/reserve", {"duration": 0})).status == 200
