@@ -18,7 +18,7 @@ demo: install  ## see it work: a fleet of workers on this machine, no account ne
 	$(BIN)/nullworker demo
 
 test: install tools  ## run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -26,7 +26,7 @@ lint: install  ## ruff and mypy
 	$(BIN)/mypy
 
 oldest: $(VENV)-3.10/.installed  ## run the core of the tests on Python 3.10, which Vast's template has
-	$(VENV)-3.10/bin/python -m pytest -m "not slow"
+	$(VENV)-3.10/bin/python -m pytest -n 3 --dist loadfile -m "not slow"
 
 simulate: install  ## play STEPS reservations from SEED on, with crashes and faults, in simulated time
 	$(BIN)/python tests/simulation.py --seed $(SEED) --steps $(STEPS)
