@@ -23,7 +23,7 @@ HOLD = b"POST /hold HTTP/1.1\r\nHost: here\r\nContent-Length: 0\r\n\r\n"
 
 
 class Door:
-    """POST /echo says how long the body was; POST /hold answers when `let_go` is set.
+    """POST /echo says how long the body was; POST /hold answers when `let_go` is set; POST /nothing has a bug.
 
     Attributes: `counted`, the statuses that were counted; `left`, set when a held caller's end was noticed.
     """
@@ -43,6 +43,9 @@ class Door:
     async def echo(self, request: web.Request) -> web.Response:
         return json_response({"bytes": len(await read_body(request))})
 
+    async def nothing(self, request: web.Request) -> Any:
+        """A bug that the middleware cannot catch: no answer at all."""
+
     async def hold(self, request: web.Request) -> web.Response:
         await read_body(request)
         assert request.transport is not None
@@ -60,6 +63,7 @@ class Door:
         app = make_app("door", self)
         app.router.add_post("/echo", self.echo)
         app.router.add_post("/hold", self.hold)
+        app.router.add_post("/nothing", self.nothing)
         self.listener: socket.socket = listen(0, host="127.0.0.1", variable="WORKER_PORT")
         port = Port(app, self.listener, most=most, tls=tls)
         await port.start()

@@ -40,23 +40,23 @@ class FaultProxy:
     async def _serve(self, client_in: asyncio.StreamReader, client_out: asyncio.StreamWriter) -> None:
         fault = self._random.choice(("none", "none", "delay", "trickle", "swallow", "cut", "reset"))
         self.faults[fault] += 1
-        worker_in, worker_out = await asyncio.open_connection("127.0.0.1", self._target)
-        both = [
-            asyncio.ensure_future(self._pass(client_in, worker_out, fault)),
-            asyncio.ensure_future(self._pass(worker_in, client_out, fault)),
-        ]
+        writers, both = [client_out], list[asyncio.Future[None]]()
         try:
+            worker_in, worker_out = await asyncio.open_connection("127.0.0.1", self._target)
+            writers.append(worker_out)
+            both.append(asyncio.ensure_future(self._pass(client_in, worker_out, fault)))
+            both.append(asyncio.ensure_future(self._pass(worker_in, client_out, fault)))
             life = self._random.uniform(0.02, 2.0) if fault in ("cut", "reset", "swallow") else None
             await asyncio.wait(both, timeout=life, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in both:
                 task.cancel()
-            await asyncio.gather(*both, return_exceptions=True)
-            for writer in (client_out, worker_out):
+            for writer in writers:
                 if fault == "reset":  # an RST and no FIN, as from a machine that was switched off and on
                     sock = writer.get_extra_info("socket")
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 writer.close()
+            await asyncio.gather(*both, *(each.wait_closed() for each in writers), return_exceptions=True)
 
     async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, fault: str) -> None:
         swallow_after = self._random.randrange(400) if fault == "swallow" else None

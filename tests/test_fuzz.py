@@ -372,12 +372,12 @@ def leaves(data: bytes | bytearray, root: int) -> list[int]:
     page = data[(root - 1) * 4096 : root * 4096]
     assert page[0] == 5, "an interior page of a table"
     cells = [int.from_bytes(page[12 + 2 * n : 14 + 2 * n], "big") for n in range(int.from_bytes(page[3:5], "big"))]
-    return [(int.from_bytes(page[cell : cell + 4], "big") - 1) * 4096 for cell in cells]
+    return [(int.from_bytes(page[at : at + 4], "big") - 1) * 4096 for at in (*cells, 8)]
 
 
 def undecodable_schema(data: bytearray, root: int) -> None:
-    at = data.index(b"CREATE TABLE events") + len("CREATE TABLE ")
-    data[at : at + 6] = b"\x80" * 6
+    at = data.index(b"tableeventsevents") + len("table")
+    data[at : at + 6] = b"\xff" * 6
 
 
 def unreadable_debts(data: bytearray, root: int) -> None:
@@ -386,8 +386,8 @@ def unreadable_debts(data: bytearray, root: int) -> None:
 
 
 def debts_in_a_circle(data: bytearray, root: int) -> None:
-    one, *_, other = leaves(data, root)
-    data[one : one + 4096], data[other : other + 4096] = data[other : other + 4096], data[one : one + 4096]
+    first, *_, last = leaves(data, root)
+    data[last : last + 4096] = data[first : first + 4096]
 
 
 def unreadable_word(data: bytearray, root: int) -> None:

@@ -116,6 +116,15 @@ async def test_an_expectation_that_is_none_is_answered_in_json(door: Door) -> No
     await wire.close()
 
 
+async def test_a_bug_that_no_middleware_sees_is_answered_in_json(door: Door, caplog: pytest.LogCaptureFixture) -> None:
+    wire = await door.connect(EMPTY.replace(b"/echo", b"/nothing") + EMPTY)
+    answer = await wire.answer()
+    assert (answer.status, list(answer.body), answer.headers["server"]) == (500, ["error"], "nullworker")
+    assert await wire.end() == b""
+    assert [record.message for record in caplog.records] == ["bug"]
+    await wire.close()
+
+
 async def test_a_body_that_unpacks_to_more_than_is_allowed_is_refused(door: Door) -> None:
     bomb = gzip.compress(bytes(50_000_000))
     wire = await door.connect(HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb)

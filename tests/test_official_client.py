@@ -106,6 +106,25 @@ async def test_a_session_lives_in_its_block_and_no_longer(endpoint: Any, worker:
     assert outcome["status"] == "Success"
 
 
+async def test_sessions_live_through_an_outage_of_the_autoscaler(
+    endpoint: Any, worker: WorkerProcess, vast: StandIn
+) -> None:
+    session = await within_patience(endpoint.session(lifetime=30))
+    for call in ("worker_status", "delete_requests", "pubkey"):
+        vast.fail(call, "down")
+    await worker.line("report_not_delivered")
+    assert (await within_patience(session.request("/ping", {})))["status"] == 200
+    assert await within_patience(session.is_open()) is True
+    await within_patience(session.close())
+    assert worker.story()[-1] == ("released", "session_end")
+    assert (await worker.get("/status"))["autoscaler"]["backlog"] == 1
+    vast.clear()
+    (outcome,) = await vast.wait_for(lambda: vast.outcomes_of(session.auth_data["request_idx"]), timeout=PATIENCE)
+    assert outcome["status"] == "Success"
+    async with await within_patience(endpoint.session(lifetime=30)) as another:
+        assert (await worker.get("/reservation"))["id"] == another.session_id
+
+
 async def test_a_session_that_the_consumer_released_is_gone_for_its_owner(endpoint: Any, worker: WorkerProcess) -> None:
     session = await within_patience(endpoint.session(lifetime=30))
     assert await worker.release() == {"released": True}
