@@ -1,0 +1,82 @@
+"""The edges of the book's decisions: the last place in the queue, two deadlines at once, a hold of no time."""
+
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+
+from nullworker.errors import IllegalMove
+from nullworker.fsm.book import Book, Claim, Limits
+from nullworker.fsm.events import Event, SessionTerms
+
+NOW = 1000.0
+
+
+class Desk:
+    """A book, and the events that have come of it as `name kind/reason`."""
+
+    def __init__(self, **limits: float) -> None:
+        self.book = Book(Limits(60.0, limits.get("wait", 30.0), int(limits.get("queued", 3))))
+        self._names = count(1)
+
+    def does(self, events: list[Event]) -> list[str]:
+        for event in events:
+            self.book.apply(event)
+        return [f"{e.reservation_id} {e.kind}" + (f"/{e.reason}" if e.reason else "") for e in events]
+
+    def claim(self, duration: float | None = None, now: float = NOW) -> list[str]:
+        return self.does(self.book.claim(f"r{next(self._names)}", Claim(duration=duration), now))
+
+
+def test_the_queue_takes_as_many_as_it_may_and_not_one_more() -> None:
+    desk = Desk(queued=2)
+    assert desk.claim() == ["r1 queued", "r1 held"]
+    assert desk.claim() == ["r2 queued"]
+    assert desk.claim() == ["r3 queued"]
+    assert desk.claim() == ["r4 queued", "r4 expired/queue_full"]
+    desk.does(desk.book.release("r1", "explicit", NOW))
+    assert desk.claim() == ["r5 queued"]
+
+
+def test_a_hold_and_a_wait_that_end_together_end_well_for_who_waits() -> None:
+    desk = Desk(wait=60.0)
+    desk.claim(60.0)
+    desk.claim()
+    assert desk.does(desk.book.due(NOW + 59.999)) == []
+    assert desk.does(desk.book.due(NOW + 60.0)) == ["r1 expired/duration_elapsed", "r2 held"]
+
+
+def test_a_wait_that_was_over_before_the_hold_is_over() -> None:
+    desk = Desk(wait=30.0)
+    desk.claim(60.0)
+    desk.claim()
+    desk.claim(now=NOW + 40)
+    assert desk.does(desk.book.due(NOW + 65)) == ["r2 expired/queue_timeout", "r1 expired/duration_elapsed", "r3 held"]
+
+
+def test_who_asks_for_no_time_is_held_and_over_in_one_batch() -> None:
+    desk = Desk()
+    desk.claim()
+    desk.claim(0.0)
+    desk.claim(0.0)
+    desk.claim(5.0)
+    assert desk.does(desk.book.release("r1", "explicit", NOW + 1)) == [
+        *("r1 released/explicit", "r2 held", "r2 expired/duration_elapsed"),
+        *("r3 held", "r3 expired/duration_elapsed", "r4 held"),
+    ]
+    assert desk.book.next_deadline() == NOW + 6
+
+
+def test_a_request_is_not_renewed_and_a_session_never_to_less() -> None:
+    desk = Desk()
+    desk.claim()
+    with pytest.raises(IllegalMove, match="is no session"):
+        desk.book.renew("r1", NOW)
+    desk = Desk()
+    desk.does(desk.book.claim("s", Claim("session", 10.0, session=SessionTerms(10.0, "hash")), NOW))
+    desk.does(desk.book.extend("s", 50.0, NOW))
+    desk.does(desk.book.renew("s", NOW + 1))
+    assert desk.book.next_deadline() == NOW + 50
+    desk.does(desk.book.renew("s", NOW + 45))
+    assert desk.book.next_deadline() == NOW + 55
