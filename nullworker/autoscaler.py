@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
 from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -44,7 +44,10 @@ class PublicKey:
     """
 
     def __init__(self, pem: bytes) -> None:
-        key = load_pem_public_key(pem)
+        try:
+            key = load_pem_public_key(pem)
+        except UnsupportedAlgorithm as error:
+            raise ValueError("the autoscaler's key is of a kind that nobody knows") from error
         if not isinstance(key, RSAPublicKey):
             raise ValueError("the autoscaler's key is no RSA key")
         self._key = key

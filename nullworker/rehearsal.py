@@ -23,15 +23,16 @@ UNREADABLE: Final = (LogDamaged, sqlite3.DatabaseError, UnicodeDecodeError)
 
 #: The cursors of the two that read along: metrics/reporter.py.
 READERS: Final = ("worker_status", "delete_requests")
-#: In the errors for which SQLite has no class of its own.
-_WORDS: Final = ("malformed", "not a database", "corrupt", "no such table", "no such column", "could not decode")
+#: In damage that is told as an OperationalError, like a lock or a full disk.
+_WORDS: Final = ("malformed", "corrupt", "no such table", "no such column", "could not decode")
 
 
 def is_damage(error: BaseException) -> bool:
     """Whether an error speaks of the file, and not of the disk, a lock or a full table."""
-    if isinstance(error, sqlite3.OperationalError) or type(error) is sqlite3.DatabaseError:
+    if isinstance(error, sqlite3.OperationalError):
         return any(word in str(error).lower() for word in _WORDS)
-    return not isinstance(error, sqlite3.Error) or isinstance(error, sqlite3.InternalError)
+    damage = isinstance(error, sqlite3.InternalError) or type(error) is sqlite3.DatabaseError
+    return damage or not isinstance(error, sqlite3.Error)
 
 
 def rehearse(log: EventLog) -> None:

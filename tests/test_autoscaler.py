@@ -61,7 +61,10 @@ def test_a_key_is_read_in_either_form_of_pem(form: PublicFormat) -> None:
     assert key.verify("http://a", signature)
 
 
-@pytest.mark.parametrize("pem", [b"", b"no key", GOLDEN_KEY[:200]])
+UNKNOWN_KIND = b"-----BEGIN PUBLIC KEY-----\nMBIwCwYJKwYBBAGCNxUBAwMAAQI=\n-----END PUBLIC KEY-----\n"
+
+
+@pytest.mark.parametrize("pem", [b"", b"no key", GOLDEN_KEY[:200], UNKNOWN_KIND])
 def test_what_is_no_key_is_refused(pem: bytes) -> None:
     with pytest.raises(ValueError, match=r"PEM|key"):
         PublicKey(pem)

@@ -1,29 +1,21 @@
-"""The HTTP edge against those who do not mean to be answered: what is no HTTP, what is slow, what is too much."""
+"""The HTTP edge against those who do not mean to be answered: what is slow, and what is too much."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
-import gzip
-import json
-import re
 import socket
 import ssl
 import subprocess
 import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 
-import aiohttp
 import pytest
 import trustme
-from doors import EMPTY, HEAD, HOLD, Door, Wire
-from harness import ROOT, WorkerProcess, post, secured, signed
+from doors import EMPTY, HEAD, HOLD, Door
 
 from nullworker.http import server
 from nullworker.ports import KEEPALIVE
-from nullworker.testing import StandIn
 
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n"
 
@@ -39,106 +31,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patience that a test can wait for."""
     monkeypatch.setattr(server, "PATIENCE_SECONDS", 0.2)
     monkeypatch.setattr(server, "LOOK_SECONDS", 0.02)
-
-
-# -- what is no HTTP ---------------------------------------------------------------------------------------------------
-
-NO_HTTP: dict[str, tuple[int, bytes]] = {
-    "words": (400, b"HELLO\r\n\r\n"),
-    "tls": (400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(32)),
-    "http/2": (400, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
-    "http/9.9": (400, b"GET / HTTP/9.9\r\nHost: here\r\n\r\n"),
-    "no host": (400, b"GET / HTTP/1.1\r\n\r\n"),
-    "two hosts": (400, HEAD + b"Host: there\r\n\r\n"),
-    "length and chunks": (400, HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
-    "chunks and length": (400, CHUNKED + b"Content-Length: 5\r\n\r\n0\r\n\r\n"),
-    "two lengths": (400, HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello"),
-    "a list of lengths": (400, HEAD + b"Content-Length: 5, 5\r\n\r\nhello"),
-    "a negative length": (400, HEAD + b"Content-Length: -1\r\n\r\n"),
-    "a signed length": (400, HEAD + b"Content-Length: +5\r\n\r\nhello"),
-    "a hexadecimal length": (400, HEAD + b"Content-Length: 0x5\r\n\r\nhello"),
-    "an endless length": (400, HEAD + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n"),
-    "an unknown coding": (400, HEAD + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n"),
-    "chunks that are not last": (400, HEAD + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n"),
-    "chunks twice": (400, CHUNKED + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
-    "a hidden coding": (400, HEAD + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n"),
-    "a name with a space": (400, HEAD + b"Content-Length : 5\r\n\r\nhello"),
-    "no name": (400, HEAD + b": 5\r\n\r\n"),
-    "a folded header": (400, HEAD + b"X: a\r\n b\r\n\r\n"),
-    "a bare line feed": (400, b"POST /echo HTTP/1.1\nHost: here\n\n"),
-    "a bare carriage return": (400, HEAD + b"X: a\rb\r\n\r\n"),
-    "a null byte": (400, HEAD + b"X: a\0b\r\n\r\n"),
-    "a path that is none": (400, b"GET http://[::1 HTTP/1.1\r\nHost: here\r\n\r\n"),
-    "a size that is none": (400, CHUNKED + b"\r\nzz\r\nhello\r\n0\r\n\r\n"),
-    "a negative size": (400, CHUNKED + b"\r\n-5\r\nhello\r\n0\r\n\r\n"),
-    "an endless size": (400, CHUNKED + b"\r\n" + b"f" * 19 + b"\r\nhello\r\n0\r\n\r\n"),
-    "a chunk that does not end": (400, CHUNKED + b"\r\n5\r\nhelloXX0\r\n\r\n"),
-    "a long line": (431, b"GET /" + b"a" * 10_000 + b" HTTP/1.1\r\nHost: here\r\n\r\n"),
-    "a long header": (431, HEAD + b"X: " + b"a" * 10_000 + b"\r\n\r\n"),
-    "a long name": (431, HEAD + b"X" * 10_000 + b": a\r\n\r\n"),
-    "many headers": (431, HEAD + b"X: a\r\n" * 200 + b"\r\n"),
-    "many trailers": (431, CHUNKED + b"\r\n0\r\n" + b"X: a\r\n" * 200 + b"\r\n"),
-}
-
-
-@pytest.mark.parametrize("case", NO_HTTP)
-async def test_what_is_no_http_gets_json_and_is_hung_up_on(door: Door, case: str) -> None:
-    status, sent = NO_HTTP[case]
-    wire = await door.connect(sent)
-    answer = await wire.answer()
-    assert (answer.status, list(answer.body)) == (status, ["error"])
-    assert (answer.headers["content-type"], answer.headers["server"]) == ("application/json", "nullworker")
-    assert await wire.end() == b""
-    assert [status for _, _, status in door.counted] == [status]
-    await wire.close()
-
-
-@pytest.mark.parametrize("before", [HEAD, CHUNKED + b"\r\n0\r\n"], ids=["headers", "trailers"])
-async def test_a_hundred_thousand_headers_are_not_read(door: Door, before: bytes) -> None:
-    wire = await door.connect(before + b"X: a\r\n" * 100_000)
-    await wire.end()  # the answer may be lost: the kernel resets a line on which bytes are left unread
-    assert [status for _, _, status in door.counted] == [431]
-    await wire.close()
-
-
-async def test_what_is_hidden_behind_a_request_is_not_a_second_one(door: Door) -> None:
-    wire = await door.connect(HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + EMPTY)
-    assert (await wire.answer()).status == 400
-    assert await wire.end() == b""
-    assert [status for _, _, status in door.counted] == [400]
-    await wire.close()
-
-
-async def test_an_expectation_that_is_none_is_answered_in_json(door: Door) -> None:
-    wire = await door.connect(HEAD + b"Expect: nothing\r\nContent-Length: 0\r\n\r\n")
-    answer = await wire.answer()
-    assert (answer.status, list(answer.body)) == (417, ["error"])
-    await wire.close()
-
-
-async def test_a_bug_that_no_middleware_sees_is_answered_in_json(door: Door, caplog: pytest.LogCaptureFixture) -> None:
-    wire = await door.connect(EMPTY.replace(b"/echo", b"/nothing") + EMPTY)
-    answer = await wire.answer()
-    assert (answer.status, list(answer.body), answer.headers["server"]) == (500, ["error"], "nullworker")
-    assert await wire.end() == b""
-    assert [record.message for record in caplog.records] == ["bug"]
-    await wire.close()
-
-
-async def test_a_body_that_unpacks_to_more_than_is_allowed_is_refused(door: Door) -> None:
-    bomb = gzip.compress(bytes(50_000_000))
-    wire = await door.connect(HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb)
-    answer = await wire.answer()
-    assert (answer.status, list(answer.body)) == (413, ["error"])
-    await wire.close()
-
-
-async def test_a_body_that_cannot_be_unpacked_writes_no_log_line(door: Door, caplog: pytest.LogCaptureFixture) -> None:
-    wire = await door.connect(HEAD + b"Content-Encoding: gzip\r\nContent-Length: 7\r\n\r\nno gzip")
-    assert (await wire.answer()).status == 400
-    assert await wire.end() == b""
-    assert caplog.records == []
-    await wire.close()
 
 
 # -- what is slow ------------------------------------------------------------------------------------------------------
@@ -348,94 +240,3 @@ def test_connections_never_take_the_files_that_the_worker_itself_needs(files: in
     external, local = server.shares(files, 1_000_000)
     assert files - external - 3 * local >= min(files // 6, 1000)
     assert server.shares(2**20, 1000) == (1000 + server.SPARE_CONNECTIONS, server.LOCAL_CONNECTIONS)
-
-
-# -- the slot ----------------------------------------------------------------------------------------------------------
-
-
-def raw(body: bytes, *headers: bytes) -> bytes:
-    return b"POST /reserve HTTP/1.1\r\nHost: localhost\r\n" + b"".join(h + b"\r\n" for h in headers) + b"\r\n" + body
-
-
-async def opened(worker: WorkerProcess, sends: bytes) -> Wire:
-    wire = Wire(*await asyncio.open_connection("127.0.0.1", worker.port))
-    await wire.send(sends)
-    return wire
-
-
-async def test_nobody_has_the_slot_before_its_whole_request_is_there(worker: WorkerProcess, vast: StandIn) -> None:
-    body = json.dumps(signed(vast, worker.url)).encode()
-    length, chunked = b"Content-Length: %d" % len(body), b"Transfer-Encoding: chunked"
-    crowd = [
-        await opened(worker, sends)
-        for sends in (
-            raw(body, length, chunked),
-            raw(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body), chunked, length),
-            raw(body, length, length),
-            raw(body[:-1], length),
-            raw(b"%x\r\n%s\r\n" % (len(body), body), chunked),
-            raw(b"%x\r\n%s\r\n0\r\n" % (len(body), body), chunked),
-            raw(body, length, b"X: " + b"a" * 10_000),
-            raw(body, length, *[b"X: a"] * 200),
-            raw(b"", length)[:-2],
-        )
-    ]
-    assert (await post(worker.url + "/reserve", signed(vast, worker.url, {"duration": 0}))).status == 200
-    assert worker.sql("SELECT count(*) FROM reservations") == [(1,)]
-    for wire in crowd:
-        await wire.close()
-    assert (await post(worker.url + "/reserve", signed(vast, worker.url, {"duration": 0}))).status == 200
-    assert worker.sql("SELECT count(*) FROM reservations") == [(2,)]
-    assert not [line for line in worker.lines if line["level"] == "error"]
-
-
-async def test_requests_behind_one_another_are_claims_one_after_the_other(worker: WorkerProcess, vast: StandIn) -> None:
-    bodies = [json.dumps(signed(vast, worker.url, {"metadata": {"n": n}})).encode() for n in range(3)]
-    wire = await opened(worker, b"".join(raw(body, b"Content-Length: %d" % len(body)) for body in bodies))
-    for n in range(2):
-        await worker.line("reservation_held", nth=n + 1)
-        assert worker.sql("SELECT count(*) FROM reservations") == [(n + 1,)]
-        await worker.release()
-        assert (await wire.answer()).body["released"] == "explicit"
-    await worker.line("reservation_held", nth=3)
-    await wire.close()
-    await worker.line("reservation_cancelled")
-    assert worker.sql("SELECT state, reason FROM reservations")[2] == ("cancelled", "client_disconnect")
-
-
-async def test_a_caller_that_floods_its_own_line_loses_the_slot(tmp_path: Path, vast: StandIn) -> None:
-    quick = "from nullworker import cli; from nullworker.http import server; server.PATIENCE_SECONDS = 0.2; cli.main()"
-    async with secured(tmp_path, vast, module=("-c", quick, "serve")) as worker:
-        await worker.line("key_loaded")
-        body = json.dumps(signed(vast, worker.url)).encode()
-        wire = await opened(worker, raw(body, b"Content-Length: %d" % len(body)))
-        await worker.line("reservation_held")
-        await wire.send(raw(b"") * 100)
-        assert (await worker.line("reservation_cancelled"))["reason"] == "client_disconnect"
-        await wire.close()
-
-
-async def test_a_crowd_loses_nothing() -> None:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", "-m", "bench.load"),
-        *("--waiting", "200", "--rate", "50", "--seconds", "2", "--forgers", "2"),
-        cwd=ROOT,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    said = (await process.communicate())[0].decode()
-    assert process.returncode == 0, said
-    for figure in ("warnings and errors +none", "outcomes to autoscaler +each", "wrong +0"):
-        assert re.search(rf"^{figure}$", said, re.MULTILINE), said
-
-
-async def test_no_answer_tells_versions(worker: WorkerProcess, vast: StandIn) -> None:
-    paths = ("/", "/status", "/metrics", "/health", "/nothing", "/reservation", "/events")
-    async with aiohttp.ClientSession() as http:
-        for url in (*(worker.control + path for path in paths), worker.url + "/reserve"):
-            async with http.get(url) as answer:
-                assert answer.headers["Server"] == "nullworker"
-    with contextlib.closing(socket.create_connection(("127.0.0.1", worker.port))) as sock:
-        sock.sendall(b"HELLO\r\n\r\n")
-        assert b"aiohttp" not in sock.recv(65536)
-    assert await worker.metric("nullworker_http_requests_total", port="external", route="unknown", status="400") == 1

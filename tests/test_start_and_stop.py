@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import ssl
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ STOP_SECONDS = 3.0
 def taken_port() -> Iterator[int]:
     with socket.create_server(("", 0)) as sock:
         yield sock.getsockname()[1]
+
+
+@contextmanager
+def taken_after_a_free_one() -> Iterator[int]:
+    """A port that is taken, and the one before it is free; below those that the system gives to other tests."""
+    for port in range(20_001 + 2 * (os.getpid() % 5000), 32_000, 2):
+        with suppress(OSError), socket.create_server(("", port)) as sock:
+            with socket.create_server(("", port - 1)):
+                pass
+            yield sock.getsockname()[1]
+            return
 
 
 def said(worker: WorkerProcess) -> list[str]:
@@ -74,7 +86,7 @@ async def test_a_certificate_that_cannot_be_read_is_told_to_the_autoscaler_and_i
 
 
 async def test_a_default_port_for_session_end_that_is_taken_is_only_a_warning(tmp_path: Path) -> None:
-    with taken_port() as port:
+    with taken_after_a_free_one() as port:
         async with WorkerProcess(tmp_path, WORKER_PORT=str(port - 1)) as worker:
             assert (await worker.line("session_end_port_taken"))["port"] == port
             assert (await post(worker.url + "/reserve", {"duration": 0})).status == 200

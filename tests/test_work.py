@@ -73,7 +73,8 @@ async def test_a_caller_that_hangs_up_ends_the_command(tmp_path: Path) -> None:
 
 async def test_the_deadline_ends_the_command(tmp_path: Path) -> None:
     async with WorkerProcess(tmp_path) as worker, nullworker_work(worker, *shell(FOREVER)) as work:
-        async with caller(worker, duration=0.5) as asked:
+        async with caller(worker, duration=3) as asked:
+            await work.line("work_started")
             assert (await answered(asked))["released"] == "duration_elapsed"
             late = await work.line("work_ended_late")
         assert (late["why"], late["exit_code"]) == ("expired, duration_elapsed", 143)

@@ -6,7 +6,7 @@ closed for a newcomer: neither an honest caller nor a held reservation is pushed
 
 What it leaves out: bodies (wire.py bounds their size and time), and listening (ports.py).
 
-The one rule: only what aiohttp and asyncio document is used; the exceptions say so, and tests/test_hardening.py fails
+The one rule: only what aiohttp and asyncio document is used; the exceptions say so, and tests/test_hardening*.py fail
 when they are gone.
 """
 

@@ -1,0 +1,115 @@
+"""What is no HTTP, or no body, is answered in JSON and hung up on; nothing is hidden behind a request."""
+
+from __future__ import annotations
+
+import gzip
+from collections.abc import AsyncIterator
+
+import pytest
+from doors import EMPTY, HEAD, Door
+
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n"
+
+
+@pytest.fixture
+async def door() -> AsyncIterator[Door]:
+    async with Door().opened() as door:
+        yield door
+
+
+NO_HTTP: dict[str, tuple[int, bytes]] = {
+    "words": (400, b"HELLO\r\n\r\n"),
+    "tls": (400, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(32)),
+    "http/2": (400, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"),
+    "http/9.9": (400, b"GET / HTTP/9.9\r\nHost: here\r\n\r\n"),
+    "no host": (400, b"GET / HTTP/1.1\r\n\r\n"),
+    "two hosts": (400, HEAD + b"Host: there\r\n\r\n"),
+    "length and chunks": (400, HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    "chunks and length": (400, CHUNKED + b"Content-Length: 5\r\n\r\n0\r\n\r\n"),
+    "two lengths": (400, HEAD + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello"),
+    "a list of lengths": (400, HEAD + b"Content-Length: 5, 5\r\n\r\nhello"),
+    "a negative length": (400, HEAD + b"Content-Length: -1\r\n\r\n"),
+    "a signed length": (400, HEAD + b"Content-Length: +5\r\n\r\nhello"),
+    "a hexadecimal length": (400, HEAD + b"Content-Length: 0x5\r\n\r\nhello"),
+    "an endless length": (400, HEAD + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n"),
+    "an unknown coding": (400, HEAD + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n"),
+    "chunks that are not last": (400, HEAD + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n"),
+    "chunks twice": (400, CHUNKED + b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    "a hidden coding": (400, HEAD + b"Transfer-Encoding:\x0bchunked\r\n\r\n0\r\n\r\n"),
+    "a name with a space": (400, HEAD + b"Content-Length : 5\r\n\r\nhello"),
+    "no name": (400, HEAD + b": 5\r\n\r\n"),
+    "a folded header": (400, HEAD + b"X: a\r\n b\r\n\r\n"),
+    "a bare line feed": (400, b"POST /echo HTTP/1.1\nHost: here\n\n"),
+    "a bare carriage return": (400, HEAD + b"X: a\rb\r\n\r\n"),
+    "a null byte": (400, HEAD + b"X: a\0b\r\n\r\n"),
+    "a path that is none": (400, b"GET http://[::1 HTTP/1.1\r\nHost: here\r\n\r\n"),
+    "a size that is none": (400, CHUNKED + b"\r\nzz\r\nhello\r\n0\r\n\r\n"),
+    "a negative size": (400, CHUNKED + b"\r\n-5\r\nhello\r\n0\r\n\r\n"),
+    "an endless size": (400, CHUNKED + b"\r\n" + b"f" * 19 + b"\r\nhello\r\n0\r\n\r\n"),
+    "a chunk that does not end": (400, CHUNKED + b"\r\n5\r\nhelloXX0\r\n\r\n"),
+    "a long line": (431, b"GET /" + b"a" * 10_000 + b" HTTP/1.1\r\nHost: here\r\n\r\n"),
+    "a long header": (431, HEAD + b"X: " + b"a" * 10_000 + b"\r\n\r\n"),
+    "a long name": (431, HEAD + b"X" * 10_000 + b": a\r\n\r\n"),
+    "many headers": (431, HEAD + b"X: a\r\n" * 200 + b"\r\n"),
+    "many trailers": (431, CHUNKED + b"\r\n0\r\n" + b"X: a\r\n" * 200 + b"\r\n"),
+}
+
+
+@pytest.mark.parametrize("case", NO_HTTP)
+async def test_what_is_no_http_gets_json_and_is_hung_up_on(door: Door, case: str) -> None:
+    status, sent = NO_HTTP[case]
+    wire = await door.connect(sent)
+    answer = await wire.answer()
+    assert (answer.status, list(answer.body)) == (status, ["error"])
+    assert (answer.headers["content-type"], answer.headers["server"]) == ("application/json", "nullworker")
+    assert await wire.end() == b""
+    assert [status for _, _, status in door.counted] == [status]
+    await wire.close()
+
+
+@pytest.mark.parametrize("before", [HEAD, CHUNKED + b"\r\n0\r\n"], ids=["headers", "trailers"])
+async def test_a_hundred_thousand_headers_are_not_read(door: Door, before: bytes) -> None:
+    wire = await door.connect(before + b"X: a\r\n" * 100_000)
+    await wire.end()  # the answer may be lost: the kernel resets a line on which bytes are left unread
+    assert [status for _, _, status in door.counted] == [431]
+    await wire.close()
+
+
+async def test_what_is_hidden_behind_a_request_is_not_a_second_one(door: Door) -> None:
+    wire = await door.connect(HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + EMPTY)
+    assert (await wire.answer()).status == 400
+    assert await wire.end() == b""
+    assert [status for _, _, status in door.counted] == [400]
+    await wire.close()
+
+
+async def test_an_expectation_that_is_none_is_answered_in_json(door: Door) -> None:
+    wire = await door.connect(HEAD + b"Expect: nothing\r\nContent-Length: 0\r\n\r\n")
+    answer = await wire.answer()
+    assert (answer.status, list(answer.body)) == (417, ["error"])
+    await wire.close()
+
+
+async def test_a_bug_that_no_middleware_sees_is_answered_in_json(door: Door, caplog: pytest.LogCaptureFixture) -> None:
+    wire = await door.connect(EMPTY.replace(b"/echo", b"/nothing") + EMPTY)
+    answer = await wire.answer()
+    assert (answer.status, list(answer.body), answer.headers["server"]) == (500, ["error"], "nullworker")
+    assert await wire.end() == b""
+    assert [record.message for record in caplog.records] == ["bug"]
+    await wire.close()
+
+
+async def test_a_body_that_unpacks_to_more_than_is_allowed_is_refused(door: Door) -> None:
+    bomb = gzip.compress(bytes(50_000_000))
+    wire = await door.connect(HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb)
+    answer = await wire.answer()
+    assert (answer.status, list(answer.body)) == (413, ["error"])
+    await wire.close()
+
+
+async def test_a_body_that_cannot_be_unpacked_writes_no_log_line(door: Door, caplog: pytest.LogCaptureFixture) -> None:
+    wire = await door.connect(HEAD + b"Content-Encoding: gzip\r\nContent-Length: 7\r\n\r\nno gzip")
+    assert (await wire.answer()).status == 400
+    assert await wire.end() == b""
+    assert caplog.records == []
+    await wire.close()
