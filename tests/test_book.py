@@ -8,7 +8,7 @@ import pytest
 
 from nullworker.errors import IllegalMove
 from nullworker.fsm.book import Book, Claim, Limits
-from nullworker.fsm.events import Event, SessionTerms
+from nullworker.fsm.events import Event, Held, SessionTerms
 
 NOW = 1000.0
 
@@ -80,3 +80,12 @@ def test_a_request_is_not_renewed_and_a_session_never_to_less() -> None:
     assert desk.book.next_deadline() == NOW + 50
     desk.does(desk.book.renew("s", NOW + 45))
     assert desk.book.next_deadline() == NOW + 55
+
+
+def test_a_second_hold_is_no_history() -> None:
+    desk = Desk()
+    desk.claim()
+    desk.claim()
+    with pytest.raises(IllegalMove, match="r2 cannot be held while r1 is"):
+        desk.book.apply(Event(NOW, "r2", "held", None, Held(NOW + 60)))
+    assert [reservation.state for reservation in desk.book.live()] == ["held", "queued"]
