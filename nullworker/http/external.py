@@ -65,7 +65,7 @@ class External:
         if grant.session_id is not None:
             return await self._await_session(request, grant, stream=bool(payload.stream))
         reservation = self._service.claim(
-            Claim(duration=payload.duration, request_idx=_index(grant), metadata=payload.metadata)
+            Claim(duration=payload.duration, request_idx=grant.request_idx, metadata=payload.metadata)
         )
         try:
             return await self._hold(request, reservation, stream=bool(payload.stream))
@@ -98,10 +98,6 @@ class External:
             if stream:
                 return await stream_reservation(request, self._service, self._log, reservation)
         return verdict_response(await self._service.ended(reservation))
-
-
-def _index(grant: Grant) -> int | None:
-    return None if grant.auth is None else grant.auth.request_idx
 
 
 def external_app(external: External, sessions: Sessions, counts: Counts) -> web.Application:

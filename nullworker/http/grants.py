@@ -73,6 +73,11 @@ class Grant(msgspec.Struct):
     session_id: str | None
 
     @property
+    def request_idx(self) -> int | None:
+        """The autoscaler's number for the request; None without an envelope."""
+        return None if self.auth is None else self.auth.request_idx
+
+    @property
     def auth_sha256(self) -> str:
         """What a session is known to belong to.
 

@@ -76,9 +76,14 @@ class Sessions:
             on_close_route=payload.on_close_route,
             on_close_payload=payload.on_close_payload if payload.on_close_route is not None else None,
         )
-        index = None if grant.auth is None else grant.auth.request_idx
         session = self._service.claim(
-            Claim(kind="session", duration=lifetime, request_idx=index, metadata=payload.metadata, session=terms)
+            Claim(
+                kind="session",
+                duration=lifetime,
+                request_idx=grant.request_idx,
+                metadata=payload.metadata,
+                session=terms,
+            )
         )
         if session.state in ENDED:
             return verdict_response(session)
