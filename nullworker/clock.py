@@ -21,6 +21,9 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 #: Seconds from an arbitrary start, to measure how long something takes.
 stopwatch = time.perf_counter
 
+#: Epoch seconds as the machine has them, for log lines; they may jump.
+wall = time.time
+
 #: Seconds of difference between the wall clock and the worker's time that are worth a correction.
 DRIFT_SECONDS = 1.0
 

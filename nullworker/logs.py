@@ -1,7 +1,9 @@
 """Log lines on stderr: a machine word and fields, for a person or as JSON.
 
-Over the standard library's logging, so that the lines of the libraries come out in the same form. structlog would be
-the library for it, but it brings `rich` where that is installed, as it is on every Vast worker: 0.15 s of a start.
+Levels and loggers are the standard library's, so that a library's lines come out in the same form; but a line of our
+own is no LogRecord, which is made of twenty things that nobody reads and took a sixth of a reservation's CPU.
+structlog would be the library for it, but it brings `rich` where that is installed, as it is on every Vast worker:
+0.15 s of a start.
 
 The one rule: a log line that cannot be written must not stop the work. stderr may be a pipe whose reader has died, or
 a file on the very disk that is full.
@@ -13,12 +15,17 @@ import json
 import logging
 import re
 import sys
+import traceback
+from collections.abc import Callable
 from typing import Any, TextIO
 
-from nullworker.clock import iso
+from nullworker.clock import iso, wall
 
 #: A value that needs no quotes.
 _PLAIN = re.compile(r"[^\s\"'=]+")
+
+#: Makes a line of: epoch seconds, level, event, fields, a traceback or nothing.
+Form = Callable[[float, str, str, dict[str, Any], str], str]
 
 
 class Log:
@@ -41,11 +48,11 @@ class Log:
 
     def exception(self, event: str, **fields: Any) -> None:
         """A bug: the line has the traceback of the error that is being handled."""
-        self._write(logging.ERROR, event, fields, exc_info=True)
+        self._write(logging.ERROR, event, fields, _trace(sys.exc_info()[1]))
 
-    def _write(self, level: int, event: str, fields: dict[str, Any], *, exc_info: Any = None) -> None:
+    def _write(self, level: int, event: str, fields: dict[str, Any], trace: str = "") -> None:
         if self._logger.isEnabledFor(level):
-            self._logger.log(level, event, extra={"fields": fields}, exc_info=exc_info)
+            _out.write(wall(), _LEVELS[level], event, fields, trace)
 
 
 def get_log(name: str) -> Log:
@@ -53,48 +60,64 @@ def get_log(name: str) -> Log:
     return Log(name)
 
 
-class _Json(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {"timestamp": iso(record.created), "level": record.levelname.lower(), **_content(record)}
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+def as_json(at: float, level: str, event: str, fields: dict[str, Any], trace: str) -> str:
+    """One JSON object."""
+    line = {"timestamp": iso(at), "level": level, "event": event, **fields}
+    if trace:
+        line["exception"] = trace
+    return json.dumps(line, default=str)
 
 
-class _Console(logging.Formatter):
-    """A line for a person."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        content = _content(record)
-        event = content.pop("event")
-        words = " ".join(f"{name}={_word(value)}" for name, value in content.items())
-        line = f"{iso(record.created)} {record.levelname.lower():<8} {event:<24} {words}".rstrip()
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+def as_text(at: float, level: str, event: str, fields: dict[str, Any], trace: str) -> str:
+    """A line for a person; a traceback below it."""
+    words = " ".join([f"{name}={_word(value)}" for name, value in fields.items()])
+    line = f"{iso(at)} {level:<8} {event:<24} {words}".rstrip()
+    return f"{line}\n{trace}" if trace else line
 
 
-class _Handler(logging.StreamHandler):  # type: ignore[type-arg]  # no subscript before Python 3.11
-    """A stream that may fail."""
+class _Out:
+    """Where lines go."""
+
+    def __init__(self, form: Form, stream: TextIO) -> None:
+        self._form = form
+        self._stream = stream
+
+    def write(self, at: float, level: str, event: str, fields: dict[str, Any], trace: str) -> None:
+        try:
+            self._stream.write(self._form(at, level, event, fields, trace) + "\n")
+            self._stream.flush()
+        except (OSError, ValueError):
+            pass  # nothing can be said about it, there being nowhere to say it
+
+
+class _Library(logging.Handler):
+    """Lines of the libraries."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """One of them, in the form of ours."""
+        fields = {"library": record.name, "message": record.getMessage()}
+        trace = _trace(record.exc_info[1]) if record.exc_info else ""
+        _out.write(record.created, record.levelname.lower(), "library_line", fields, trace)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name is logging's
-        """Nothing can be said about it, there being nowhere to say it."""
+        """A line whose words do not fit its arguments; it is the library's bug, and not worth a stop."""
+
+
+_LEVELS = {logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error"}
+_out = _Out(as_text, sys.stderr)
 
 
 def configure(form: str, level: str, stream: TextIO | None = None) -> None:
     """Set up all log lines of this process. `form` is json or console, `level` the least that is shown."""
-    handler = _Handler(stream or sys.stderr)
-    handler.setFormatter(_Json() if form == "json" else _Console())
+    global _out
+    _out = _Out(as_json if form == "json" else as_text, stream or sys.stderr)
     least = logging.getLevelName(level.upper())
-    logging.basicConfig(handlers=[handler], level=max(least, logging.WARNING), force=True)
+    logging.basicConfig(handlers=[_Library()], level=max(least, logging.WARNING), force=True)
     logging.getLogger("nullworker").setLevel(least)
 
 
-def _content(record: logging.LogRecord) -> dict[str, Any]:
-    fields = getattr(record, "fields", None)
-    if fields is not None:
-        return {"event": record.msg, **fields}
-    return {"event": "library_line", "library": record.name, "message": record.getMessage()}
+def _trace(error: BaseException | None) -> str:
+    return "".join(traceback.format_exception(error)).rstrip() if error is not None else ""
 
 
 def _word(value: Any) -> str:

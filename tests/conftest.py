@@ -1,13 +1,17 @@
-"""Fixtures of the tests with real processes: the stand-in autoscaler, and a worker that reports to it."""
+"""Fixtures of many tests: the stand-in autoscaler, a worker that reports to it, and a client of either."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import io
+import json
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 from harness import WorkerProcess, secured
 
+from nullworker import logs
 from nullworker.testing import StandIn
 
 
@@ -23,3 +27,18 @@ async def worker(vast: StandIn, tmp_path: Path) -> AsyncIterator[WorkerProcess]:
     async with secured(tmp_path, vast) as worker:
         await worker.line("key_loaded")
         yield worker
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as http:
+        yield http
+
+
+@pytest.fixture
+def logged() -> Iterator[Callable[[], list[str]]]:
+    """The events of the warnings and errors that this process has logged so far, those of libraries too."""
+    stream = io.StringIO()
+    logs.configure("json", "warning", stream)
+    yield lambda: [json.loads(line)["event"] for line in stream.getvalue().splitlines()]
+    logs.configure("console", "warning")

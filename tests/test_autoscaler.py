@@ -51,6 +51,11 @@ def test_a_golden_signature_is_good_and_any_change_to_it_is_not() -> None:
     assert not key.verify(GOLDEN_URL, "B" + GOLDEN_SIGNATURE[1:])
     for nonsense in ("", "?", "AAAA", GOLDEN_SIGNATURE[:-4], "ü" * 344):
         assert not key.verify(GOLDEN_URL, nonsense)
+    assert key.verify(GOLDEN_URL, GOLDEN_SIGNATURE)
+
+
+def test_nothing_is_good_before_something_was() -> None:
+    assert not PublicKey(GOLDEN_KEY).verify("", "")
 
 
 @pytest.mark.parametrize("form", [PublicFormat.SubjectPublicKeyInfo, PublicFormat.PKCS1])

@@ -8,7 +8,7 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 import trustme
@@ -127,7 +127,7 @@ async def test_who_vanishes_is_noticed_by_the_kernel(door: Door) -> None:
 # -- what is too much --------------------------------------------------------------------------------------------------
 
 
-async def test_a_full_port_keeps_whom_it_has_and_takes_nobody(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_full_port_keeps_whom_it_has_and_takes_nobody(logged: Callable[[], list[str]]) -> None:
     async with Door().opened(most=3) as door:
         held = [await door.hold_one() for _ in range(3)]
         for _ in range(5):
@@ -141,7 +141,7 @@ async def test_a_full_port_keeps_whom_it_has_and_takes_nobody(caplog: pytest.Log
         late = await door.connect(EMPTY)
         assert (await late.answer()).status == 200
         await late.close()
-    assert [record.message for record in caplog.records] == ["port_full"]  # not a line for each
+    assert logged() == ["port_full"]  # not a line for each
 
 
 async def test_the_oldest_who_only_connects_makes_room(door: Door) -> None:
@@ -209,7 +209,7 @@ async def test_the_same_holds_with_tls(tls: tuple[ssl.SSLContext, ssl.SSLContext
 
 
 async def test_a_machine_without_descriptors_accepts_again_when_it_has_some(
-    door: Door, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    door: Door, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], list[str]]
 ) -> None:
     monkeypatch.setattr(server, "EXHAUSTED_SECONDS", 0.05)
     accept, left = socket.socket.accept, [errno.EMFILE, errno.ENFILE]
@@ -222,7 +222,7 @@ async def test_a_machine_without_descriptors_accepts_again_when_it_has_some(
     monkeypatch.setattr(socket.socket, "accept", failing)
     wire = await door.connect(EMPTY)
     assert (await wire.answer()).status == 200
-    assert [record.message for record in caplog.records] == ["cannot_accept"] * 2
+    assert logged() == ["cannot_accept"] * 2
     await wire.close()
 
 

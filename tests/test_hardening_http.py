@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import pytest
 from doors import EMPTY, HEAD, Door
@@ -90,12 +90,12 @@ async def test_an_expectation_that_is_none_is_answered_in_json(door: Door) -> No
     await wire.close()
 
 
-async def test_a_bug_that_no_middleware_sees_is_answered_in_json(door: Door, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_bug_that_no_middleware_sees_is_answered_in_json(door: Door, logged: Callable[[], list[str]]) -> None:
     wire = await door.connect(EMPTY.replace(b"/echo", b"/nothing") + EMPTY)
     answer = await wire.answer()
     assert (answer.status, list(answer.body), answer.headers["server"]) == (500, ["error"], "nullworker")
     assert await wire.end() == b""
-    assert [record.message for record in caplog.records] == ["bug"]
+    assert logged() == ["bug"]
     await wire.close()
 
 
@@ -107,9 +107,9 @@ async def test_a_body_that_unpacks_to_more_than_is_allowed_is_refused(door: Door
     await wire.close()
 
 
-async def test_a_body_that_cannot_be_unpacked_writes_no_log_line(door: Door, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_body_that_cannot_be_unpacked_writes_no_log_line(door: Door, logged: Callable[[], list[str]]) -> None:
     wire = await door.connect(HEAD + b"Content-Encoding: gzip\r\nContent-Length: 7\r\n\r\nno gzip")
     assert (await wire.answer()).status == 400
     assert await wire.end() == b""
-    assert caplog.records == []
+    assert logged() == []
     await wire.close()

@@ -19,7 +19,7 @@ stateDiagram-v2
 
 A reservation begins with the event `queued`, which is no edge: there is no state before it. `transitions` is used as
 a rule book and nothing more: one Machine for all, no models, no callbacks (a Machine or a model for each reservation
-costs ten times as much), stepped by `step`.
+costs ten times as much), asked by `step`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from __future__ import annotations
 import logging
 from typing import Final, Literal, NamedTuple
 
-from transitions import Machine, MachineError
+from transitions import Machine
 
 from nullworker.errors import IllegalMove
 
@@ -112,21 +112,28 @@ RULES: Final = Machine(
 )
 
 
+def _take(edge: Edge) -> State:
+    cursor = Cursor(edge.source)
+    RULES.events[edge.event].trigger(cursor)
+    return cursor.state
+
+
+#: Where each move leads. `transitions` is asked once for each edge and not once for each event: it takes 8 us, a
+#: lookup 0.1, and the rules do not change.
+_AFTER: Final = {move: _take(edge) for move, edge in _BY_MOVE.items()}
+
+
 def step(state: State, event: EventKind, reason: str | None) -> State:
     """The state after an event.
 
     Raises:
         IllegalMove: the rule book has no such edge, or not for this reason.
     """
-    if (state, event, reason) not in _BY_MOVE:
+    after = _AFTER.get((state, event, reason))
+    if after is None:
         allowed = ", ".join(sorted({f"{e.event}/{e.reason}" for e in EDGES if e.source == state})) or "nothing"
         raise IllegalMove(f"{event}/{reason} is not allowed in state {state}; allowed: {allowed}")
-    cursor = Cursor(state)
-    try:
-        RULES.events[event].trigger(cursor)
-    except (MachineError, KeyError) as error:  # unreachable while RULES is made from EDGES
-        raise IllegalMove(str(error)) from error
-    return cursor.state
+    return after
 
 
 def ending(state: State, reason: str | None, *, was_held: bool) -> Edge:
