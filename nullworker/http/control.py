@@ -16,11 +16,10 @@ from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
 from nullworker import history
-from nullworker.bell import Bell
 from nullworker.errors import Conflict, Forbidden, Invalid, NotFound
 from nullworker.fsm.table import STATES
 from nullworker.http.page import add_page
-from nullworker.http.stream import stream_events
+from nullworker.http.stream import Watchers, stream_events
 from nullworker.http.wire import (
     HELD,
     Handler,
@@ -69,6 +68,7 @@ class Control:
         self._log = event_log
         self._exporter = exporter
         self._status = status
+        self.watchers = Watchers()
 
     async def release(self, request: web.Request) -> web.Response:
         """The consumer is done."""
@@ -161,7 +161,7 @@ class Control:
         resume = request.headers.get("Last-Event-ID") or request.query.get("after") or "0"
         if not resume.isascii() or not resume.isdigit() or len(resume) > 18:
             raise Invalid("after is wrong", after=f"must be a seq, a whole number from 0, not {resume!r}")
-        return await stream_events(request, self._service, self._log, int(resume))
+        return await stream_events(request, self._service, self._log, int(resume), self.watchers)
 
     def _not_held(self, reservation_id: str) -> web.Response:
         known = self._known(reservation_id)
@@ -178,17 +178,17 @@ class Control:
         return history.reservation(self._log.conn, reservation_id)
 
     async def _next_hold(self, seconds: float) -> None:
-        bell = Bell()
+        with self.watchers.bell() as bell:
 
-        def observer(commit: Commit) -> None:
-            if commit.event.kind == "held":
-                bell.ring()
+            def observer(commit: Commit) -> None:
+                if commit.event.kind == "held":
+                    bell.ring()
 
-        self._service.observers.append(observer)
-        try:
-            await bell.wait(seconds)
-        finally:
-            self._service.observers.remove(observer)
+            self._service.observers.append(observer)
+            try:
+                await bell.wait(seconds)
+            finally:
+                self._service.observers.remove(observer)
 
 
 async def health(request: web.Request) -> web.Response:
@@ -217,6 +217,7 @@ def local_only(request: web.Request) -> None:
 def control_app(control: Control, exporter: Exporter, metrics: Handler, *, stub_health: bool) -> web.Application:
     """The app of NULL_CONTROL_PORT."""
     app = make_app("control", exporter, guard=local_only)
+    app.on_shutdown.append(control.watchers.dismiss)
     app.router.add_post("/release", control.release)
     app.router.add_post("/extend", control.extend)
     app.router.add_get("/reservation", control.reservation)

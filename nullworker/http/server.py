@@ -132,8 +132,12 @@ class Connection(web.RequestHandler):
         return answer
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
-        """aiohttp tells of a bug. A body that cannot be read, or is late, is none: its sender has had the answer."""
-        if not isinstance(kw.get("exc_info"), (web.RequestPayloadError, SlowBody)):
+        """aiohttp tells of a bug. A body that cannot be read, or is late, is none: its sender has had the answer.
+
+        Nor is an InvalidStateError: aiohttp itself raises it, when a handler ends in the very turn of the loop in which
+        the patience of a shutdown ends (aiohttp 3.14, web_protocol.py, _handle_request).
+        """
+        if not isinstance(kw.get("exc_info"), (web.RequestPayloadError, SlowBody, asyncio.InvalidStateError)):
             super().log_exception(*args, **kw)
 
     @property

@@ -8,7 +8,8 @@ The one rule: a stream reads the log and is only woken by commits, so that a slo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 import msgspec
@@ -25,6 +26,30 @@ from nullworker.service import Service
 KEEPALIVE_SECONDS: Final = 15.0
 #: Events read from the log at once.
 BATCH: Final = 200
+
+
+class Watchers:
+    """Who only watches, on one port: a stop of the worker does not wait for them, and cuts none of them off."""
+
+    def __init__(self) -> None:
+        self.dismissed = False
+        self._bells: set[Bell] = set()
+
+    @contextlib.contextmanager
+    def bell(self) -> Iterator[Bell]:
+        """A bell that rings at the stop too."""
+        bell = Bell()
+        self._bells.add(bell)
+        try:
+            yield bell
+        finally:
+            self._bells.discard(bell)
+
+    async def dismiss(self, _: web.Application) -> None:
+        """The port stops: for aiohttp's `on_shutdown`."""
+        self.dismissed = True
+        for bell in self._bells:
+            bell.ring()
 
 
 async def stream_reservation(
@@ -47,16 +72,19 @@ async def stream_reservation(
         service.unwatch(reservation.id, bell.ring)
 
 
-async def stream_events(request: web.Request, service: Service, event_log: EventLog, after: int) -> web.StreamResponse:
-    """Every event after a seq, and every one to come, until the reader goes."""
-    bell = Bell()
-    service.observers.append(bell.ring)
-    try:
-        response = await _begin(request)
-        await _follow(response, event_log, bell, after, None, until=lambda: False)
-        return response
-    finally:
-        service.observers.remove(bell.ring)
+async def stream_events(
+    request: web.Request, service: Service, event_log: EventLog, after: int, watchers: Watchers
+) -> web.StreamResponse:
+    """Every event after a seq, and every one to come, until the reader goes or the worker stops."""
+    with watchers.bell() as bell:
+        service.observers.append(bell.ring)
+        try:
+            response = await _begin(request)
+            await _follow(response, event_log, bell, after, None, until=lambda: watchers.dismissed)
+            await response.write_eof()
+            return response
+        finally:
+            service.observers.remove(bell.ring)
 
 
 async def _begin(request: web.Request, headers: dict[str, str] | None = None) -> web.StreamResponse:
