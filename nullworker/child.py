@@ -1,7 +1,7 @@
 """A process with its output in a file, and the certainty that it does not outlive this one.
 
 Each child is a process group of its own: Ctrl-C in a terminal reaches this process alone, which then stops the others
-in order. The lifeline, a shell that does nothing but wait, ends them when this process is killed before it could.
+in order. The lifeline ends them when this process is killed before it could.
 
 The one rule: what is started here is known to the lifeline until it has ended.
 """
@@ -14,46 +14,8 @@ import signal
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
 
-#: Reads `+ group` and `- group`; when its input ends, this process is dead: what is left gets SIGTERM.
-_GUARD: Final = """
-while read -r op group; do
-    case $op in
-        +) all="$all $group " ;;
-        -) all="${all%%" $group "*} ${all#*" $group "}" ;;
-    esac
-done
-for group in $all; do kill -TERM "-$group"; done
-"""
-
-
-class Lifeline:
-    """Ends the groups that it holds when this process dies, kill -9 included."""
-
-    def __init__(self) -> None:
-        self._shell = subprocess.Popen(  # noqa: S603  # a constant
-            ["/bin/sh", "-c", _GUARD], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-
-    def hold(self, group: int) -> None:
-        """From now on."""
-        self._tell(f"+ {group}")
-
-    def forget(self, group: int) -> None:
-        """It has ended."""
-        self._tell(f"- {group}")
-
-    def close(self) -> None:
-        """Nothing is left to hold."""
-        with contextlib.suppress(BrokenPipeError):
-            self._shell.communicate()
-
-    def _tell(self, line: str) -> None:
-        assert self._shell.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._shell.stdin.write(f"{line}\n".encode())
-            self._shell.stdin.flush()
+from nullworker.lifeline import Lifeline
 
 
 class Child:

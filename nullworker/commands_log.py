@@ -9,6 +9,7 @@ The one rule: nothing is written, and the worker is not asked for more than wher
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import click
 
@@ -67,8 +68,24 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> float | N
         raise click.BadParameter(f"{text!r} must be an age as 90s, 15m, 6h or 2d, or an ISO 8601 time") from None
 
 
-def _options(states: Iterable[str]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+class Asked(NamedTuple):
+    """The options of both commands. `since`: epoch seconds."""
+
+    log: str | None
+    since: float | None
+    state: str | None
+    limit: int
+    follow: bool
+    as_json: bool
+
+
+def _options(states: Iterable[str]) -> Callable[[Callable[[Control, Asked], None]], Callable[..., None]]:
+    def decorate(command: Callable[[Control, Asked], None]) -> Callable[..., None]:
+        @functools.wraps(command)
+        def asked(control: Control, **options: Any) -> None:
+            command(control, Asked(**options))
+
+        decorated: Callable[..., None] = asked
         for option in (
             click.option("--json", "as_json", is_flag=True, help="JSON, one object a line."),
             click.option("--follow", "-f", is_flag=True, help="Go on with what is to come, oldest first."),
@@ -83,60 +100,38 @@ def _options(states: Iterable[str]) -> Callable[[Callable[..., None]], Callable[
                 help="This log.  [default: the running worker's]",
             ),
         ):
-            command = option(command)
-        return with_control(command)
+            decorated = option(decorated)
+        return with_control(decorated)
 
     return decorate
 
 
 @click.command()
 @_options(STATES)
-def history(
-    control: Control,
-    *,
-    log: str | None,
-    since: float | None,
-    state: str | None,
-    limit: int,
-    follow: bool,
-    as_json: bool,
-) -> None:
+def history(control: Control, asked: Asked) -> None:
     """The reservations, newest first; with --follow oldest first, and then each again when something happens to it."""
-    with _opened(control, log) as conn:
+    with _opened(control, asked.log) as conn:
         last = _last(conn)
-        rows = log_queries.reservations(conn, state=state, since=since, limit=limit)
-        printer = _Printer(_RESERVATION, as_json=as_json)
-        printer.print(reversed(rows) if follow else rows)
-        while follow:
-            for event in _next_events(conn, last):
-                row = log_queries.reservation(conn, event["reservation_id"])
-                if row is not None and state in (None, row["state"]):
-                    printer.print([row])
-                last = event["seq"]
+        rows = log_queries.reservations(conn, state=asked.state, since=asked.since, limit=asked.limit)
+        printer = _Printer(_RESERVATION, as_json=asked.as_json)
+        printer.print(reversed(rows) if asked.follow else rows)
+        for event in _events_to_come(conn, last) if asked.follow else ():
+            row = log_queries.reservation(conn, event["reservation_id"])
+            if row is not None and asked.state in (None, row["state"]):
+                printer.print([row])
 
 
 @click.command()
 @_options(EVENT_KINDS)
-def events(
-    control: Control,
-    *,
-    log: str | None,
-    since: float | None,
-    state: str | None,
-    limit: int,
-    follow: bool,
-    as_json: bool,
-) -> None:
+def events(control: Control, asked: Asked) -> None:
     """The events in their order: the newest --limit of them; with --follow, all that are to come as well."""
-    with _opened(control, log) as conn:
+    with _opened(control, asked.log) as conn:
         last = _last(conn)
-        printer = _Printer(_EVENT, as_json=as_json)
-        printer.print(_newest_events(conn, last, since=since, kind=state, limit=limit))
-        while follow:
-            for event in _next_events(conn, last):
-                if state in (None, event["kind"]):
-                    printer.print([event])
-                last = event["seq"]
+        printer = _Printer(_EVENT, as_json=asked.as_json)
+        printer.print(_newest_events(conn, last, since=asked.since, kind=asked.state, limit=asked.limit))
+        for event in _events_to_come(conn, last) if asked.follow else ():
+            if asked.state in (None, event["kind"]):
+                printer.print([event])
 
 
 @contextlib.contextmanager
@@ -183,11 +178,14 @@ def _newest_events(
     return [log_queries.event_json(*row) for row in reversed(rows)]
 
 
-def _next_events(conn: sqlite3.Connection, after: int) -> list[dict[str, Any]]:
-    found = log_queries.events(conn, after=after)
-    if not found:
-        time.sleep(LOOK_SECONDS)
-    return found
+def _events_to_come(conn: sqlite3.Connection, after: int) -> Iterator[dict[str, Any]]:
+    while True:
+        found = log_queries.events(conn, after=after)
+        for event in found:
+            yield event
+            after = event["seq"]
+        if not found:
+            time.sleep(LOOK_SECONDS)
 
 
 class _Printer:

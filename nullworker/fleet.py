@@ -16,7 +16,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Final
 
-from nullworker.child import Lifeline, how_it_ended
+from nullworker.child import how_it_ended
+from nullworker.lifeline import Lifeline
 from nullworker.member import Change, Member, Plan, State
 from nullworker.scaling import wanted
 from nullworker.testing import StandIn
@@ -51,7 +52,7 @@ class Fleet:
         self._keeper: asyncio.Future[None]
 
     async def __aenter__(self) -> Fleet:
-        self._lifeline = Lifeline()
+        self._lifeline = Lifeline(signal.SIGTERM)  # each ends in order
         self._keeper = asyncio.ensure_future(self._keep())
         return self
 

@@ -1,8 +1,8 @@
 """One command in a process group and session of its own, and the end of that group, whatever it takes.
 
 A group is ended by SIGTERM, and by SIGKILL for what is left after a while: the command, its children, and children
-that it has left behind. A guard, a shell that does nothing but wait, kills the group when this process itself is
-killed. What it leaves out: a process that starts a session of its own (setsid, a daemon) is not in the group any more.
+that it has left behind. The lifeline kills the group when this process itself is killed. What it leaves out: a process
+that starts a session of its own (setsid, a daemon) is not in the group any more.
 
 The one rule: when `end` has returned, nothing of the group runs.
 """
@@ -14,8 +14,9 @@ import contextlib
 import ctypes
 import os
 import signal
-import subprocess
 from collections.abc import Mapping, Sequence
+
+from nullworker.lifeline import Lifeline
 
 #: Seconds between two looks at a group that has been told to end.
 LOOK_SECONDS = 0.02
@@ -23,53 +24,29 @@ LOOK_SECONDS = 0.02
 KILLED_SECONDS = 5.0
 #: prctl(2): who has lost its parent becomes this process's child, so that it can be waited for in any container.
 _PR_SET_CHILD_SUBREAPER = 36
-#: Reads the groups, one a line; when its input ends, this process is dead: the last group must end too.
-_GUARD = 'while read -r group; do last=$group; done; [ "${last:--}" = - ] || kill -KILL "-$last"'
-
-
-class Guard:
-    """Kills the group that it was last told of when this process dies, kill -9 included."""
-
-    def __init__(self) -> None:
-        with contextlib.suppress(AttributeError, OSError):  # only Linux has it
-            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        self._shell = subprocess.Popen(  # noqa: S603  # a constant
-            ["/bin/sh", "-c", _GUARD], stdin=subprocess.PIPE, start_new_session=True
-        )
-
-    def tell(self, group: int | None) -> None:
-        """Which group; None: there is none."""
-        assert self._shell.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._shell.stdin.write(b"%s\n" % (b"-" if group is None else b"%d" % group))
-            self._shell.stdin.flush()
-
-    def close(self) -> None:
-        """It is not needed any more."""
-        self.tell(None)
-        with contextlib.suppress(BrokenPipeError):
-            self._shell.communicate()
 
 
 class Group:
     """A running command. Use `start`."""
 
-    def __init__(self, process: asyncio.subprocess.Process, guard: Guard) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, lifeline: Lifeline) -> None:
         self.process = process
-        self._guard = guard
+        self._lifeline = lifeline
 
     @staticmethod
-    async def start(command: Sequence[str], environment: Mapping[str, str], guard: Guard) -> Group:
+    async def start(command: Sequence[str], environment: Mapping[str, str], lifeline: Lifeline) -> Group:
         """Start it. It has this process's stdout and stderr, and no stdin.
 
         Raises:
             OSError: it cannot be started.
         """
+        with contextlib.suppress(AttributeError, OSError):  # only Linux has it
+            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         process = await asyncio.create_subprocess_exec(
             *command, env=environment, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
         )
-        guard.tell(process.pid)
-        return Group(process, guard)
+        lifeline.hold(process.pid)
+        return Group(process, lifeline)
 
     async def end(self, seconds: float, hurry: asyncio.Event) -> int:
         """SIGTERM; after `seconds` or at `hurry` SIGKILL. The exit code of the command, 128 + n for signal n."""
@@ -79,7 +56,7 @@ class Group:
             self._tell(signal.SIGKILL)
             await self._is_empty(KILLED_SECONDS, asyncio.Event())
         code = await self.process.wait()
-        self._guard.tell(None)
+        self._lifeline.forget(self.process.pid)
         return code if code >= 0 else 128 - code
 
     async def _is_empty(self, seconds: float, hurry: asyncio.Event) -> bool:

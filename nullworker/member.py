@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from nullworker.child import Child, Lifeline
+from nullworker.child import Child
 from nullworker.errors import CannotStart
+from nullworker.lifeline import Lifeline
 from nullworker.ports import listen
 
 #: Seconds that a worker needs for its stop beside NULL_DRAIN_SECONDS: 3, and as many again on a busy machine.

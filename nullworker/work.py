@@ -26,7 +26,8 @@ from nullworker.clock import stopwatch
 from nullworker.consumer import PATIENCE_SECONDS, Reservation, health_endpoint, reservations
 from nullworker.control_client import Control, with_control
 from nullworker.errors import CannotStart
-from nullworker.group import Group, Guard
+from nullworker.group import Group
+from nullworker.lifeline import Lifeline
 from nullworker.logs import get_log
 
 log = get_log(__name__)
@@ -53,7 +54,7 @@ class Work:
         self._failures = 0
         self._busy = False
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
-        self._guard: Guard
+        self._lifeline: Lifeline
 
     def trouble(self) -> str | None:
         """For the health endpoint: why it should get no reservation now."""
@@ -71,7 +72,7 @@ class Work:
 
     async def run(self) -> None:
         """Work until told to stop."""
-        self._guard = Guard()
+        self._lifeline = Lifeline(signal.SIGKILL)  # nobody is left who could wait for an end in order
         serving = asyncio.ensure_future(self._serve())
         try:
             await _first_of(serving, self._stop.wait())
@@ -80,7 +81,7 @@ class Work:
             with contextlib.suppress(asyncio.CancelledError):
                 await serving
         finally:
-            self._guard.close()
+            self._lifeline.close()
 
     async def _serve(self) -> None:
         found = reservations(
@@ -104,7 +105,7 @@ class Work:
         """CMD for one reservation, to the end of its last process. Its exit code."""
         started, by_itself = stopwatch(), True
         try:
-            group = await Group.start(self._command, self._environment(reservation), self._guard)
+            group = await Group.start(self._command, self._environment(reservation), self._lifeline)
         except OSError as error:
             log.error("work_cannot_start", command=self._command[0], why=str(error))
             code = NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_RUN

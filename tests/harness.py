@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
 import sqlite3
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 
@@ -21,6 +22,8 @@ from nullworker.testing import StandIn
 ROOT = Path(__file__).parent.parent
 #: Seconds after which a test stops waiting for something that should take far less.
 PATIENCE = 20.0
+#: Lines of a process that are shown when the one that was waited for does not come.
+LAST_LINES = 30
 
 
 class Answer(NamedTuple):
@@ -64,79 +67,105 @@ def leave_session(
     log.close()
 
 
-class WorkerProcess:
-    """`python -m nullworker serve` in a folder. `env` are its settings; unsecured and standalone by default.
+class LogLines:
+    """What one process says on stderr, read to its end: `lines` so far, each a dict with the word `event`.
 
-    Ports are any free ones; `lines` are its log lines, each a dict with the word `event`.
+    A line that is no JSON has the word "" and its `text`.
     """
 
-    def __init__(self, folder: Path, *, module: tuple[str, ...] = ("-m", "nullworker", "serve"), **env: str) -> None:
-        self.folder = folder
-        self.db = folder / "nullworker.db"
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.lines: list[dict[str, Any]] = []
-        self._command = (sys.executable, *module)
-        # Nothing of the environment of the tests but what a process needs; the settings are the test's own.
-        self.env = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ} | {
-            "PYTHONPATH": str(ROOT),
-            "PYTHONWARNINGS": "error",
-            "WORKER_PORT": "0",
-            "NULL_CONTROL_PORT": "0",
-            "NULL_LOG_FORMAT": "json",
-            "NULL_EVENT_LOG": str(self.db),
-            **({} if "CONTAINER_ID" in env else {"UNSECURED": "true"}),
-            **env,
-        }
+        self._process = process
         self._arrived = asyncio.Condition()
-        self.process: asyncio.subprocess.Process
+        self._ended = False
+        self._reader = asyncio.ensure_future(self._read())
 
-    async def __aenter__(self) -> WorkerProcess:
-        await self.start()
+    async def line(self, event: str, nth: int, where: Callable[[dict[str, Any]], bool] | None) -> Any:
+        """The nth line with that word, once it is there. It fails at once when no more lines can come."""
+
+        def found() -> list[dict[str, Any]]:
+            return [each for each in self.lines if each.get("event") == event and (where is None or where(each))]
+
+        with contextlib.suppress(asyncio.TimeoutError):
+            async with self._arrived:
+                await asyncio.wait_for(self._arrived.wait_for(lambda: len(found()) >= nth or self._ended), PATIENCE)
+        if len(found()) >= nth:
+            return found()[nth - 1]
+        end = f"has ended with code {await self._process.wait()}" if self._ended else "runs"
+        said = "\n".join(each.get("text") or json.dumps(each) for each in self.lines[-LAST_LINES:])
+        raise AssertionError(f"no line {event!r} number {nth}; the process {end}, and its last lines are:\n{said}")
+
+    async def to_the_end(self) -> None:
+        """Until nobody can say anything more: neither the process nor what it has started and left."""
+        await asyncio.wait({self._reader}, timeout=PATIENCE)
+        self._reader.cancel()
+
+    async def _read(self) -> None:
+        assert self._process.stderr is not None
+        async for raw in self._process.stderr:
+            try:
+                line = json.loads(raw)
+            except ValueError:
+                line = {"event": "", "text": raw.decode(errors="replace").rstrip()}
+            async with self._arrived:
+                self.lines.append(line)
+                self._arrived.notify_all()
+        async with self._arrived:
+            self._ended = True
+            self._arrived.notify_all()
+
+
+P = TypeVar("P", bound="LoggedProcess")
+
+
+class LoggedProcess:
+    """A command in a folder, told by signals and read by its log lines. Its stdout goes to the file `out`, if any."""
+
+    def __init__(self, folder: Path, command: Sequence[str], env: dict[str, str], out: Path = Path(os.devnull)) -> None:
+        self.folder, self.env, self.out = folder, env, out
+        self.process: asyncio.subprocess.Process
+        self._command = command
+        self._said: LogLines
+
+    async def __aenter__(self: P) -> P:
+        try:
+            await self.start()
+        except BaseException:  # no __aexit__ is called
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:
         if self.process.returncode is None:
             self.process.kill()
         await self.process.wait()
-        await self._reader
+        await self._said.to_the_end()
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """What it has said since it was last started."""
+        return self._said.lines
 
     async def spawn(self) -> None:
-        """Start it without waiting for it to be ready."""
-        self.lines = []
-        self.process = await asyncio.create_subprocess_exec(
-            *self._command,
-            cwd=self.folder,
-            env=self.env,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-        )
-        self._reader = asyncio.ensure_future(self._read())
+        """Start it, or start it again, without waiting for anything."""
+        with self.out.open("ab") as out:
+            self.process = await asyncio.create_subprocess_exec(
+                *self._command, cwd=self.folder, env=self.env, stdout=out, stderr=asyncio.subprocess.PIPE
+            )
+        self._said = LogLines(self.process)
 
     async def start(self) -> None:
-        """Start it, and wait until it listens."""
+        """Start it, or start it again, and wait until it is there."""
         await self.spawn()
-        started = await self.line("worker_started")
-        self.port, self.control_port = started["external_port"], started["control_port"]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.control = f"http://127.0.0.1:{self.control_port}"
 
     async def line(self, event: str, *, nth: int = 1, where: Callable[[dict[str, Any]], bool] | None = None) -> Any:
         """The nth log line with that word, once it is there."""
-
-        def found() -> list[dict[str, Any]]:
-            return [each for each in self.lines if each.get("event") == event and (where is None or where(each))]
-
-        async with self._arrived:
-            try:
-                await asyncio.wait_for(self._arrived.wait_for(lambda: len(found()) >= nth), PATIENCE)
-            except asyncio.TimeoutError:
-                raise AssertionError(f"no line {event!r} number {nth} in {self.lines}") from None
-        return found()[nth - 1]
+        return await self._said.line(event, nth, where)
 
     async def kill(self) -> None:
-        """kill -9."""
+        """kill -9. What it has started may live on, and write where it wrote."""
         self.process.kill()
         await self.process.wait()
-        await self._reader
 
     async def terminate(self, number: signal.Signals = signal.SIGTERM) -> int:
         """Tell it to stop; its exit code."""
@@ -146,8 +175,38 @@ class WorkerProcess:
     async def exit_code(self) -> int:
         """Wait for its end."""
         code = await asyncio.wait_for(self.process.wait(), PATIENCE)
-        await self._reader
+        await self._said.to_the_end()
         return code
+
+
+class WorkerProcess(LoggedProcess):
+    """`python -m nullworker serve` in a folder. `env` are its settings; unsecured and standalone by default.
+
+    Ports are any free ones.
+    """
+
+    def __init__(self, folder: Path, *, module: tuple[str, ...] = ("-m", "nullworker", "serve"), **env: str) -> None:
+        self.db = folder / "nullworker.db"
+        # Nothing of the environment of the tests but what a process needs; the settings are the test's own.
+        own = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ} | {
+            "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "error",
+            "WORKER_PORT": "0",
+            "NULL_CONTROL_PORT": "0",
+            "NULL_LOG_FORMAT": "json",
+            "NULL_EVENT_LOG": str(self.db),
+            **({} if "CONTAINER_ID" in env else {"UNSECURED": "true"}),
+            **env,
+        }
+        super().__init__(folder, (sys.executable, *module), own)
+
+    async def start(self) -> None:
+        """Start it, and wait until it listens."""
+        await super().start()
+        started = await self.line("worker_started")
+        self.port, self.control_port = started["external_port"], started["control_port"]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.control = f"http://127.0.0.1:{self.control_port}"
 
     def sql(self, query: str, *values: object) -> list[tuple[Any, ...]]:
         """Ask the event log, as somebody with a SQLite shell would."""
@@ -186,14 +245,3 @@ class WorkerProcess:
         ]
         assert len(values) == 1, f"{name}{labels} has {len(values)} samples"
         return float(values[0])
-
-    async def _read(self) -> None:
-        assert self.process.stderr is not None
-        async for raw in self.process.stderr:
-            try:
-                line = json.loads(raw)
-            except ValueError:
-                line = {"event": "", "text": raw.decode(errors="replace").rstrip()}
-            async with self._arrived:
-                self.lines.append(line)
-                self._arrived.notify_all()

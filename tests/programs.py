@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import socket
 import sys
@@ -13,73 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from harness import PATIENCE, ROOT, WorkerProcess
+from harness import PATIENCE, ROOT, LoggedProcess, WorkerProcess
 
 
-class Program:
-    """A command in a folder. `lines` are its stderr: dicts, from JSON where it is that; stdout is in the file `out`."""
+class Program(LoggedProcess):
+    """A command in a folder; its stdout is in the file `out` there."""
 
     def __init__(self, folder: Path, *command: str, **env: str) -> None:
-        self.folder = folder
-        self.out = folder / "out"
-        self.lines: list[dict[str, Any]] = []
-        self._command = command
-        self._env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **env}
-        self._arrived = asyncio.Condition()
-        self.process: asyncio.subprocess.Process
-
-    async def __aenter__(self) -> Program:
-        await self.start()
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        if self.process.returncode is None:
-            self.process.kill()
-        await self.process.wait()
-        await self._reader
-
-    async def start(self) -> None:
-        """Start it, or start it again."""
-        self.lines = []
-        with self.out.open("ab") as out:
-            self.process = await asyncio.create_subprocess_exec(
-                *self._command, cwd=self.folder, env=self._env, stdout=out, stderr=asyncio.subprocess.PIPE
-            )
-        self._reader = asyncio.ensure_future(self._read())
-
-    async def line(self, event: str, *, nth: int = 1) -> Any:
-        """The nth line with that word, once it is there."""
-
-        def found() -> list[dict[str, Any]]:
-            return [line for line in self.lines if line.get("event") == event]
-
-        async with self._arrived:
-            try:
-                await asyncio.wait_for(self._arrived.wait_for(lambda: len(found()) >= nth), PATIENCE)
-            except asyncio.TimeoutError:
-                raise AssertionError(f"no line {event!r} number {nth} in {self.lines}") from None
-        return found()[nth - 1]
-
-    async def kill(self) -> None:
-        """kill -9."""
-        self.process.kill()
-        await self.process.wait()
-
-    async def terminate(self) -> int:
-        """Tell it to stop; its exit code."""
-        self.process.terminate()
-        return await asyncio.wait_for(self.process.wait(), PATIENCE)
-
-    async def _read(self) -> None:
-        assert self.process.stderr is not None
-        async for raw in self.process.stderr:
-            try:
-                line = json.loads(raw)
-            except ValueError:
-                line = {"event": raw.decode(errors="replace").rstrip()}
-            async with self._arrived:
-                self.lines.append(line)
-                self._arrived.notify_all()
+        own = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **env}
+        super().__init__(folder, command, own, folder / "out")
 
 
 def nullworker_work(worker: WorkerProcess, *arguments: str, **env: str) -> Program:

@@ -271,7 +271,7 @@ from nullworker.consumer import reservations, run
 async def main():
     async for reservation in reservations():
         async with reservation:
-            print("inside", file=sys.stderr, flush=True)
+            print('{"event": "inside"}', file=sys.stderr, flush=True)
             await asyncio.sleep(1000)
 run(main())
 """)

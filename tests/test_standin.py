@@ -1,4 +1,4 @@
-"""The stand-in autoscaler: what it signs, takes in, routes, records, and does wrong on demand."""
+"""The stand-in autoscaler: what it signs, tells the official client, takes in and records, and its process."""
 
 from __future__ import annotations
 
@@ -20,22 +20,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from fakeworker import FakeWorker
 
-from nullworker.testing import Fault, Parameters, StandIn, Totals
-from nullworker.testing.faults import How
+from nullworker.testing import Parameters, StandIn, Totals
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-async def vast() -> AsyncIterator[StandIn]:
-    async with StandIn() as vast:
-        yield vast
-
-
-@pytest.fixture
-async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession() as http:
-        yield http
 
 
 @asynccontextmanager
@@ -145,91 +132,6 @@ async def test_a_client_that_waits_keeps_its_request_idx_and_is_listed_as_waitin
     assert (second.status, second.request_idx, vast.waiting) == ("READY", first.request_idx, [])
 
 
-# ---- routing ----
-
-
-class Routing:
-    """Asks a stand-in whose clock stands still for workers."""
-
-    def __init__(self, http: aiohttp.ClientSession) -> None:
-        self.http, self.now = http, 1000.0
-        self.vast = StandIn(clock=lambda: self.now)
-
-    async def __call__(self, idx: int = 0) -> tuple[int, str | None]:
-        body = {"endpoint": "null", "api_key": "any", "cost": 100, "request_idx": idx, "replay_timeout": 60}
-        async with self.http.post(f"{self.vast.url}/route/", json=body) as response:
-            answer = await response.json()
-        return answer["request_idx"], answer.get("url")
-
-
-@pytest.fixture
-async def route(http: aiohttp.ClientSession) -> AsyncIterator[Routing]:
-    routing = Routing(http)
-    async with routing.vast:
-        yield routing
-
-
-async def test_a_worker_of_one_unit_gets_one_request_and_the_next_when_that_has_ended(route: Routing) -> None:
-    async with FakeWorker(route.vast.url) as worker:
-        idx, url = await route()
-        assert url == worker.url
-        assert (await route())[1] is None
-        await worker.report(cur_load=100, working_request_idxs=[idx])
-        assert (await route())[1] is None
-        await worker.tell({"request_idx": idx, "success": True, "status": "Success"})
-        assert (await route())[1] == worker.url
-
-
-async def test_a_report_from_before_the_claim_does_not_hide_the_grant(route: Routing) -> None:
-    async with FakeWorker(route.vast.url) as worker:
-        await route()
-        await worker.report()
-        assert (await route())[1] is None
-
-
-async def test_a_grant_that_nobody_used_is_forgotten(route: Routing) -> None:
-    async with FakeWorker(route.vast.url) as worker:
-        await route()
-        route.now += 5.0
-        assert (await route())[1] == worker.url
-
-
-async def test_a_request_that_asks_again_does_not_stand_in_its_own_way(route: Routing) -> None:
-    async with FakeWorker(route.vast.url) as worker:
-        idx, _ = await route()
-        assert await route(idx) == (idx, worker.url)
-
-
-@pytest.mark.parametrize(("max_queue_time", "grants"), [(0.0, 1), (0.5, 1), (1.0, 1), (2.0, 2), (3.0, 3)])
-async def test_max_queue_time_says_how_many_a_worker_gets(route: Routing, max_queue_time: float, grants: int) -> None:
-    route.vast.parameters.max_queue_time = max_queue_time
-    async with FakeWorker(route.vast.url):
-        urls = [(await route())[1] for _ in range(4)]
-    assert sum(url is not None for url in urls) == grants
-
-
-async def test_the_least_loaded_worker_is_picked(route: Routing) -> None:
-    route.vast.parameters.max_queue_time = 9
-    async with FakeWorker(route.vast.url, number=1) as one, FakeWorker(route.vast.url, number=2) as two:
-        await one.report(cur_load=300, working_request_idxs=[91, 92, 93])
-        urls = [(await route())[1] for _ in range(5)]
-    assert urls[:3] == [two.url] * 3
-    assert set(urls[3:]) == {one.url, two.url}
-
-
-@pytest.mark.parametrize("fields", [{"max_perf": 0}, {"error_msg": "out of disk"}, {"url": ""}])
-async def test_a_worker_that_is_not_ready_gets_nothing(route: Routing, fields: dict[str, Any]) -> None:
-    async with FakeWorker(route.vast.url) as worker:
-        await worker.report(**fields)
-        assert (await route())[1] is None
-
-
-async def test_a_worker_that_has_gone_silent_gets_nothing(route: Routing) -> None:
-    async with FakeWorker(route.vast.url):
-        route.now += 30.0
-        assert (await route())[1] is None
-
-
 # ---- records ----
 
 
@@ -278,103 +180,6 @@ async def test_waiting_in_vain_says_what_has_been_seen(vast: StandIn) -> None:
     async with FakeWorker(vast.url):
         with pytest.raises(TimeoutError, match="1 calls seen, 1 statuses and 0 outcomes accepted"):
             await vast.wait_for(lambda: vast.outcomes, timeout=0.01)
-
-
-# ---- faults ----
-
-
-@pytest.mark.parametrize(("how", "answer"), [("down", None), (500, 500), (400, 400)])
-async def test_what_is_refused_is_seen_and_not_delivered(vast: StandIn, how: How, answer: int | None) -> None:
-    async with FakeWorker(vast.url) as worker:
-        vast.fail("delete_requests", how, times=2)
-        outcome = {"request_idx": 4, "status": "Success"}
-        assert [await worker.tell(outcome) for _ in range(3)] == [answer, answer, 200]
-    calls = [each.accepted for each in vast.seen if each.call == "delete_requests"]
-    assert calls == [False, False, True]
-    assert (len(vast.batches), len(vast.outcomes_of(4))) == (1, 1)
-
-
-async def test_a_fault_lasts_until_it_is_cleared(vast: StandIn) -> None:
-    async with FakeWorker(vast.url) as worker:
-        vast.fail("worker_status", 503)
-        assert [await worker.report() for _ in range(3)] == [503, 503, 503]
-        vast.clear("worker_status")
-        assert await worker.report() == 200
-
-
-@pytest.mark.parametrize("clear", [True, False])
-async def test_a_late_answer_never_comes_though_the_message_is_delivered(vast: StandIn, clear: bool) -> None:
-    async with FakeWorker(vast.url) as worker:
-        vast.fail("worker_status", "late", times=1)
-        waiting = asyncio.create_task(worker.report(cur_load=7))
-        await vast.wait_for(lambda: vast.statuses[-1]["cur_load"] == 7)
-        if clear:
-            vast.clear()
-        assert await worker.report() == 200
-        assert not waiting.done()
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-
-
-async def test_a_late_answer_is_dropped_when_the_stand_in_closes() -> None:
-    async with StandIn() as vast, FakeWorker(vast.url) as worker:
-        vast.fail("worker_status", "late")
-        waiting = asyncio.create_task(worker.report(cur_load=7))
-        await vast.wait_for(lambda: vast.statuses[-1]["cur_load"] == 7)
-        await vast.__aexit__(None, None, None)
-        assert await waiting is None
-
-
-async def test_a_slow_answer_comes_after_the_message_is_delivered(vast: StandIn) -> None:
-    async with FakeWorker(vast.url) as worker:
-        vast.fail("worker_status", "slow", seconds=0.2, times=1)
-        began = asyncio.get_running_loop().time()
-        waiting = asyncio.create_task(worker.report(cur_load=7))
-        await vast.wait_for(lambda: vast.statuses[-1]["cur_load"] == 7)
-        assert not waiting.done()
-        assert await waiting == 200
-        assert asyncio.get_running_loop().time() - began >= 0.2
-
-
-async def test_the_key_and_the_routing_fail_on_demand(vast: StandIn, http: aiohttp.ClientSession) -> None:
-    vast.fail("pubkey", 503, times=1)
-    vast.fail("route", 502, times=1)
-    async with http.get(f"{vast.url}/pubkey/") as response:
-        assert response.status == 503
-    async with http.get(f"{vast.url}/pubkey/") as response:
-        assert response.status == 200
-    async with http.post(f"{vast.url}/route/", json={}) as response:
-        assert response.status == 502
-
-
-async def test_faults_are_set_and_taken_back_over_http(vast: StandIn, http: aiohttp.ClientSession) -> None:
-    async with http.post(f"{vast.url}/faults", json={"call": "pubkey", "how": 500, "times": 2}) as response:
-        assert await response.json() == {"pubkey": {"how": 500, "times": 2, "seconds": 0}}
-    assert vast.faults.active == {"pubkey": Fault(500, times=2)}
-    async with http.delete(f"{vast.url}/faults", params={"call": "pubkey"}) as response:
-        assert await response.json() == {}
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        {"call": "pubkey"},
-        {"call": "nothing", "how": "down"},
-        {"call": "pubkey", "how": "loud"},
-        {"call": "pubkey", "how": 200},
-        {"call": "pubkey", "how": True},
-        {"call": "pubkey", "how": "slow"},
-        {"call": "pubkey", "how": "down", "seconds": 1},
-        {"call": "pubkey", "how": "down", "times": 0},
-        {"call": "pubkey", "how": "down", "times": "1"},
-        {"call": "pubkey", "how": "down", "often": 1},
-    ],
-)
-async def test_a_wrong_fault_is_refused_with_422(vast: StandIn, http: aiohttp.ClientSession, body: Any) -> None:
-    async with http.post(f"{vast.url}/faults", json=body) as response:
-        assert response.status == 422
-    assert vast.faults.active == {}
 
 
 # ---- the process ----

@@ -1,0 +1,31 @@
+"""The harness itself: what a test is told when the line that it waits for cannot come."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import harness
+import pytest
+from programs import Program
+
+SCRIPT = """
+import sys
+print('{"event": "begun"}', file=sys.stderr)
+sys.exit("there is no more to say")
+"""
+
+
+@pytest.mark.timeout(30)
+async def test_a_line_that_cannot_come_any_more_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "PATIENCE", 3600.0)
+    async with Program(tmp_path, sys.executable, "-c", SCRIPT) as program:
+        with pytest.raises(AssertionError) as failed:
+            await program.line("never")
+        assert (await program.line("begun"))["event"] == "begun"
+    assert str(failed.value) == (
+        "no line 'never' number 1; the process has ended with code 1, and its last lines are:\n"
+        '{"event": "begun"}\nthere is no more to say'
+    )
