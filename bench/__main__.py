@@ -10,8 +10,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
+import json
 import os
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -27,7 +29,8 @@ from nullworker.testing import StandIn
 Figures = dict[str, float]
 Measure = Callable[[str, StandIn, Path], Awaitable[Figures]]
 
-CYCLES, QUEUED, FORGED = 400, 1000, 1500
+CYCLES, QUEUED, FORGED = 400, 1000, 4000
+_LENGTH = re.compile(rb"(?i)\r\ncontent-length: (\d+)")
 
 
 async def cycles(name: str, vast: StandIn, folder: Path) -> Figures:
@@ -90,7 +93,7 @@ async def queue(name: str, vast: StandIn, folder: Path, queued: int = QUEUED) ->
         waiting = [asyncio.ensure_future(peer.reserve(peer.body(number))) for number in range(1, queued + 1)]
         while len(peer.stats.net_connections()) < queued:
             await asyncio.sleep(0.05)
-        await asyncio.sleep(1.0)  # all are read and queued
+        await peer.idle()  # all are read and queued
         memory = (peer.memory() - before) / queued * 1e3
         started, released = time.perf_counter(), 0
         while released < queued:
@@ -108,22 +111,37 @@ async def long_queue(name: str, vast: StandIn, folder: Path) -> Figures:
 
 
 async def forged(name: str, vast: StandIn, folder: Path) -> Figures:
-    """Requests with a signature that is nobody's, from eight connections."""
+    """Requests with a signature that is nobody's, from eight connections that write and read bytes, and no more."""
     if name == "floor":
         return {}
     async with Peer(name, vast, folder) as peer:
         body = peer.body()
         signature = body["auth_data"]["signature"]
         body["auth_data"]["signature"] = ("B" if signature[0] == "A" else "A") + signature[1:]
+        request = raw_post("/reserve", body)
 
         async def refused(count: int) -> None:
+            reader, writer = await asyncio.open_connection("127.0.0.1", peer.port)
             for _ in range(count):
-                assert await peer.reserve(body) == 401
+                writer.write(request)
+                head = await reader.readuntil(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 401 "), head
+                await reader.readexactly(int(_LENGTH.findall(head)[0]))
+            writer.close()
 
         await refused(20)
         started = time.perf_counter()
         await asyncio.gather(*(refused(FORGED // 8) for _ in range(8)))
         return {"forged requests refused, /s": FORGED / (time.perf_counter() - started)}
+
+
+def raw_post(path: str, body: object) -> bytes:
+    """The bytes of a request."""
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    return head.encode() + content
 
 
 async def command(name: str, vast: StandIn, folder: Path) -> Figures:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import sys
@@ -34,7 +35,7 @@ class Peer:
         self.seconds_to_port = self.seconds_to_ready = float("nan")
 
     async def __aenter__(self) -> Peer:
-        self.port, self.control_port = free_port(), free_port()
+        self.port, self.control_port, session_end_port = free_ports(3)
         self.url = f"http://127.0.0.1:{self.port}"
         self.control = f"http://127.0.0.1:{self.control_port}"
         env = {
@@ -46,7 +47,7 @@ class Peer:
             "PUBLIC_IPADDR": "127.0.0.1",
             "WORKER_PORT": str(self.port),
             f"VAST_TCP_PORT_{self.port}": str(self.port),
-            "WORKER_HTTP_PORT": str(free_port()),
+            "WORKER_HTTP_PORT": str(session_end_port),
             "NULL_CONTROL_PORT": str(self.control_port),
             "NULL_EVENT_LOG": str(self.folder / "log.db"),
             "NULL_MAX_QUEUE_SECONDS": "3600",
@@ -66,11 +67,13 @@ class Peer:
                 raise RuntimeError(f"{self.name} has died: {(self.folder / f'{self.name}.err').read_text()[-800:]}")
         self.seconds_to_port = time.perf_counter() - started
         if self.name != "floor":
-            ready = lambda: any(s["id"] == self.port and s["max_perf"] > 0 for s in self.vast.statuses)  # noqa: E731
-            await self.vast.wait_for(ready, timeout=30)
+            await self.vast.wait_for(self._ready, timeout=30)
             self.seconds_to_ready = time.perf_counter() - started
         self.http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         return self
+
+    def _ready(self) -> bool:
+        return any(status["id"] == self.port and status["max_perf"] > 0 for status in self.vast.statuses)
 
     async def __aexit__(self, *_: object) -> None:
         await self.http.close()
@@ -95,6 +98,13 @@ class Peer:
         async with self.http.post(self.control + "/release") as answer:
             return bool((await answer.json())["released"])
 
+    async def idle(self) -> None:
+        """Wait until it has nothing to do: less than a tenth of a second of CPU in half a second."""
+        busy = -1.0
+        while self.cpu() - busy > 0.1:
+            busy = self.cpu()
+            await asyncio.sleep(0.5)
+
     def memory(self) -> float:
         """Resident MB."""
         return float(self.stats.memory_info().rss) / 1e6
@@ -105,11 +115,13 @@ class Peer:
         return float(times.user + times.system)
 
 
-def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for sock in socks:
+            sock.bind(("127.0.0.1", 0))
+        return [int(sock.getsockname()[1]) for sock in socks]
 
 
 async def _answers(port: int) -> bool:

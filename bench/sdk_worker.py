@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from aiohttp import web
-from vastai.serverless.server.worker import BenchmarkConfig, HandlerConfig, Worker, WorkerConfig
+from vastai.serverless.server.worker import BenchmarkConfig, HandlerConfig, LogActionConfig, Worker, WorkerConfig
 
 held: asyncio.Event | None = None
 
@@ -39,21 +37,16 @@ async def release(_: web.Request) -> web.Response:
     return web.json_response({"released": True})
 
 
-@asynccontextmanager
-async def control_port() -> AsyncIterator[None]:
+async def main() -> None:
     app = web.Application()
     app.router.add_post("/release", release)
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", int(os.environ["NULL_CONTROL_PORT"])).start()
-    yield
-    await runner.cleanup()
-
-
-if __name__ == "__main__":
-    Path(".has_benchmark").write_text("100")  # how its users pin max_perf
-    Worker(
+    await Worker(
         WorkerConfig(
+            model_log_file="model.log",
+            log_action_config=LogActionConfig(on_load=["ready"]),
             handlers=[
                 HandlerConfig(
                     route="/reserve",
@@ -63,6 +56,11 @@ if __name__ == "__main__":
                     benchmark_config=BenchmarkConfig(dataset=[{}], runs=1),
                 )
             ],
-            lifecycle=control_port(),
         )
-    ).run()
+    ).run_async()
+
+
+if __name__ == "__main__":
+    Path(".has_benchmark").write_text("100")  # how its users pin max_perf
+    Path("model.log").write_text("ready\n")  # and how they tell that the worker is ready: a line in the model's log
+    asyncio.run(main())
