@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 SEED ?= 1
 STEPS ?= 100000
 KILLS ?= 300
+MINUTES ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools demo test lint oldest simulate crash bench clean
+.PHONY: help install tools demo test lint oldest simulate crash soak bench clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -33,6 +34,9 @@ simulate: install  ## play STEPS reservations from SEED on, with crashes and fau
 
 crash: install  ## kill a real worker KILLS times under load, and check that nothing is lost
 	$(BIN)/python -m bench.crash --kills $(KILLS)
+
+soak: install  ## run a worker for MINUTES under everything at once, and check that nothing grows or is lost
+	$(BIN)/python -m bench.soak --minutes $(MINUTES)
 
 bench: install  ## compare speed and memory with a worker on the official SDK
 	$(BIN)/python -m bench
