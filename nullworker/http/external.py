@@ -18,7 +18,7 @@ from msgspec import Meta
 from nullworker.errors import Gone, Unauthorized
 from nullworker.fsm.book import Claim, Reservation
 from nullworker.fsm.table import ENDED
-from nullworker.http.grants import Gate, Grant
+from nullworker.http.grants import Gate
 from nullworker.http.sessions import Sessions
 from nullworker.http.stream import stream_reservation
 from nullworker.http.wire import (
@@ -59,18 +59,12 @@ class External:
 
     async def reserve(self, request: web.Request) -> web.StreamResponse:
         """Claim the slot, or wait for the end of a session."""
-        grant = await self._gate.open(request)
-        payload = grant.read(ReservePayload)
-        check_metadata(payload.metadata)
-        if grant.session_id is not None:
-            return await self._await_session(request, grant, stream=bool(payload.stream))
-        reservation = self._service.claim(
-            Claim(duration=payload.duration, request_idx=grant.request_idx, metadata=payload.metadata)
-        )
+        reservation, stream = await self._admit(request)  # the grant is not kept while it waits: 1 kB for each caller
         try:
-            return await self._hold(request, reservation, stream=bool(payload.stream))
+            return await self._hold(request, reservation, stream=stream)
         except (asyncio.CancelledError, ConnectionError):
-            self._service.cancel(reservation.id, "client_disconnect")
+            if reservation.terms.kind == "request":  # a session stays, whoever waits for its end
+                self._service.cancel(reservation.id, "client_disconnect")
             raise
 
     async def update(self, request: web.Request) -> web.Response:
@@ -85,11 +79,19 @@ class External:
             return json_response({"error": f"{FORCE_UPDATE} cannot be written: {error.strerror}"}, 500)
         return json_response({"ok": True})
 
-    async def _await_session(self, request: web.Request, grant: Grant, *, stream: bool) -> web.StreamResponse:
+    async def _admit(self, request: web.Request) -> tuple[Reservation, bool]:
+        """The reservation that a request is for, and whether it wants a stream."""
+        grant = await self._gate.open(request)
+        payload = grant.read(ReservePayload)
+        check_metadata(payload.metadata)
+        stream = bool(payload.stream)
+        if grant.session_id is None:
+            claim = Claim(duration=payload.duration, request_idx=grant.request_idx, metadata=payload.metadata)
+            return self._service.claim(claim), stream
         session = self._service.book.held
         if session is None or session.terms.session is None or session.id != grant.session_id:
             raise Gone(f"there is no session {grant.session_id}")
-        return await self._hold(request, session, stream=stream)
+        return session, stream
 
     async def _hold(self, request: web.Request, reservation: Reservation, *, stream: bool) -> web.StreamResponse:
         """Answer when the reservation has ended; as a stream, from the moment in which it is held."""
