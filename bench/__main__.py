@@ -30,6 +30,7 @@ Figures = dict[str, float]
 Measure = Callable[[str, StandIn, Path], Awaitable[Figures]]
 
 CYCLES, QUEUED, FORGED = 400, 1000, 4000
+PAGES = 16 * 1024  # bytes of a commit
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length: (\d+)")
 
 
@@ -161,6 +162,21 @@ async def command(name: str, vast: StandIn, folder: Path) -> Figures:
         return figures
 
 
+def fdatasync(rest: float) -> float:
+    """Median milliseconds of what a commit asks of the disk: pages written over and synced, every `rest` seconds."""
+    with tempfile.TemporaryFile() as file:
+        file.write(bytes(1024 * PAGES))
+        os.fsync(file.fileno())
+        took = []
+        for number in range(200):
+            time.sleep(rest)
+            started = time.perf_counter()
+            os.pwrite(file.fileno(), bytes([number]) * PAGES, number % 1024 * PAGES)
+            os.fdatasync(file.fileno())
+            took.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(took)
+
+
 MEASURES: dict[str, Measure] = {
     "cycles": cycles,
     "queue": queue,
@@ -190,6 +206,8 @@ def show(table: dict[str, dict[str, list[float]]]) -> None:
     """A markdown table: the ratio to the SDK and to the floor, then medians with the least and the most."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("aiohttp", "vastai", "cryptography"))
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
+    at_once, rested = fdatasync(0.0), fdatasync(0.003)
+    print(f"One fdatasync of 16 kB: {at_once:.2f} ms, and {rested:.2f} ms when the disk has rested for 3 ms")
     print()
     print("| figure | x SDK | x floor | nullworker | SDK | floor |")
     print("|---|---|---|---|---|---|")
