@@ -8,38 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import gc
 import signal
-import socket
 from collections.abc import Coroutine
 from typing import Any, Final
-
-from aiohttp import web
 
 from nullworker import __version__, logs, retention
 from nullworker.alarm import Alarm
 from nullworker.autoscaler import STATUS_PATH, Identity, failed_start
 from nullworker.clock import SystemClock
 from nullworker.condition import Condition
-from nullworker.errors import CannotStart, LogUnavailable, Unauthorized
+from nullworker.errors import CannotStart, LogUnavailable
 from nullworker.fsm.book import Limits
 from nullworker.health import HealthPoll
-from nullworker.http.control import Control, control_app
-from nullworker.http.external import External, external_app, session_end_app
 from nullworker.http.grants import Gate
-from nullworker.http.server import Port, raise_fd_limit, shares
-from nullworker.http.sessions import Sessions
-from nullworker.http.wire import make_app, same_secret
+from nullworker.http.server import Port
 from nullworker.link import Link
 from nullworker.log import EventLog, open_log
 from nullworker.logs import get_log
 from nullworker.metrics.exporter import Exporter, Readings
 from nullworker.metrics.narrator import narrate
 from nullworker.metrics.reporter import OUTCOMES, STATUS, Reporter
-from nullworker.ports import listen, tls
 from nullworker.service import Observer, Service
 from nullworker.settings import Settings
+from nullworker.sites import Sites
 from nullworker.webhooks import Callbacks, HttpPost
 
 log = get_log(__name__)
@@ -122,7 +114,7 @@ class Worker:
         )
         self.alarm = Alarm(self.service)
         self.health: HealthPoll | None = None
-        self._sockets: list[socket.socket] = []
+        self.sites = Sites(settings)
         self._ports: list[Port] = []
         self._stop = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -136,8 +128,19 @@ class Worker:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_stop, number.name)
-        sites = self._listen()
-        me = identity(self.settings)  # with the port that was taken, when any free one was asked for
+        self.settings = settings = self.sites.take()
+        self._gate = Gate(
+            self.service.condition,
+            self.link,
+            unsecured=settings.unsecured,
+            own_url=settings.own_url,
+            url_policy=settings.null_grant_url,
+            count_fetch=self.exporter.count_report,
+        )
+        ports = self.sites.ports(
+            self.service, self.log, self._gate, self.exporter, self._status, shutdown_seconds=STOP_SECONDS / 2
+        )
+        me = identity(settings)
         if me is not None and self.link is not None:
             self.reporter = Reporter(me, self.service, self.log, self.link, self.exporter.count_report)
         observers: list[Observer] = [self.exporter.observe, self.callbacks.observe, self.alarm.set, narrate]
@@ -151,23 +154,20 @@ class Worker:
         self.service.condition.listeners.append(self.alarm.set)  # a log that fails is a deadline too: to try it again
         self.service.restore()
         self.alarm.set()
-        external_most, local_most = shares(raise_fd_limit(), self.settings.null_max_queued)
-        for app, sock, context in sites:
-            most = local_most if self._ports else external_most  # the external one is the first
-            port = Port(app, sock, most=most, tls=context, shutdown_seconds=STOP_SECONDS / 2)
+        for port in ports:
             self._ports.append(port)
             await port.start()
         self._start_tasks()
-        if self.settings.unsecured:
+        if settings.unsecured:
             log.warning(
                 "unsecured", message="UNSECURED=true: anybody who reaches the external port can reserve this worker"
             )
         log.info(
             "worker_started",
             version=__version__,
-            url=self.settings.own_url,
-            external_port=self.settings.worker_port,
-            control_port=self.settings.null_control_port,
+            url=settings.own_url,
+            external_port=settings.worker_port,
+            control_port=settings.null_control_port,
             event_log=str(self.log.path),
             reports_to=None if self.link is None else ",".join(self.link.addresses),
         )
@@ -199,8 +199,7 @@ class Worker:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for sock in self._sockets:
-            sock.close()
+        self.sites.close()
         await self.post.close()
         if self.link is None:
             self._owe_nothing()
@@ -212,70 +211,6 @@ class Worker:
         log.info("worker_stopped")
 
     # -- inside --------------------------------------------------------------------------------------------------
-
-    def _listen(self) -> list[tuple[web.Application, Any, Any]]:
-        settings = self.settings
-        context = tls() if settings.use_ssl else None
-        control_sock = self._take(settings.null_control_port, host="127.0.0.1", variable="NULL_CONTROL_PORT")
-        external_sock = self._take(settings.worker_port, host=None, variable="WORKER_PORT")
-        self.settings = settings = dataclasses.replace(
-            settings,
-            worker_port=external_sock.getsockname()[1],
-            null_control_port=control_sock.getsockname()[1],
-        )
-        gate = Gate(
-            self.service.condition,
-            self.link,
-            unsecured=settings.unsecured,
-            own_url=settings.own_url,
-            url_policy=settings.null_grant_url,
-            count_fetch=self.exporter.count_report,
-        )
-        http_port = settings.worker_port + 1 if settings.worker_http_port is None else settings.worker_http_port
-        own = [
-            *(("127.0.0.1", port) for port in (settings.worker_port, settings.null_control_port, http_port)),
-            (settings.public_ipaddr, settings.vast_tcp_port or settings.worker_port),
-        ]
-        sessions = Sessions(self.service, gate, own_addresses=own)
-        external = External(self.service, self.log, gate, master_token=settings.master_token)
-        control = Control(self.service, self.log, self.exporter, self._status)
-        metrics = self.exporter.answer
-        self._gate = gate
-        sites: list[tuple[web.Application, Any, Any]] = [
-            (external_app(external, sessions, self.exporter), external_sock, context),
-            (
-                control_app(control, self.exporter, metrics, stub_health=settings.backend_health_url is None),
-                control_sock,
-                None,
-            ),
-        ]
-        try:
-            http_sock = self._take(http_port, host="127.0.0.1", variable="WORKER_HTTP_PORT")
-            sites.append((session_end_app(sessions, self.exporter), http_sock, None))
-        except (CannotStart, OverflowError) as error:
-            if settings.worker_http_port is not None:
-                raise
-            log.warning("session_end_port_taken", port=http_port, why=str(error), message="set WORKER_HTTP_PORT for it")
-        if settings.null_metrics_host is not None and settings.null_metrics_port is not None:
-            sock = self._take(settings.null_metrics_port, host=settings.null_metrics_host, variable="NULL_METRICS_PORT")
-            sites.append((self._metrics_app(metrics), sock, None))
-        return sites
-
-    def _take(self, port: int, *, host: str | None, variable: str) -> socket.socket:
-        self._sockets.append(listen(port, host=host, variable=variable))
-        return self._sockets[-1]
-
-    def _metrics_app(self, metrics: Any) -> web.Application:
-        token = self.settings.null_metrics_token
-
-        def guard(request: web.Request) -> None:
-            given = request.headers.get("Authorization", "")
-            if token and not same_secret(given, f"Bearer {token}"):
-                raise Unauthorized("the token is not NULL_METRICS_TOKEN", reason="token")
-
-        app = make_app("metrics", self.exporter, guard=guard)
-        app.router.add_get("/metrics", metrics)
-        return app
 
     def _start_tasks(self) -> None:
         settings = self.settings

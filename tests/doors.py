@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from aiohttp import web
 from harness import PATIENCE
 
+from nullworker.http.bodies import read_body
 from nullworker.http.server import Port
-from nullworker.http.wire import json_response, make_app, read_body
+from nullworker.http.wire import json_response, make_app
 from nullworker.ports import listen
 
 HEAD = b"POST /echo HTTP/1.1\r\nHost: here\r\n"

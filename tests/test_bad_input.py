@@ -231,7 +231,10 @@ async def test_a_body_that_grows_beyond_the_limit_without_saying_so(worker: Work
 
 
 async def test_a_body_that_does_not_come(tmp_path: Path, vast: StandIn) -> None:
-    quick = ("-c", "from nullworker import cli; from nullworker.http import wire; wire.BODY_SECONDS = 0.2; cli.main()")
+    quick = (
+        "-c",
+        "from nullworker import cli; from nullworker.http import bodies; bodies.BODY_SECONDS = 0.2; cli.main()",
+    )
     async with secured(tmp_path, vast, module=(*quick, "serve")) as worker:
         await worker.line("key_loaded")
         for port, route in ((worker.port, "/reserve"), (worker.control_port, "/release")):

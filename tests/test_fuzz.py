@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from nullworker.autoscaler import PublicKey
 from nullworker.condition import Condition
 from nullworker.errors import BadSettings, Invalid, RequestError
+from nullworker.http.bodies import decode, explain
 from nullworker.http.control import ExtendBody, ReleaseBody
 from nullworker.http.external import ReservePayload
 from nullworker.http.grants import Envelope, Gate, Grant
 from nullworker.http.sessions import CreatePayload, Named
-from nullworker.http.wire import decode, explain, json_response
+from nullworker.http.wire import json_response
 from nullworker.settings import Settings, read_settings, variable
 from nullworker.testing.keys import load_or_make, public_pem, sign
 

@@ -28,7 +28,7 @@ RANKS = (
         "control_client",
     },
     {"link", "http", "metrics", "health", "webhooks", "ports", "testing"},
-    {"app"},
+    {"app", "sites"},
 )
 RANK_OF = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 COMMANDS = len(RANKS)  # everything else is a command: the top

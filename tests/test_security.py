@@ -32,7 +32,7 @@ def test_bounds_are_those_of_the_code(row: list[str]) -> None:
 
 def test_every_bound_of_the_http_edge_is_told() -> None:
     told = {row[2].strip("`") for row in BOUNDS}
-    for module in ("nullworker.http.server", "nullworker.http.wire"):
+    for module in ("nullworker.http.server", "nullworker.http.bodies"):
         names = [name for name in vars(importlib.import_module(module)) if re.match(r"MAX_|\w+_CONNECTIONS", name)]
         assert len(names) >= 3
         assert {f"{module}.{name}" for name in names} <= told

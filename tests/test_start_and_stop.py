@@ -148,9 +148,9 @@ def with_certificate(folder: Path) -> tuple[str, ...]:
     """`nullworker serve`, but with the certificate in a folder of the test instead of /etc."""
     lines = (
         "import functools, pathlib, sys",
-        "from nullworker import app, cli",
+        "from nullworker import cli, sites",
         "paths = [pathlib.Path(sys.argv[1], name) for name in ('instance.crt', 'instance.key')]",
-        "app.tls = functools.partial(app.tls, *paths)",
+        "sites.tls = functools.partial(sites.tls, *paths)",
         "cli.main(['serve'])",
     )
     return ("-c", "\n".join(lines), str(folder))

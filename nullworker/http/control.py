@@ -18,19 +18,10 @@ from msgspec import UNSET, Meta, UnsetType
 from nullworker import history
 from nullworker.errors import Conflict, Forbidden, Invalid, NotFound
 from nullworker.fsm.table import STATES
+from nullworker.http.bodies import decode, number, read_body, unfit
 from nullworker.http.page import add_page
 from nullworker.http.stream import Watchers, stream_events
-from nullworker.http.wire import (
-    HELD,
-    Handler,
-    decode,
-    json_response,
-    make_app,
-    number,
-    read_body,
-    reservation_json,
-    unfit,
-)
+from nullworker.http.wire import HELD, Handler, json_response, make_app, reservation_json
 from nullworker.log import EventLog
 from nullworker.metrics.exporter import Exporter
 from nullworker.service import Commit, Service

@@ -18,18 +18,11 @@ from msgspec import Meta
 from nullworker.errors import Gone, Unauthorized
 from nullworker.fsm.book import Claim, Reservation
 from nullworker.fsm.table import ENDED
+from nullworker.http.bodies import check_metadata
 from nullworker.http.grants import Gate
 from nullworker.http.sessions import Sessions
 from nullworker.http.stream import stream_reservation
-from nullworker.http.wire import (
-    HELD,
-    Counts,
-    check_metadata,
-    json_response,
-    make_app,
-    same_secret,
-    verdict_response,
-)
+from nullworker.http.wire import HELD, Counts, json_response, make_app, same_secret, verdict_response
 from nullworker.log import EventLog
 from nullworker.logs import get_log
 from nullworker.service import Service

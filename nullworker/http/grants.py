@@ -23,7 +23,7 @@ from nullworker.autoscaler import PublicKey
 from nullworker.clock import stopwatch
 from nullworker.condition import Condition
 from nullworker.errors import Invalid, Unauthorized, Unavailable
-from nullworker.http.wire import T, decode, explain, read_body
+from nullworker.http.bodies import T, decode, explain, read_body
 from nullworker.link import Link, Pause
 from nullworker.logs import get_log
 

@@ -4,7 +4,7 @@ A connection whose request does not come, or whose end could not be noticed, is 
 port is full, the oldest of those that have nothing under way makes room, and a request that is under way is never
 closed for a newcomer: neither an honest caller nor a held reservation is pushed out by a crowd that only connects.
 
-What it leaves out: bodies (wire.py bounds their size and time), and listening (ports.py).
+What it leaves out: bodies (bodies.py bounds their size and time), and listening (ports.py).
 
 The one rule: only what aiohttp and asyncio document is used; the exceptions say so, and tests/test_hardening*.py fail
 when they are gone.

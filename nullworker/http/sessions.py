@@ -20,17 +20,9 @@ from nullworker.errors import Gone, Invalid, RequestError, Unauthorized
 from nullworker.fsm.book import Claim, Reservation
 from nullworker.fsm.events import SessionTerms
 from nullworker.fsm.table import ENDED
+from nullworker.http.bodies import MAX_BODY_BYTES, check_metadata, decode, read_body, unfit
 from nullworker.http.grants import Gate, fingerprint
-from nullworker.http.wire import (
-    MAX_BODY_BYTES,
-    RESERVATION_HEADER,
-    check_metadata,
-    decode,
-    json_response,
-    read_body,
-    unfit,
-    verdict_response,
-)
+from nullworker.http.wire import RESERVATION_HEADER, json_response, verdict_response
 from nullworker.service import Service
 from nullworker.settings import is_absolute_http_url
 

@@ -1,0 +1,164 @@
+"""What comes in: bodies and query parameters, read within bounds and decoded into a shape.
+
+Whatever is wrong is said by the name of its field, and all of it at once.
+
+The one rule: a body that does not fit its shape changes nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from typing import Any, Final, TypeVar, get_args, get_type_hints
+
+import msgspec
+from aiohttp import web
+
+from nullworker.errors import BodyTooLarge, Invalid, SlowBody
+
+MAX_BODY_BYTES: Final = 1024 * 1024
+MAX_METADATA_BYTES: Final = 4096
+#: Levels of objects and arrays in what is kept in the log.
+MAX_DEPTH: Final = 100
+#: Seconds in which a body must have arrived.
+BODY_SECONDS: Final = 10.0
+
+T = TypeVar("T")
+
+
+def too_large() -> BodyTooLarge:
+    """The body is larger than any that this worker needs."""
+    return BodyTooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes")
+
+
+async def read_body(request: web.Request) -> bytes:
+    """The whole body.
+
+    Raises:
+        BodyTooLarge: over 1 MiB; nothing more of it is read.
+        SlowBody: it was not there in time.
+    """
+    if request.content_length is not None and request.content_length > MAX_BODY_BYTES:
+        raise too_large()
+    if request.content.is_eof():
+        return await request.read()
+    # not asyncio.wait_for: before Python 3.12 it loses a cancellation, so a hang-up, that comes with the last byte
+    late = SlowBody(f"the body did not arrive within {BODY_SECONDS:g} s")
+    timer = asyncio.get_running_loop().call_later(BODY_SECONDS, request.content.set_exception, late)
+    try:
+        return await request.read()
+    finally:
+        timer.cancel()
+
+
+def decode(body: bytes, shape: type[T]) -> T:
+    """A JSON object of the given shape.
+
+    Raises:
+        Invalid: it is not; the fields say where.
+    """
+    try:
+        return msgspec.json.decode(body, type=shape)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise explain(body, shape) from None
+
+
+def explain(body: bytes, shape: Any) -> Invalid:
+    """Which fields of a body are wrong, each by its name, where the decoder stops at the first."""
+    try:
+        value = json.loads(body)  # the tolerant one: it can say which field is NaN
+        wrong = _not_finite(value) or _wrong(value, shape)
+    except RecursionError:
+        return Invalid("the body nests too deep")
+    except ValueError as error:
+        return Invalid(f"the body is not JSON: {error}")
+    if isinstance(wrong, str):
+        return Invalid(f"the body must be a JSON object: {wrong}")
+    if not wrong:
+        return Invalid("the body is not JSON: it has text that is not Unicode, or nests too deep")
+    return Invalid("some fields are missing or wrong: " + ", ".join(_names(wrong)), **wrong)
+
+
+def check_metadata(metadata: dict[str, Any] | None) -> None:
+    """Metadata are for a human or a job's number, not for the job itself.
+
+    Raises:
+        Invalid: it is too large.
+    """
+    if why := unfit(metadata, MAX_METADATA_BYTES):
+        raise Invalid(f"metadata {why}", payload={"metadata": why})
+
+
+def unfit(value: Any, most: int) -> str | None:
+    """Why a value cannot be kept in the log, if it cannot: too large, or so deep that a reader of it would fail."""
+    if _deeper(value, MAX_DEPTH):
+        return f"must nest at most {MAX_DEPTH} deep"
+    return f"must be at most {most} bytes of JSON" if len(msgspec.json.encode(value)) > most else None
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(_deeper(each, levels - 1) for each in inner)
+
+
+def _wrong(value: Any, shape: Any) -> Any:
+    """What is wrong with a value: a sentence, or a dict of them by field, or nothing."""
+    if isinstance(shape, type) and issubclass(shape, msgspec.Struct) and isinstance(value, dict):
+        hints = get_type_hints(shape, include_extras=True)
+        found = {}
+        for field in msgspec.structs.fields(shape):
+            if field.encode_name not in value:
+                wrong = "missing parameter" if field.required else None
+            else:
+                wrong = _wrong(value[field.encode_name], hints[field.name])
+            if wrong:
+                found[field.encode_name] = wrong
+        return found
+    inner = next((arg for arg in get_args(shape) if isinstance(arg, type) and issubclass(arg, msgspec.Struct)), None)
+    if inner is not None and isinstance(value, dict):
+        return _wrong(value, inner)
+    try:
+        msgspec.convert(value, shape)
+    except (msgspec.ValidationError, OverflowError) as error:
+        return str(error)
+    return None
+
+
+def _not_finite(value: Any) -> Any:
+    """Where a value has a number that JSON cannot hold."""
+    if isinstance(value, dict):
+        # a name may hold half a surrogate pair, which no answer can carry
+        return {_ascii(name): wrong for name, each in value.items() if (wrong := _not_finite(each))}
+    if isinstance(value, list):
+        return next((wrong for each in value if (wrong := _not_finite(each))), None)
+    return "must be a finite number" if isinstance(value, float) and not math.isfinite(value) else None
+
+
+def _ascii(name: str) -> str:
+    return name.encode("ascii", "backslashreplace").decode()
+
+
+def _names(wrong: dict[str, Any], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, why in wrong.items():
+        names += _names(why, f"{prefix}{name}.") if isinstance(why, dict) else [f"{prefix}{name}"]
+    return names
+
+
+def number(request: web.Request, name: str, default: float, high: float) -> float:
+    """A query parameter from 0 up; more than `high` is taken as `high`.
+
+    Raises:
+        Invalid: it is no such number.
+    """
+    text = request.query.get(name)
+    if text is None:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise Invalid(f"{name} is wrong", **{name: f"must be a number from 0 to {high:g}, not {text!r}"})
+    return min(value, high)
