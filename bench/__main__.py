@@ -113,7 +113,7 @@ async def long_queue(name: str, vast: StandIn, folder: Path) -> Figures:
 
 async def forged(name: str, vast: StandIn, folder: Path) -> Figures:
     """Requests with a signature that is nobody's, from eight connections that write and read bytes, and no more."""
-    if name == "floor":
+    if name in ("floor", "normal"):
         return {}
     async with Peer(name, vast, folder) as peer:
         body = peer.body()
@@ -189,11 +189,11 @@ MEASURES: dict[str, Measure] = {
 async def run(rounds: int, names: list[str]) -> dict[str, dict[str, list[float]]]:
     """All figures of all rounds: figure, peer, values."""
     table: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    peers = ["nullworker", "SDK", "floor"]
+    peers = ["nullworker", "normal", "SDK", "floor"]
     async with StandIn() as vast:
         for number in range(rounds):
             for measure in names:
-                for peer in peers[number % 3 :] + peers[: number % 3]:
+                for peer in peers[number % 4 :] + peers[: number % 4]:
                     print(f"round {number + 1}/{rounds}: {measure}, {peer:<12}", end="\r", file=sys.stderr, flush=True)
                     with tempfile.TemporaryDirectory() as folder:
                         for figure, value in (await MEASURES[measure](peer, vast, Path(folder))).items():
@@ -209,17 +209,22 @@ def show(table: dict[str, dict[str, list[float]]]) -> None:
     at_once, rested = fdatasync(0.0), fdatasync(0.003)
     print(f"One fdatasync of 16 kB: {at_once:.2f} ms, and {rested:.2f} ms when the disk has rested for 3 ms")
     print()
-    print("| figure | x SDK | x floor | nullworker | SDK | floor |")
-    print("|---|---|---|---|---|---|")
-    for figure, peers in table.items():
-        middle = {peer: statistics.median(values) for peer, values in peers.items()}
-        ours = middle["nullworker"]
-        ratios = [f"{ours / middle[peer]:.2f}" if middle.get(peer, 0) > 0 else "" for peer in ("SDK", "floor")]
-        cells = [
-            f"{middle[peer]:.3g} ({min(peers[peer]):.3g} - {max(peers[peer]):.3g})" if middle.get(peer, 0) > 0 else ""
-            for peer in ("nullworker", "SDK", "floor")
-        ]
+    print("| figure | x SDK | at sync normal, x SDK | x floor | nullworker | at sync normal | SDK | floor |")
+    print("|---|---|---|---|---|---|---|---|")
+    for figure, values in table.items():
+        middle = {peer: statistics.median(seen) for peer, seen in values.items()}
+        ratios = [_ratio(middle, *pair) for pair in (("nullworker", "SDK"), ("normal", "SDK"), ("nullworker", "floor"))]
+        cells = [_cell(values.get(peer)) for peer in ("nullworker", "normal", "SDK", "floor")]
         print("| " + " | ".join([figure, *ratios, *cells]) + " |")
+
+
+def _ratio(middle: dict[str, float], ours: str, theirs: str) -> str:
+    known = all(middle.get(peer, 0) > 0 for peer in (ours, theirs))
+    return f"{middle[ours] / middle[theirs]:.2f}" if known else ""
+
+
+def _cell(seen: list[float] | None) -> str:
+    return f"{statistics.median(seen):.3g} ({min(seen):.3g} - {max(seen):.3g})" if seen and min(seen) > 0 else ""
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ from nullworker.testing import StandIn
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "nullworker": ["-m", "nullworker", "serve"],
+    "normal": ["-m", "nullworker", "serve"],  # the same at NULL_LOG_SYNC=normal: what the disk costs
     "SDK": [str(ROOT / "bench" / "sdk_worker.py")],
     "floor": [str(ROOT / "bench" / "floor.py")],
 }
@@ -53,6 +54,7 @@ class Peer:
             "NULL_EVENT_LOG": str(self.folder / "log.db"),
             "NULL_MAX_QUEUE_SECONDS": "3600",
             "NULL_MAX_QUEUED": "20000",
+            "NULL_LOG_SYNC": "normal" if self.name == "normal" else "full",
             "UNSECURED": "false",
             "USE_SSL": "false",
             **self.env,
