@@ -17,17 +17,18 @@ from __future__ import annotations
 import asyncio
 import base64
 import secrets
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from msgspec import UNSET, UnsetType
 
-from nullworker.clock import Anchor, Clock
+from nullworker.clock import Clock
 from nullworker.condition import Condition
 from nullworker.errors import LogUnavailable
 from nullworker.fsm.book import Book, Claim, Limits, Reservation
 from nullworker.fsm.events import Event
 from nullworker.fsm.table import ENDED
+from nullworker.journal import Journal
 from nullworker.logs import get_log
 
 log = get_log(__name__)
@@ -47,31 +48,6 @@ class Commit(NamedTuple):
 
 
 Observer = Callable[[Commit], None]
-
-
-class Journal(Protocol):
-    """Where events are kept: the log, or a fake that passes the same contract (nullworker.testing)."""
-
-    @property
-    def last_seq(self) -> int:
-        """The seq of the last event that is written."""
-        ...
-
-    def append(self, events: Sequence[tuple[int, Event]]) -> None:
-        """All or none. Raises LogUnavailable."""
-        ...
-
-    def live(self) -> Iterator[tuple[int, Event]]:
-        """The events of what has not ended."""
-        ...
-
-    def store_anchor(self, anchor: Anchor) -> None:
-        """Keep the clock's anchor. Raises LogUnavailable."""
-        ...
-
-    def probe(self) -> None:
-        """Write something that does not matter. Raises LogUnavailable."""
-        ...
 
 
 def new_id() -> str:

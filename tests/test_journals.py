@@ -13,8 +13,8 @@ import pytest
 from nullworker.clock import Anchor
 from nullworker.errors import CannotStart, LogDamaged, LogUnavailable
 from nullworker.fsm.events import DATA_OF, Ended, Event, Extended, Held, Queued, SessionTerms, from_row, to_row
+from nullworker.journal import Journal
 from nullworker.log import EventLog, open_for_reading, open_log
-from nullworker.service import Journal
 from nullworker.testing.fakes import MemoryJournal, check_journal
 
 TERMS = Queued(kind="request", duration_cap=60.0, give_up_at=130.0)

@@ -19,6 +19,7 @@ RANKS = (
         "condition",
         "service",
         "alarm",
+        "journal",
         "schema",
         "log",
         "rehearsal",
