@@ -9,11 +9,20 @@ import sys
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric import padding, rsa
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-from nullworker.autoscaler import Identity, Load, PublicKey, delete_requests, failed_start, signed_bytes, worker_status
+from nullworker.autoscaler import (
+    Identity,
+    Load,
+    PublicKey,
+    delete_requests,
+    failed_start,
+    outcome_of,
+    signed_bytes,
+    worker_status,
+)
 from nullworker.fsm.book import Reservation
 from nullworker.fsm.events import Queued
 from nullworker.history import Finished
@@ -214,3 +223,35 @@ def test_outcomes_have_the_fields_and_flags_of_the_official_worker() -> None:
     for their, our in zip(theirs["requests"], ours["requests"], strict=True):
         assert set(their) == set(our)
         assert (their["status"], their["success"]) == (our["status"], our["success"])
+
+
+def test_a_key_of_another_kind_is_no_key() -> None:
+    pem = ec.generate_private_key(ec.SECP256R1()).public_key()
+    with pytest.raises(ValueError, match="is no RSA key"):
+        PublicKey(pem.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+
+
+def test_each_end_is_counted_once_and_set_back_to_nothing_by_its_report() -> None:
+    load = Load()
+    assert load == Load(received=0, cancelled=0, rejected=0, served=0)
+    for outcome, count in (("Success", 1), ("Cancelled", 2), ("Rejected", 3)):
+        for _ in range(count):
+            load.begun()
+            load.ended(outcome, at_once=False)  # type: ignore[arg-type]
+    assert load == Load(received=6, cancelled=2, rejected=3, served=1)
+    load.set_back(load.copy())
+    assert load == Load()
+
+
+def test_an_outcome_is_another_for_who_was_held_than_for_who_waited() -> None:
+    ended = reservation(7)
+    ended.state, ended.reason = "cancelled", "draining"
+    assert outcome_of(ended) == "Rejected"
+    ended.held_at = 1.0
+    assert outcome_of(ended) == "Cancelled"
+
+
+def test_a_failed_start_has_no_figures() -> None:
+    status = failed_start(ME, "port 3000 is taken")
+    told = {"id", "mtoken", "version", "url", "error_msg"}
+    assert {field: value for field, value in status.items() if value} == {field: status[field] for field in told}

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from itertools import count
+from typing import Any
 
 import pytest
 
 from nullworker.errors import IllegalMove
 from nullworker.fsm.book import Book, Claim, Limits
-from nullworker.fsm.events import Event, Held, SessionTerms
+from nullworker.fsm.events import Ended, Event, Extended, Held, Queued, SessionTerms
 
 NOW = 1000.0
 
@@ -89,3 +90,74 @@ def test_a_second_hold_is_no_history() -> None:
     with pytest.raises(IllegalMove, match="r2 cannot be held while r1 is"):
         desk.book.apply(Event(NOW, "r2", "held", None, Held(NOW + 60)))
     assert [reservation.state for reservation in desk.book.live()] == ["held", "queued"]
+
+
+def test_the_next_deadline_is_the_sooner_one_of_the_hold_and_of_the_oldest_wait() -> None:
+    desk = Desk(wait=30.0)
+    assert desk.book.next_deadline() is None
+    desk.claim(60.0)
+    assert desk.book.next_deadline() == NOW + 60
+    desk.claim(now=NOW + 1)
+    desk.claim(now=NOW + 2)
+    assert desk.book.next_deadline() == NOW + 31
+    desk.does(desk.book.extend("r1", 5.0, NOW + 2))
+    assert desk.book.next_deadline() == NOW + 7
+
+
+def test_who_asks_for_less_than_a_second_has_the_slot_alone() -> None:
+    desk = Desk()
+    desk.claim()
+    desk.claim(0.5)
+    desk.claim()
+    assert desk.does(desk.book.release("r1", "explicit", NOW)) == ["r1 released/explicit", "r2 held"]
+    assert desk.does(desk.book.due(NOW + 0.5)) == ["r2 expired/duration_elapsed", "r3 held"]
+
+
+@pytest.mark.parametrize("name", ["r1", "nobody"])
+def test_who_has_ended_or_never_was_has_no_future(name: str) -> None:
+    desk = Desk()
+    desk.claim()
+    desk.does(desk.book.release("r1", "explicit", NOW))
+    desk.claim()
+    book = desk.book
+    for refused in (
+        lambda: book.release(name, "explicit", NOW),
+        lambda: book.extend(name, 5.0, NOW),
+        lambda: book.renew(name, NOW),
+        lambda: book.cancel(name, "client_disconnect", NOW),
+        lambda: book.apply(Event(NOW, name, "held", None, Held(NOW + 60))),
+        lambda: book.apply(Event(NOW, name, "released", "explicit", Ended())),
+    ):
+        with pytest.raises(IllegalMove, match=f"reservation {name}"):
+            refused()
+    assert [(reservation.id, reservation.state) for reservation in book.live()] == [("r2", "held")]
+
+
+def test_nobody_who_is_live_begins_again() -> None:
+    desk = Desk()
+    queued, held = desk.book.claim("r", Claim(), NOW)
+    for event in (queued, held):
+        desk.book.apply(event)
+        with pytest.raises(IllegalMove, match="reservation r is queued already"):
+            desk.book.apply(queued)
+    assert [(reservation.id, reservation.state) for reservation in desk.book.live()] == [("r", "held")]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *(Limits(), Claim(), Event(NOW, "r", "held", None, Held(NOW)), Held(NOW), Extended(NOW), Ended()),
+        *(SessionTerms(10.0, "hash"), Queued(kind="request", duration_cap=1.0, give_up_at=NOW)),
+    ],
+    ids=lambda word: type(word).__name__,
+)
+def test_what_was_asked_and_what_has_happened_cannot_be_changed(word: Any) -> None:
+    for field in word.__struct_fields__:
+        with pytest.raises(AttributeError):
+            setattr(word, field, None)
+
+
+def test_a_reservation_keeps_all_that_was_asked_for() -> None:
+    asked = Claim("session", 10.0, 7, {"job": "a"}, SessionTerms(10.0, "hash", "http://10.0.0.1/", {"a": 1}))
+    terms = Desk().book.claim("r", asked, NOW)[0].data
+    assert terms == Queued("session", 10.0, NOW + 30, 7, {"job": "a"}, asked.session)

@@ -1,0 +1,239 @@
+"""The log as its own process sees it: what it is opened with, what it remembers, and how it refuses to be opened."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nullworker.clock import Anchor
+from nullworker.errors import CannotStart, LogDamaged, LogUnavailable
+from nullworker.fsm.events import Ended, Event, Queued, from_row
+from nullworker.log import EventLog, open_for_reading, open_log
+
+TERMS = Queued(kind="request", duration_cap=60.0, give_up_at=130.0)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "nullworker.db"
+
+
+@pytest.fixture
+def log(path: Path) -> Iterator[EventLog]:
+    with contextlib.closing(open_log(path)) as log:
+        yield log
+
+
+def queue(log: EventLog, name: str) -> int:
+    log.append([(log.last_seq + 1, Event(100.0, name, "queued", None, TERMS))])
+    return log.last_seq
+
+
+def pragma(log: EventLog, name: str) -> object:
+    return log.conn.execute(f"PRAGMA {name}").fetchone()[0]
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.parametrize(("sync", "level"), [({}, 2), ({"sync": "full"}, 2), ({"sync": "normal"}, 1)])
+def test_a_log_is_opened_with_what_its_promises_rest_on(path: Path, sync: dict[str, Any], level: int) -> None:
+    for _ in range(2):
+        with contextlib.closing(open_log(path, **sync)) as log:
+            assert pragma(log, "synchronous") == level
+            assert pragma(log, "journal_mode") == "wal"
+            assert pragma(log, "journal_size_limit") == 4 * 1024 * 1024
+            assert pragma(log, "auto_vacuum") == 2, "incremental"
+            assert pragma(log, "recursive_triggers") == 1
+            assert pragma(log, "busy_timeout") == 100, "the whole worker waits so long for a stranger"
+
+
+def test_the_seconds_of_each_append_are_told(log: EventLog) -> None:
+    took: list[float] = []
+    log.on_append = took.append
+    queue(log, "a")
+    assert len(took) == 1
+    assert 0 < took[0] < 10
+
+
+def test_a_batch_that_is_refused_leaves_the_log_as_it_was(log: EventLog) -> None:
+    queue(log, "a")
+    again = Event(100.0, "a", "queued", None, TERMS)
+    with pytest.raises(LogUnavailable, match="exists already"):
+        log.append([(2, Event(100.0, "b", "queued", None, TERMS)), (3, again)])
+    assert queue(log, "c") == 2
+    assert [event.reservation_id for _, event in log.live()] == ["a", "c"]
+
+
+def test_what_a_stranger_locks_is_written_when_it_lets_go(log: EventLog, path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as stranger:
+        stranger.execute("BEGIN IMMEDIATE")
+        with pytest.raises(LogUnavailable, match="cannot be written: database is locked"):
+            queue(log, "a")
+    assert queue(log, "a") == 1
+    assert not Path(f"{path}.suspect").exists(), "a lock is no damage"
+
+
+def test_the_last_word_of_a_reader_is_its_cursor_and_the_first_of_a_settlement_stays(log: EventLog) -> None:
+    for name in "abc":
+        queue(log, name)
+    for seq in (1, 3, 2):
+        log.move_cursor("reader", seq)
+        assert log.cursor("reader") == seq
+    log.settle("reader", [1, 2], 5.0, "delivered")
+    log.settle("reader", [2, 3], 6.0, "given_up", "why")
+    assert log.conn.execute("SELECT seq, outcome, detail FROM settled ORDER BY seq").fetchall() == [
+        *((1, "delivered", None), (2, "delivered", None), (3, "given_up", "why")),
+    ]
+
+
+def test_the_newest_anchor_is_the_clocks_and_nothing_else_is(log: EventLog) -> None:
+    queue(log, "a")
+    log.probe()
+    assert log.anchor() is None
+    for offset in (1.5, 1_800_000_000.123456):
+        log.store_anchor(Anchor("boot", offset))
+        assert log.anchor() == Anchor("boot", offset)
+
+
+def test_each_probe_writes_and_a_log_that_cannot_be_written_is_found(log: EventLog) -> None:
+    for name in ("a", "b"):
+        seq = queue(log, name)
+        log.probe()
+        assert log.conn.execute("SELECT value FROM meta WHERE name = 'probe'").fetchall() == [(str(seq),)]
+    log.conn.execute("PRAGMA query_only = ON")
+    with pytest.raises(LogUnavailable, match="cannot be written"):
+        log.probe()
+
+
+def test_a_log_that_was_moved_away_is_found(log: EventLog, path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    with pytest.raises(LogUnavailable, match="was moved or removed"):
+        log.probe()
+
+
+def test_free_pages_are_given_back_as_many_as_are_asked_for(log: EventLog) -> None:
+    for number in range(50):
+        seq = queue(log, f"r{number}")
+        log.append([(seq + 1, Event(101.0, f"r{number}", "cancelled", "draining", Ended("x" * 5000)))])
+    for reader in ("worker_status", "delete_requests"):
+        log.move_cursor(reader, log.last_seq)
+    log.prune(f"r{number}" for number in range(49))
+    free = pragma(log, "freelist_count")
+    assert isinstance(free, int)
+    log.give_back(3)
+    assert pragma(log, "freelist_count") == free - 3
+    log.give_back(0)
+    assert pragma(log, "freelist_count") == 0
+
+
+def test_the_size_is_that_of_both_files(log: EventLog, path: Path) -> None:
+    queue(log, "a")
+    files = [path, Path(f"{path}-wal")]
+    assert log.size() == sum(file.stat().st_size for file in files)
+    log.close()
+    assert log.size() == path.stat().st_size
+
+
+def test_a_log_that_is_closed_leaves_nothing_open_and_can_be_opened(path: Path) -> None:
+    before = open_files()
+    for _ in range(2):
+        log = open_log(path)
+        log.close()
+        log.close()
+        assert open_files() == before
+
+
+def test_the_folders_of_a_log_are_made_and_what_is_in_the_way_is_told(tmp_path: Path) -> None:
+    open_log(tmp_path / "a" / "b" / "nullworker.db").close()
+    (tmp_path / "file").touch()
+    with pytest.raises(CannotStart, match="cannot be made: File exists; set NULL_EVENT_LOG"):
+        open_log(tmp_path / "file" / "nullworker.db")
+
+
+def test_the_lock_says_who_has_it_and_nothing_older(path: Path) -> None:
+    lock = Path(f"{path}.lock")
+    lock.write_bytes(b"pid 1, since ever and ever and ever and ever and ever and ever\n")
+    with contextlib.closing(open_log(path)):
+        assert re.fullmatch(rf"pid {os.getpid()}, since 20\S+Z\n", lock.read_text())
+        before = open_files()
+        for content, holder in ((b"", "another process"), (b"\xff\n", "\ufffd")):
+            lock.write_bytes(content)
+            with pytest.raises(CannotStart, match=f"a worker that is running: {holder}; stop that one"):
+                open_log(path)
+        assert open_files() == before
+
+
+DAMAGE = b"no database at all" * 100
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        ("damaged", "is damaged: .*; the next start of its worker sets it aside"),
+        ("user_version", "was written by a newer nullworker .*log version 99, this one knows 1.*update nullworker"),
+        ("application_id", "is a database of another program; set NULL_EVENT_LOG"),
+    ],
+)
+def test_a_log_that_is_not_opened_stays_as_it_is_and_nobodys(path: Path, trouble: str, says: str) -> None:
+    """A command that only looks, or an older version, costs nobody his log."""
+    with contextlib.closing(open_log(path)) as log:
+        queue(log, "a")
+    if trouble == "damaged":
+        path.write_bytes(DAMAGE)
+    else:
+        with contextlib.closing(sqlite3.connect(path)) as stranger:
+            stranger.execute(f"PRAGMA {trouble} = 99")
+    before, files = path.read_bytes(), open_files()
+    for _ in range(2):
+        with pytest.raises(CannotStart, match=says):
+            open_log(path, mend=trouble != "damaged")
+    assert (path.read_bytes(), open_files()) == (before, files)
+    assert not list(path.parent.glob("*damaged*"))
+    if trouble != "damaged":
+        with pytest.raises(CannotStart, match=says):
+            open_for_reading(path)
+
+
+def test_a_log_that_a_stranger_has_locked_is_not_called_damaged(path: Path) -> None:
+    open_log(path).close()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as stranger:
+        stranger.execute("PRAGMA locking_mode = EXCLUSIVE")
+        stranger.execute("BEGIN IMMEDIATE")
+        with pytest.raises(CannotStart, match="cannot be opened: database is locked"):
+            open_log(path)
+    open_log(path).close()
+
+
+def test_a_damaged_log_is_set_aside_and_another_begins(path: Path, logged: Callable[[], list[str]]) -> None:
+    path.write_bytes(DAMAGE)
+    Path(f"{path}.suspect").touch()
+    with contextlib.closing(open_log(path)) as log:
+        assert queue(log, "a") == 1
+    (aside,) = path.parent.glob("nullworker.db.damaged-*")
+    assert aside.read_bytes() == DAMAGE
+    assert logged() == ["event_log_damaged"]
+    assert not Path(f"{path}.suspect").exists()
+
+
+def test_a_suspicion_that_was_wrong_is_dropped(path: Path) -> None:
+    with contextlib.closing(open_log(path)) as log:
+        queue(log, "a")
+    Path(f"{path}.suspect").touch()
+    with contextlib.closing(open_log(path)) as log:
+        assert log.last_seq == 1
+    assert not Path(f"{path}.suspect").exists()
+
+
+def test_a_row_that_nests_too_deep_is_damage() -> None:
+    deep = '{"result": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    with pytest.raises(LogDamaged, match="cannot be read"):
+        from_row((1.0, "a", "released", "explicit", deep))
