@@ -211,8 +211,12 @@ def open_for_reading(path: Path) -> EventLog:
     """
     try:
         conn = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=5)
-        schema.check_version(path, conn)
-        return EventLog(path, conn, None)
+        try:
+            schema.check_version(path, conn)
+            return EventLog(path, conn, None)
+        except BaseException:
+            conn.close()
+            raise
     except sqlite3.Error as error:
         raise CannotStart(f"there is no event log to read at {path}: {error}") from error
 
@@ -267,5 +271,4 @@ def _set_aside(path: Path) -> Path:
     for suffix in ("-wal", "-shm", ""):
         with contextlib.suppress(FileNotFoundError):
             os.rename(f"{path}{suffix}", f"{aside}{suffix}")
-    _suspicion(path).unlink(missing_ok=True)
     return aside

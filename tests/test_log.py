@@ -199,8 +199,9 @@ def test_a_log_that_is_not_opened_stays_as_it_is_and_nobodys(path: Path, trouble
     assert (path.read_bytes(), open_files()) == (before, files)
     assert not list(path.parent.glob("*damaged*"))
     if trouble != "damaged":
-        with pytest.raises(CannotStart, match=says):
+        with pytest.raises(CannotStart, match=says) as refusal:
             open_for_reading(path)
+        assert (open_files(), refusal.type) == (files, CannotStart)  # an error that is kept keeps no file open
 
 
 def test_a_log_that_a_stranger_has_locked_is_not_called_damaged(path: Path) -> None:

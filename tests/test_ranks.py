@@ -35,7 +35,7 @@ RANK_OF = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 COMMANDS = len(RANKS)  # everything else is a command: the top
 
 #: What the pure core may use of the world, and no more.
-PURE = {"__future__", "collections", "itertools", "typing", "logging", "msgspec", "transitions", "nullworker"}
+PURE = {"__future__", "collections", "itertools", "typing", "msgspec", "transitions", "nullworker"}
 
 
 def imports(file: Path) -> list[str]:

@@ -41,19 +41,19 @@ class Queued(msgspec.Struct, frozen=True, omit_defaults=True):
     session: SessionTerms | None = None
 
 
-class Held(msgspec.Struct, frozen=True, omit_defaults=True):
+class Held(msgspec.Struct, frozen=True):
     """It got the slot: `held`."""
 
     ends_at: float  # epoch seconds
 
 
-class Extended(msgspec.Struct, frozen=True, omit_defaults=True):
+class Extended(msgspec.Struct, frozen=True):
     """Its deadline was moved: `extended`."""
 
     ends_at: float  # epoch seconds
 
 
-class Ended(msgspec.Struct, frozen=True, omit_defaults=True):
+class Ended(msgspec.Struct, frozen=True):
     """It is over: `released`, `expired`, `cancelled`."""
 
     result: Any | UnsetType = UNSET  # what the consumer handed over with its release

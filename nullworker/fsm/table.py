@@ -24,14 +24,11 @@ costs ten times as much), asked by `step`.
 
 from __future__ import annotations
 
-import logging
 from typing import Final, Literal, NamedTuple
 
 from transitions import Machine
 
 from nullworker.errors import IllegalMove
-
-logging.getLogger("transitions").setLevel(logging.WARNING)  # else two lines for each step
 
 State = Literal["queued", "held", "released", "expired", "cancelled"]
 EventKind = Literal["queued", "held", "extended", "released", "expired", "cancelled"]
