@@ -51,7 +51,10 @@ def serve(settings: Settings) -> int:
     logs.configure(settings.null_log_format, settings.null_log_level)
     gc.freeze()  # what is imported stays
     gc.set_threshold(YOUNG_OBJECTS)
-    return asyncio.run(_serve(settings))
+    try:
+        return asyncio.run(_serve(settings))
+    finally:
+        logs.close()
 
 
 async def _serve(settings: Settings) -> int:

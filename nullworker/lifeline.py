@@ -16,9 +16,10 @@ from typing import Final
 #: Reads `+ group` and `- group`, to the end of its input; $1 is the number of the signal.
 _SHELL: Final = """
 while read -r op group; do
-    case $op in
-        +) all="$all $group " ;;
-        -) all="${all%%" $group "*} ${all#*" $group "}" ;;
+    case "$op$all" in
+        +*" $group "*) ;;
+        +*) all="$all $group " ;;
+        -*" $group "*) all="${all%%" $group "*} ${all#*" $group "}" ;;
     esac
 done
 for group in $all; do kill "-$1" "-$group"; done

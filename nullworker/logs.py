@@ -76,16 +76,23 @@ def as_text(at: float, level: str, event: str, fields: dict[str, Any], trace: st
 
 
 class _Out:
-    """Where lines go."""
+    """Where lines go: a stream, or whatever stderr is at the time."""
 
-    def __init__(self, form: Form, stream: TextIO) -> None:
+    def __init__(self, form: Form, stream: TextIO | None = None) -> None:
         self._form = form
         self._stream = stream
 
     def write(self, at: float, level: str, event: str, fields: dict[str, Any], trace: str) -> None:
+        stream = self._stream or sys.stderr
+        if stream is None:  # the process was started without one
+            return
         try:
-            self._stream.write(self._form(at, level, event, fields, trace) + "\n")
-            self._stream.flush()
+            line = self._form(at, level, event, fields, trace)
+        except Exception as error:  # a field that cannot be told: the rest can
+            line = self._form(at, level, event, {"untold": ",".join(fields), "why": type(error).__name__}, trace)
+        try:
+            stream.write(line + "\n")
+            stream.flush()
         except (OSError, ValueError):
             pass  # nothing can be said about it, there being nowhere to say it
 
@@ -95,25 +102,35 @@ class _Library(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """One of them, in the form of ours."""
-        fields = {"library": record.name, "message": record.getMessage()}
+        try:
+            message = record.getMessage()
+        except Exception:  # its words do not fit its arguments: the library's bug, and not worth a stop
+            message = repr(record.msg)
+        fields = {"library": record.name, "message": message}
         trace = _trace(record.exc_info[1]) if record.exc_info else ""
         _out.write(record.created, record.levelname.lower(), "library_line", fields, trace)
 
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # the name is logging's
-        """A line whose words do not fit its arguments; it is the library's bug, and not worth a stop."""
-
 
 _LEVELS = {logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error"}
-_out = _Out(as_text, sys.stderr)
+_out = _Out(as_text)
 
 
 def configure(form: str, level: str, stream: TextIO | None = None) -> None:
     """Set up all log lines of this process. `form` is json or console, `level` the least that is shown."""
     global _out
-    _out = _Out(as_json if form == "json" else as_text, stream or sys.stderr)
+    _out = _Out(as_json if form == "json" else as_text, stream)
     least = logging.getLevelName(level.upper())
     logging.basicConfig(handlers=[_Library()], level=max(least, logging.WARNING), force=True)
     logging.getLogger("nullworker").setLevel(least)
+
+
+def close() -> None:
+    """No line will come any more. What stderr has refused is dropped, else Python's last flush makes the exit 120."""
+    if sys.stderr is not None:
+        try:
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            sys.stderr = None
 
 
 def _trace(error: BaseException | None) -> str:

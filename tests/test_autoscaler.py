@@ -57,7 +57,8 @@ def test_a_golden_signature_is_good_and_any_change_to_it_is_not() -> None:
     key = PublicKey(GOLDEN_KEY)
     assert key.verify(GOLDEN_URL, GOLDEN_SIGNATURE)
     assert not key.verify(GOLDEN_URL + "/", GOLDEN_SIGNATURE)
-    assert not key.verify(GOLDEN_URL, "B" + GOLDEN_SIGNATURE[1:])
+    for _ in range(2):  # nothing of one that is bad is remembered
+        assert not key.verify(GOLDEN_URL, "B" + GOLDEN_SIGNATURE[1:])
     for nonsense in ("", "?", "AAAA", GOLDEN_SIGNATURE[:-4], "ü" * 344):
         assert not key.verify(GOLDEN_URL, nonsense)
     assert key.verify(GOLDEN_URL, GOLDEN_SIGNATURE)

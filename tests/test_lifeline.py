@@ -31,7 +31,9 @@ def test_what_is_held_at_the_end_gets_the_signal_and_what_was_forgotten_goes_on(
         lifeline = Lifeline(number)
         for process in processes:
             lifeline.hold(process.pid)
-        lifeline.forget(forgotten.pid)
+        lifeline.hold(forgotten.pid)
+        for _ in range(2):
+            lifeline.forget(forgotten.pid)
         lifeline.close()
         assert [process.wait(20) for process in (first, last)] == [-number, -number]
         assert forgotten.poll() is None

@@ -239,13 +239,16 @@ async def test_with_nothing_held_it_stops_at_once_though_others_watch(tmp_path: 
     async with secured(tmp_path, vast, NULL_DRAIN_SECONDS="600") as worker, aiohttp.ClientSession() as http:
         await worker.line("key_loaded")
         async with http.get(worker.control + "/events") as events:
-            waiting = asyncio.ensure_future(worker.get("/reservation?wait=60"))
-            assert events.status == 200
+            reader, writer = await asyncio.open_connection("127.0.0.1", worker.control_port)
+            writer.write(b"GET /reservation?wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await writer.drain()
+            await worker.get("/status")  # what came before it is read by then
             started = time.monotonic()
             assert await worker.terminate() == 0
             assert time.monotonic() - started < STOP_SECONDS
-            await asyncio.wait({waiting})
-            waiting.exception()
+            assert (await reader.read()).startswith(b"HTTP/1.1 204 ")  # an answer, and not cut off
+            assert await events.text() == ": open\n\n"
+            writer.close()
 
 
 @pytest.mark.parametrize("how", ["down", "late", 500])

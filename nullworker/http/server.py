@@ -134,10 +134,12 @@ class Connection(web.RequestHandler):
     def log_exception(self, *args: Any, **kw: Any) -> None:
         """aiohttp tells of a bug. A body that cannot be read, or is late, is none: its sender has had the answer.
 
-        Nor is an InvalidStateError: aiohttp itself raises it, when a handler ends in the very turn of the loop in which
-        the patience of a shutdown ends (aiohttp 3.14, web_protocol.py, _handle_request).
+        Nor is an InvalidStateError at a stop: aiohttp itself raises it, when a handler ends in the very turn of the
+        loop in which the patience of the shutdown ends (aiohttp 3.14, web_protocol.py, _handle_request).
         """
-        if not isinstance(kw.get("exc_info"), (web.RequestPayloadError, SlowBody, asyncio.InvalidStateError)):
+        error = kw.get("exc_info")
+        its_own = isinstance(error, asyncio.InvalidStateError) and self._port.stopping
+        if not (its_own or isinstance(error, (web.RequestPayloadError, SlowBody))):
             super().log_exception(*args, **kw)
 
     @property
@@ -168,6 +170,7 @@ class Port:
         self._listener = listener
         self._most = most
         self._tls: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": PATIENCE_SECONDS}
+        self.stopping = False
         self._open = 0
         # Each in the order of its deadlines, since all in it have the same time.
         self._greeting: dict[asyncio.Task[None], None] = {}  # accepted, perhaps in a TLS handshake
@@ -192,6 +195,7 @@ class Port:
 
     async def stop(self) -> None:
         """Accept nothing more, let requests end for `shutdown_seconds`, close all."""
+        self.stopping = True
         if self._look is not None:
             self._look.cancel()
             self._look = None

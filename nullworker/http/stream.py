@@ -39,6 +39,8 @@ class Watchers:
     def bell(self) -> Iterator[Bell]:
         """A bell that rings at the stop too."""
         bell = Bell()
+        if self.dismissed:
+            bell.ring()
         self._bells.add(bell)
         try:
             yield bell
