@@ -91,6 +91,7 @@ class Load:
         self._known: list[str] = []  # ids that have been held, for releases that come too late
         self._port = 0
         self._told = asyncio.Event()
+        self.traces: list[aiohttp.TraceConfig] = []
 
     async def run(self, requesters: int = 8, owners: int = 2) -> None:
         """All of them, each one action after the other."""
@@ -102,7 +103,7 @@ class Load:
         self._port = runner.addresses[0][1]
         connector = aiohttp.TCPConnector(limit=0, force_close=True)
         try:
-            async with aiohttp.ClientSession(connector=connector) as http:
+            async with aiohttp.ClientSession(connector=connector, trace_configs=self.traces) as http:
                 await asyncio.gather(
                     *(self._again(self._request, http, 0.6) for _ in range(requesters)),
                     *(self._again(self._session, http, 0.04) for _ in range(owners)),

@@ -46,6 +46,8 @@ READY_SECONDS, DELIVERY_SECONDS = 30.0, 60.0
 SETTLE_SECONDS = 20.0
 SAID_SECONDS = 10.0
 STALLED_SECONDS = 1.0
+#: Seconds after a life's time for the samples that are still missing.
+LOOKS_SECONDS = 60.0
 #: Samples of a life at least: a start may be slow on a busy machine.
 FEWEST_SAMPLES = 5
 
@@ -111,10 +113,14 @@ class Soak:
         self.lives.append(Life(len(self.lives) + 1, time.time()))
         await self.worker.started()
         await self._until(self._ready, READY_SECONDS, "to be ready")
+        self.lives[-1].ready = time.time()
 
     async def _live(self, over: float, tasks: list[asyncio.Future[Any]]) -> None:
         """Look at it every now and then, until `over`, in seconds of the whole run, and often enough to judge it."""
+        latest = self._began + over + LOOKS_SECONDS
         while time.monotonic() < self._began + over or len(self.lives[-1].samples) < FEWEST_SAMPLES:
+            if time.monotonic() > latest:
+                raise TimeoutError(f"{len(self.lives[-1].samples)} looks at life {len(self.lives)}, and no more came")
             begun = time.monotonic()
             await asyncio.sleep(self._every)
             late = time.monotonic() - begun - self._every
@@ -126,8 +132,10 @@ class Soak:
                     raise RuntimeError("a part of the load has ended by itself")
             if self.worker.dead:
                 raise RuntimeError(f"the worker has ended by itself: {self.worker.alarms[-3:]}")
-            with contextlib.suppress(*LOST):
+            try:
                 self._look(await self._status())
+            except (*LOST, psutil.Error, asyncio.TimeoutError) as error:
+                self.load.lost.append((time.time(), f"a look at the worker failed: {error!r}"))
         self.lives[-1].over = time.time()
 
     async def _end(self, ended_by: str) -> None:
@@ -223,6 +231,7 @@ class Soak:
         return [
             *self.problems,
             *self.guests.problems,
+            *soak_figures.unexplained([*self.load.lost, *self.guests.lost], self.lives),
             *(f"not explained: {line}" for line in self.worker.alarms),
             *soak_figures.judge(self.lives, self.idle_fds, self.last_fds),
             *crash_audit.check(history, self.ledger, self.vast, self.vast.sure()),

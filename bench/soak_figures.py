@@ -7,6 +7,7 @@ The one rule: every bound stands here, with its reason.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -60,7 +61,10 @@ JUDGED = {
 
 @dataclass
 class Life:
-    """One life of the worker. Times in epoch seconds; `latencies` in seconds, by what they are of."""
+    """One life of the worker. Times in epoch seconds; `latencies` in seconds, by what they are of.
+
+    `ready`: from when on it may leave nobody without an answer.
+    """
 
     number: int
     begun: float
@@ -68,6 +72,7 @@ class Life:
     ended_by: str = ""
     samples: list[Sample] = field(default_factory=list)
     latencies: dict[str, list[float]] = field(default_factory=dict)
+    ready: float = math.inf
 
     @property
     def seconds(self) -> float:
@@ -97,6 +102,14 @@ def trend(points: list[tuple[float, float]]) -> float:
     points = points[:: -(-len(points) // MOST_FITTED) or 1]
     slopes = [(y2 - y1) / (x2 - x1) for i, (x1, y1) in enumerate(points) for x2, y2 in points[i + 1 :] if x2 > x1]
     return statistics.median(slopes) if len(points) > 2 and slopes else 0.0
+
+
+def unexplained(lost: list[tuple[float, str]], lives: list[Life]) -> Iterator[str]:
+    """What was lost, at its time, though the worker was neither starting nor ending, in sentences."""
+    for at, what in lost:
+        for life in lives:
+            if life.ready <= at < life.over:
+                yield f"{at - life.ready:.1f} s into life {life.number}, {life.over - at:.1f} s before its end: {what}"
 
 
 def judge(lives: list[Life], idle_fds: float, last_fds: float) -> Iterator[str]:

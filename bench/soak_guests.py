@@ -22,12 +22,17 @@ import aiohttp
 
 from bench.crash_load import LOST, Ledger, Release
 from bench.crash_worker import ROOT, Worker
+from bench.soak_load import Lost, noting
 from nullworker.testing import StandIn
 
 #: Seconds after which a connection that says nothing more must have been closed: the worker's 10, and patience with
 #: a machine that does other things. Counted one by one, so that a machine that stands still counts as one.
 OPEN_SECONDS = 30
+#: Seconds for any answer.
+ANSWER_SECONDS = 30
 MOST_PROBLEMS = 100
+#: The status of a signed request while the worker starts, and there is no key to tell by.
+NO_KEY = 503
 FORGED = "Zm9yZ2Vk" * 40
 #: What is asked of the control port, and which answers are right.
 ASKED = {
@@ -62,12 +67,16 @@ BAD: dict[str, tuple[str, str, bytes | dict[str, Any], int]] = {
 
 
 class Guests:
-    """`run` them until cancelled. `seq` is the last event that the reader who stays has seen."""
+    """`run` them until cancelled. `seq` is the last event that the reader who stays has seen.
+
+    `lost`: requests without an answer, or with one that came too late.
+    """
 
     def __init__(
         self, worker: Worker, vast: StandIn, ledger: Ledger, rng: random.Random, pause: float, counts: Counter[str]
     ) -> None:
         self.problems: list[str] = []
+        self.lost: Lost = []
         self.seq = 0
         self._worker, self._vast, self._ledger, self._rng = worker, vast, ledger, rng
         self._pause, self._counts = pause, counts
@@ -75,7 +84,9 @@ class Guests:
     async def run(self) -> None:
         """All of them, each one action after the other."""
         connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(connector=connector) as http:
+        trace = noting(self.lost, aiohttp.ClientError, ConnectionError, asyncio.TimeoutError)
+        timeout = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout, trace_configs=[trace]) as http:
             await asyncio.gather(
                 self._stay(http),
                 self._again(lambda: self._look_in(http), 2.0),
@@ -89,13 +100,15 @@ class Guests:
 
     async def _again(self, action: Callable[[], Awaitable[None]], pause: float) -> None:
         while True:
-            with contextlib.suppress(*LOST):  # the worker is down, or goes down
+            with contextlib.suppress(*LOST, asyncio.TimeoutError):  # `lost` has it
                 await action()
             await asyncio.sleep(self._rng.uniform(0.5, 1.5) * pause)
 
     def _judge(self, what: str, status: int, right: tuple[int, ...]) -> None:
         self._counts[f"{what}: {status}"] += 1
-        if status not in right and len(self.problems) < MOST_PROBLEMS:
+        if status == NO_KEY and right != ASKED["/readyz"]:
+            self.lost.append((time.time(), f"{what} was answered with {status}"))
+        elif status not in right and len(self.problems) < MOST_PROBLEMS:
             self.problems.append(f"{what} was answered with {status}, not {' or '.join(map(str, right))}")
 
     # -- the external port ---------------------------------------------------------------------------------------
@@ -105,18 +118,17 @@ class Guests:
         auth = {**self._vast.grant(self._worker.url, request_idx=0), "signature": FORGED}
         async with http.post(self._worker.url + path, json={"auth_data": auth, "payload": {}}) as answer:
             await answer.read()
-            self._judge("forged", answer.status, (401, 503))  # 503: there is no key to tell by yet
+            self._judge("forged", answer.status, (401,))
 
     async def _bad(self, http: aiohttp.ClientSession) -> None:
         name = self._rng.choice(list(BAD))
         method, path, body, status = BAD[name]
-        signed = isinstance(body, dict)
         if isinstance(body, dict):
             grant = self._vast.grant(self._worker.url, request_idx=0)
             body = json.dumps({"auth_data": grant, "payload": body}).encode()
         async with http.request(method, self._worker.url + path, data=io.BytesIO(body)) as answer:
             await answer.read()
-            self._judge(name, answer.status, (status, 503) if signed else (status,))
+            self._judge(name, answer.status, (status,))
 
     async def _dawdle(self) -> None:
         name = self._rng.choice(list(SLOW))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -21,12 +22,32 @@ CALMER = {"_request": 4.0, "_session": 120.0, "_consume": 1.0}
 REQUESTERS, OWNERS = 8, 1
 
 
+Lost = list[tuple[float, str]]  # when, in epoch seconds, and what
+
+
+def noting(lost: Lost, *kinds: type[Exception]) -> aiohttp.TraceConfig:
+    """Notes every request of a client that got no answer because of an error of one of these kinds."""
+
+    async def failed(_: aiohttp.ClientSession, __: SimpleNamespace, of: aiohttp.TraceRequestExceptionParams) -> None:
+        if isinstance(of.exception, kinds):
+            lost.append((time.time(), f"{of.method} {of.url.path} got no answer: {of.exception!r}"))
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_exception.append(failed)
+    return trace
+
+
 class Honest(Load):
-    """Callers, owners of sessions, a consumer. `times`: by request_idx, when a claim was sent and when answered."""
+    """Callers, owners of sessions, a consumer. `times`: by request_idx, when a claim was sent and when answered.
+
+    `lost`: what got no answer, or not all of it. With the worker up, that may not happen.
+    """
 
     def __init__(self, worker: Worker, vast: StandIn, ledger: Ledger, rng: random.Random) -> None:
         super().__init__(worker, vast, ledger, rng)
         self.times: dict[int, tuple[float, float]] = {}
+        self.lost: Lost = []
+        self.traces = [noting(self.lost, aiohttp.ClientConnectionError, ConnectionError)]
 
     async def run(self, requesters: int = REQUESTERS, owners: int = OWNERS) -> None:
         """All of them, until `over`."""
@@ -58,7 +79,7 @@ class Honest(Load):
                     claim.fate = "answered"
         except asyncio.TimeoutError:
             claim.fate = "hung_up"
-        except LOST:
-            pass
+        except LOST as error:
+            self.lost.append((time.time(), f"claim {claim.idx} has no whole answer: {error!r}"))
         if claim.fate == "answered":
             self.times[claim.idx] = (sent, time.time())

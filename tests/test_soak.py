@@ -45,6 +45,15 @@ async def test_a_worker_under_everything_at_once_neither_grows_nor_loses_anythin
         assert any(what.startswith(done) for what in found["counts"]), done
 
 
+def test_an_answer_that_is_lost_needs_a_start_or_an_end_to_explain_it() -> None:
+    lives = [Life(1, 0.0, ready=1.0, over=10.0), Life(2, 12.0, ready=14.0, over=30.0)]
+    lost = [(0.5, "starting"), (5.0, "up"), (10.0, "told to end"), (13.0, "down"), (29.0, "up again"), (31.0, "over")]
+    assert list(soak_figures.unexplained(lost, lives)) == [
+        "4.0 s into life 1, 5.0 s before its end: up",
+        "15.0 s into life 2, 1.0 s before its end: up again",
+    ]
+
+
 # -- figures ---------------------------------------------------------------------------------------------------------
 
 
