@@ -43,6 +43,8 @@ class Claim:
     pings: int = 0  # that were answered with 200
     ended: bool = False  # its owner's /session/end was answered with 200
     callback: bool = False  # it has an on_close_route
+    sent: float = math.nan  # of a request: epoch seconds
+    answered: float = math.nan
 
 
 @dataclass
@@ -126,14 +128,23 @@ class Load:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    async def _request(self, http: aiohttp.ClientSession) -> None:
-        rng, grant = self._rng, self._vast.grant(self._worker.url)
-        claim = Claim(grant["request_idx"], "request")
-        self._ledger.claims.append(claim)
+    def _wish(self, claim: Claim) -> tuple[Json, float | None]:
+        """What a caller asks for, and after how many seconds it hangs up, if it does."""
+        rng = self._rng
         payload: Json = {"duration": rng.choice([0, 0.03, 0.1, 0.3, 60]), "stream": rng.random() < 0.3}
         if rng.random() < 0.2:
             del payload["duration"]
-        patience = rng.choice([None, None, rng.uniform(0.005, 0.2)])
+        return payload, rng.choice([None, None, rng.uniform(0.005, 0.2)])
+
+    def _cut_off(self, claim: Claim, error: Exception) -> None:
+        """A claim has no whole answer; of a worker that is killed all the time, that says nothing."""
+
+    async def _request(self, http: aiohttp.ClientSession) -> None:
+        grant = self._vast.grant(self._worker.url)
+        claim = Claim(grant["request_idx"], "request")
+        self._ledger.claims.append(claim)
+        payload, patience = self._wish(claim)
+        claim.sent = time.time()
         try:
             async with http.post(
                 self._worker.url + "/reserve",
@@ -146,10 +157,11 @@ class Load:
                 else:
                     claim.body = await answer.json()
                     claim.fate = "answered"
+                claim.answered = time.time()
         except asyncio.TimeoutError:
             claim.fate = "hung_up"
-        except LOST:
-            pass
+        except LOST as error:
+            self._cut_off(claim, error)
 
     async def _follow(self, answer: aiohttp.ClientResponse, claim: Claim) -> None:
         last: Json = {}

@@ -216,12 +216,12 @@ class Soak:
         ends = {r.terms.request_idx: r for r in history.ends}
         for claim in self.ledger.claims:
             self.counts[f"{claim.kind} {claim.fate} {claim.status or ''}".rstrip()] += 1
-            found, seen = ends.get(claim.idx), self.load.times.get(claim.idx)
-            if found is None or found.ended_at is None or seen is None:
+            found = ends.get(claim.idx)
+            if claim.kind != "request" or claim.fate != "answered" or found is None or found.ended_at is None:
                 continue
-            life = next((life for life in self.lives if life.begun <= seen[0] <= life.over), self.lives[-1])
-            life.latencies.setdefault("claim -> in the log", []).append(found.queued_at - seen[0])
-            life.latencies.setdefault("end -> answer", []).append(seen[1] - found.ended_at)
+            life = next((life for life in self.lives if life.begun <= claim.sent <= life.over), self.lives[-1])
+            life.latencies.setdefault("claim -> in the log", []).append(found.queued_at - claim.sent)
+            life.latencies.setdefault("end -> answer", []).append(claim.answered - found.ended_at)
         for end in history.ends:
             self.counts[f"in the log: {end.terms.kind} {end.state}, {end.reason}"] += 1
         self.counts["callbacks"] = len(self.ledger.callbacks)

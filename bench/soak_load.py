@@ -5,15 +5,13 @@ The one rule: as there, what is written down was seen from outside the worker.
 
 from __future__ import annotations
 
-import asyncio
 import random
 import time
 from types import SimpleNamespace
-from typing import Any
 
 import aiohttp
 
-from bench.crash_load import HEADER, LOST, Action, Claim, Ledger, Load
+from bench.crash_load import Action, Claim, Json, Ledger, Load
 from bench.crash_worker import Worker
 from nullworker.testing import StandIn
 
@@ -38,14 +36,13 @@ def noting(lost: Lost, *kinds: type[Exception]) -> aiohttp.TraceConfig:
 
 
 class Honest(Load):
-    """Callers, owners of sessions, a consumer. `times`: by request_idx, when a claim was sent and when answered.
+    """Callers, owners of sessions, a consumer.
 
     `lost`: what got no answer, or not all of it. With the worker up, that may not happen.
     """
 
     def __init__(self, worker: Worker, vast: StandIn, ledger: Ledger, rng: random.Random) -> None:
         super().__init__(worker, vast, ledger, rng)
-        self.times: dict[int, tuple[float, float]] = {}
         self.lost: Lost = []
         self.traces = [noting(self.lost, aiohttp.ClientConnectionError, ConnectionError)]
 
@@ -56,30 +53,12 @@ class Honest(Load):
     async def _again(self, action: Action, http: aiohttp.ClientSession, pause: float) -> None:
         await super()._again(action, http, pause * CALMER[getattr(action, "__name__", "")])
 
-    async def _request(self, http: aiohttp.ClientSession) -> None:
-        rng, grant = self._rng, self._vast.grant(self._worker.url)
-        claim = Claim(grant["request_idx"], "request")
-        self._ledger.claims.append(claim)
-        payload: dict[str, Any] = {"duration": rng.choice([0, 0.03, 0.3, 60]), "stream": rng.random() < 0.3}
+    def _wish(self, claim: Claim) -> tuple[Json, float | None]:
+        rng = self._rng
+        payload: Json = {"duration": rng.choice([0, 0.03, 0.3, 60]), "stream": rng.random() < 0.3}
         if rng.random() < 0.5:
             payload["metadata"] = {"job": claim.idx, "notes": ["ä" * rng.randrange(500)]}
-        patience = rng.choice([None, None, None, rng.uniform(0.005, 0.3)])
-        sent = time.time()
-        try:
-            async with http.post(
-                self._worker.url + "/reserve",
-                json={"auth_data": grant, "payload": payload, "session_id": None},
-                timeout=aiohttp.ClientTimeout(total=patience),
-            ) as answer:
-                claim.status, claim.reservation_id = answer.status, answer.headers.get(HEADER)
-                if answer.content_type == "text/event-stream":
-                    await self._follow(answer, claim)
-                else:
-                    claim.body = await answer.json()
-                    claim.fate = "answered"
-        except asyncio.TimeoutError:
-            claim.fate = "hung_up"
-        except LOST as error:
-            self.lost.append((time.time(), f"claim {claim.idx} has no whole answer: {error!r}"))
-        if claim.fate == "answered":
-            self.times[claim.idx] = (sent, time.time())
+        return payload, rng.choice([None, None, None, rng.uniform(0.005, 0.3)])
+
+    def _cut_off(self, claim: Claim, error: Exception) -> None:
+        self.lost.append((time.time(), f"claim {claim.idx} has no whole answer: {error!r}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -12,6 +13,7 @@ import pytest
 from harness import WorkerProcess, secured
 
 from nullworker import logs
+from nullworker.log import EventLog, open_log
 from nullworker.testing import StandIn
 
 
@@ -42,3 +44,16 @@ def logged() -> Iterator[Callable[[], list[str]]]:
     logs.configure("json", "warning", stream)
     yield lambda: [json.loads(line)["event"] for line in stream.getvalue().splitlines()]
     logs.configure("console", "warning")
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Where an event log is to be."""
+    return tmp_path / "nullworker.db"
+
+
+@pytest.fixture
+def log(path: Path) -> Iterator[EventLog]:
+    """A new one there."""
+    with contextlib.closing(open_log(path)) as log:
+        yield log

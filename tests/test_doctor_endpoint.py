@@ -11,21 +11,11 @@ from typing import Any
 
 import pytest
 from harness import PATIENCE, ROOT, secured
+from instances import the_only
 from programs import free_port, nullworker
 
 from nullworker.doctor_endpoint import judge
-from nullworker.finding import Finding
 from nullworker.testing import Parameters, StandIn
-
-
-def the_only(findings: list[Finding], check: str) -> Finding:
-    """The one finding that is not well, which is of that check. It says why, and how to mend it."""
-    bad = [each for each in findings if each.level != "ok"]
-    assert [each.check for each in bad] == [check], bad
-    assert bad[0].why
-    assert bad[0].mend
-    return bad[0]
-
 
 # ---- the endpoint ----
 

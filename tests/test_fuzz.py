@@ -8,6 +8,7 @@ import contextlib
 import json
 from typing import Any
 
+from fuzz_values import TEXT, VALUES, nested
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -30,17 +31,6 @@ SIGNATURE = sign(KEY, URL)
 AUTH: dict[str, Any] = {
     "cost": 100.0, "endpoint": "e", "reqnum": 1, "request_idx": 5, "signature": SIGNATURE, "url": URL
 }  # fmt: skip
-
-#: Text with everything that JSON can say, half surrogate pairs included.
-TEXT = st.text(st.characters(codec=None), max_size=20)
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
-VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=8
-)
-
-
-def nested(levels: int) -> bytes:
-    return b"[" * levels + b"]" * levels
 
 
 @st.composite

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fuzz_values import TEXT, VALUES, nested
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_prune import add
@@ -31,18 +32,6 @@ from nullworker.metrics.reporter import Reporter
 from nullworker.service import Service
 
 URL = "http://10.0.0.1:3000"
-
-#: Text with everything that JSON can say, half surrogate pairs included.
-TEXT = st.text(st.characters(codec=None), max_size=20)
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | TEXT
-VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3), max_leaves=8
-)
-
-
-def nested(levels: int) -> bytes:
-    return b"[" * levels + b"]" * levels
-
 
 # -- what is stored ----------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,6 @@ from nullworker.fsm.events import Ended, Event, Queued, from_row
 from nullworker.log import EventLog, open_for_reading, open_log
 
 TERMS = Queued(kind="request", duration_cap=60.0, give_up_at=130.0)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "nullworker.db"
-
-
-@pytest.fixture
-def log(path: Path) -> Iterator[EventLog]:
-    with contextlib.closing(open_log(path)) as log:
-        yield log
 
 
 def queue(log: EventLog, name: str) -> int:

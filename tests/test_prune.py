@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import sqlite3
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +58,6 @@ def names(log: EventLog) -> dict[str, int]:
 
 def prune(log: EventLog, before: float) -> None:
     log.prune(each for ids in expendable(log.conn, before) for each in ids)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "nullworker.db"
-
-
-@pytest.fixture
-def log(path: Path) -> Iterator[EventLog]:
-    with contextlib.closing(open_log(path)) as log:
-        yield log
 
 
 def test_what_is_old_leaves_whole_and_what_is_not_stays_whole(log: EventLog) -> None:
