@@ -83,9 +83,28 @@ def wall_iso() -> str:
     return iso(time.time())[:19] + "Z"
 
 
+def to_ms(at: float) -> float:
+    """Epoch seconds to the millisecond, rounded by the very sum that the log's views make (schema.py).
+
+    They do not leave it to strftime, which rounds by a sum of its own, and before SQLite 3.38 cuts off.
+    """
+    return int(at * 1000 + 0.5) / 1000
+
+
+def elapsed(start: float, end: float) -> float | int:
+    """Seconds between two times as they are shown, to the millisecond; a whole number where it is one."""
+    return tidy(to_ms(end) - to_ms(start))
+
+
+def tidy(seconds: float) -> float | int:
+    """A span of seconds to the millisecond, and as a whole number where it is one."""
+    rounded = round(seconds, 3)
+    return int(rounded) if rounded.is_integer() else rounded
+
+
 def iso(at: float) -> str:
     """Epoch seconds as ISO 8601 UTC with milliseconds: `2026-11-24T14:05:00.123Z`."""
-    moment = datetime.fromtimestamp(round(at, 3), tz=timezone.utc)
+    moment = datetime.fromtimestamp(to_ms(at), tz=timezone.utc)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

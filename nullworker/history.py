@@ -12,7 +12,7 @@ import sqlite3
 from dataclasses import dataclass
 from typing import Any, Final
 
-from nullworker.clock import from_iso, iso
+from nullworker.clock import from_iso, iso, tidy
 from nullworker.fsm.table import ENDED, LIVE, Outcome, ending
 
 _COLUMNS: Final = (
@@ -187,8 +187,8 @@ def count_finished(conn: sqlite3.Connection, *, after: int) -> int:
 def _as_json(row: tuple[Any, ...]) -> dict[str, Any]:
     named = dict(zip(_COLUMNS.replace(" ", "").split(","), row, strict=True))
     for name in ("queued_seconds", "held_seconds", "duration_cap"):
-        if isinstance(named[name], float) and named[name].is_integer():
-            named[name] = int(named[name])
+        if isinstance(named[name], float):
+            named[name] = tidy(named[name])
     named["metadata"] = None if named["metadata"] is None else json.loads(named["metadata"])
     named["result"] = None if named["result"] is None else json.loads(named["result"])
     return named

@@ -120,8 +120,12 @@ END;
 """
 
 
+def _ms(column: str) -> str:
+    return f"CAST({column} * 1000 + 0.5 AS INTEGER) / 1000.0"  # clock.to_ms
+
+
 def _iso(column: str) -> str:
-    return f"strftime('%Y-%m-%dT%H:%M:%fZ', {column}, 'unixepoch')"
+    return f"strftime('%Y-%m-%dT%H:%M:%fZ', {_ms(column)}, 'unixepoch')"
 
 
 _RESERVATIONS: Final = f"""
@@ -133,8 +137,8 @@ SELECT q.reservation_id AS id,
        {_iso("h.at")} AS held_at,
        {_iso("coalesce(x.data ->> 'ends_at', h.data ->> 'ends_at')")} AS ends_at,
        {_iso("e.at")} AS ended_at,
-       round(coalesce(h.at, e.at) - q.at, 3) AS queued_seconds,
-       round(e.at - h.at, 3) AS held_seconds,
+       round({_ms("coalesce(h.at, e.at)")} - {_ms("q.at")}, 3) AS queued_seconds,
+       round({_ms("e.at")} - {_ms("h.at")}, 3) AS held_seconds,
        q.data ->> 'duration_cap' AS duration_cap,
        q.data ->> 'request_idx' AS request_idx,
        q.data -> 'metadata' AS metadata,

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from nullworker import clock
-from nullworker.clock import Anchor, SystemClock, from_iso, iso
+from nullworker import clock, history
+from nullworker.clock import Anchor, SystemClock, elapsed, from_iso, iso
+from nullworker.condition import Condition
+from nullworker.fsm.book import Claim, Limits, Reservation
+from nullworker.fsm.events import SessionTerms
+from nullworker.http.wire import reservation_json
+from nullworker.log import open_log
+from nullworker.service import Service
+from nullworker.testing.fakes import FakeClock
 
 
 @pytest.fixture
@@ -78,3 +89,53 @@ def test_a_time_without_a_zone_is_utc_and_nonsense_is_refused() -> None:
     assert from_iso("2026-11-18T12:06:40+01:00") == 1_795_000_000.0
     with pytest.raises(ValueError, match="soon"):
         from_iso("soon")
+
+
+#: Just under half a millisecond: SQLite rounds it up, Python down.
+NEARLY_HALF = st.integers(0, 90_000).map(lambda milliseconds: (milliseconds + 0.49) / 1000)
+#: Half a millisecond for a binary number too, as in 0.0625: Python rounds it to the even one, SQLite up.
+HALVES = st.integers(0, 90 * 16).map(lambda sixteenths: sixteenths / 16)
+SPANS = st.floats(0, 90) | NEARLY_HALF | HALVES
+MOMENTS = SPANS.map(lambda seconds: 1_795_000_000 + seconds)
+
+
+@given(start=MOMENTS, span=SPANS)
+def test_a_span_is_what_lies_between_the_times_that_are_shown(start: float, span: float) -> None:
+    shown = from_iso(iso(start + span)) - from_iso(iso(start))
+    assert elapsed(start, start + span) == pytest.approx(shown, abs=1e-6)
+
+
+@settings(deadline=None)
+@given(moment=MOMENTS, spans=st.tuples(SPANS, SPANS, SPANS, SPANS))
+def test_what_is_live_and_what_the_log_says_of_it_are_the_same(
+    moment: float, spans: tuple[float, float, float, float]
+) -> None:
+    held_for, extension, lifetime, pause = spans
+    with tempfile.TemporaryDirectory() as folder:
+        log, clock = open_log(Path(folder) / "nullworker.db", sync="normal"), FakeClock(moment)
+        service = Service(log, clock, Limits(), Condition(key=None, starting=None))
+
+        def told_alike(live: Reservation) -> None:
+            told, logged = reservation_json(live, clock.now()), history.reservation(log.conn, live.id)
+            assert logged is not None
+            if live.ended_at is None:  # the log has no clock to count on with
+                del told[f"{live.state}_seconds"], logged[f"{live.state}_seconds"]
+            assert told == logged
+
+        one, two = service.claim(Claim(duration=100 + held_for)), service.claim(Claim(duration=held_for))
+        told_alike(one)
+        told_alike(two)
+        clock.advance(pause / 4)
+        service.extend(one.id, extension)
+        told_alike(one)
+        service.release(one.id)
+        told_alike(one)
+        told_alike(two)
+        service.cancel(two.id, "client_disconnect")
+        session = service.claim(Claim("session", 100 + lifetime, session=SessionTerms(100 + lifetime, "")))
+        clock.advance(pause)
+        service.renew(session.id)
+        told_alike(session)
+        service.cancel(session.id, "client_disconnect")
+        told_alike(session)
+        log.close()

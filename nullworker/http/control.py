@@ -16,6 +16,7 @@ from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
 from nullworker import history
+from nullworker.clock import elapsed
 from nullworker.errors import Conflict, Forbidden, Invalid, NotFound
 from nullworker.fsm.table import STATES
 from nullworker.http.bodies import decode, number, read_body, unfit
@@ -141,7 +142,7 @@ class Control:
                 "queue": {
                     "length": len(book.queue),
                     "limit": book.limits.max_queued,
-                    "oldest_seconds": None if head is None else round(now - head.queued_at, 3),
+                    "oldest_seconds": None if head is None else elapsed(head.queued_at, now),
                 },
                 **self._status(),
             }

@@ -15,7 +15,7 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET
 
-from nullworker.clock import iso, stopwatch
+from nullworker.clock import elapsed, iso, stopwatch, tidy
 from nullworker.errors import RETRY_AFTER_SECONDS, LogUnavailable, RequestError, Unauthorized
 from nullworker.fsm.book import Reservation
 from nullworker.fsm.table import ending
@@ -129,12 +129,6 @@ def same_secret(given: str, ours: str) -> bool:
 # -- reservations out --------------------------------------------------------------------------------------------
 
 
-def tidy(value: float) -> float | int:
-    """A number of seconds to the millisecond, and as a whole number where it is one."""
-    rounded = round(value, 3)
-    return int(rounded) if rounded.is_integer() else rounded
-
-
 def reservation_json(reservation: Reservation, now: float) -> dict[str, Any]:
     """A live reservation, in the shape that the log's view `reservations` gives one."""
     held_at, ended_at = reservation.held_at, reservation.ended_at
@@ -149,8 +143,8 @@ def reservation_json(reservation: Reservation, now: float) -> dict[str, Any]:
         "held_at": held,
         "ends_at": ends,
         "ended_at": ended,
-        "queued_seconds": tidy((held_at or ended_at or now) - reservation.queued_at),
-        "held_seconds": None if held_at is None else tidy((ended_at or now) - held_at),
+        "queued_seconds": elapsed(reservation.queued_at, held_at or ended_at or now),
+        "held_seconds": None if held_at is None else elapsed(held_at, ended_at or now),
         "duration_cap": tidy(reservation.terms.duration_cap),
         "request_idx": reservation.terms.request_idx,
         "metadata": reservation.terms.metadata,
@@ -174,8 +168,8 @@ def verdict(reservation: Reservation) -> tuple[int, dict[str, Any]]:
         "released": reservation.reason,
         "duration_cap": tidy(reservation.terms.duration_cap),
         "reservation_id": reservation.id,
-        "queued_seconds": tidy(held_at - reservation.queued_at),
-        "held_seconds": tidy(reservation.ended_at - held_at),
+        "queued_seconds": elapsed(reservation.queued_at, held_at),
+        "held_seconds": elapsed(held_at, reservation.ended_at),
     }
     if reservation.result is not UNSET:
         body["result"] = reservation.result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from nullworker.clock import elapsed
 from nullworker.fsm.table import ENDED
 from nullworker.logs import get_log
 from nullworker.service import Commit
@@ -21,7 +22,7 @@ def narrate(commit: Commit) -> None:
         fields["request_idx"] = reservation.terms.request_idx
         fields["claim"] = reservation.terms.kind
     elif event.kind == "held":
-        fields["queued_seconds"] = round(event.at - reservation.queued_at, 3)
+        fields["queued_seconds"] = elapsed(reservation.queued_at, event.at)
     elif event.kind in ENDED and reservation.held_at is not None:
-        fields["held_seconds"] = round(event.at - reservation.held_at, 3)
+        fields["held_seconds"] = elapsed(reservation.held_at, event.at)
     log.info(f"reservation_{event.kind}", **fields)
