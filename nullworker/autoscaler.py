@@ -1,4 +1,4 @@
-"""All that Vast sees or signs: the grant's signature, `worker_status`, `delete_requests`. Pure: no I/O, no clock.
+"""All that Vast sees: `worker_status`, `delete_requests`. Pure: no I/O, no clock. What it signs is in publickey.py.
 
 Each fact here was read in the source of vastai 1.9.1 (server/lib/backend.py, metrics.py, data_types.py) and seen on
 the wire of its own worker. The figures that are "since the last report" are counts of reservations that are set back
@@ -9,18 +9,9 @@ The one rule: nothing that is not authenticated is ever counted here.
 
 from __future__ import annotations
 
-import base64
-import hmac
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
-
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 from nullworker.fsm.book import Reservation
 from nullworker.fsm.table import Outcome, ending
@@ -34,46 +25,6 @@ KEY_PATH: Final = "/pubkey/"
 
 #: The SDK reports a cancelled request as a success (server/lib/metrics.py, _request_canceled).
 _SUCCESS: Final[dict[Outcome, bool]] = {"Success": True, "Cancelled": True, "Rejected": False}
-
-
-class PublicKey:
-    """The autoscaler's key. `pem` as it is served.
-
-    Raises:
-        ValueError: it is no RSA public key in PEM.
-    """
-
-    def __init__(self, pem: bytes) -> None:
-        try:
-            key = load_pem_public_key(pem)
-        except UnsupportedAlgorithm as error:
-            raise ValueError("the autoscaler's key is of a kind that nobody knows") from error
-        if not isinstance(key, RSAPublicKey):
-            raise ValueError("the autoscaler's key is no RSA key")
-        self._key = key
-        self._good: tuple[str, bytes] | None = None
-
-    def verify(self, url: str, signature: str) -> bool:
-        """Whether the autoscaler has granted the worker at url: PKCS#1 v1.5 and SHA-256; only the url is signed.
-
-        Such a signature has nothing random in it, so all grants for one worker carry the same one, and what was good
-        a moment ago need not be calculated again. It is compared in constant time: to who does not have it, it is a
-        secret.
-        """
-        try:
-            given = signature.encode("ascii")
-            if self._good is not None and hmac.compare_digest(given, self._good[1]) and url == self._good[0]:
-                return True
-            self._key.verify(base64.b64decode(given), signed_bytes(url), PKCS1v15(), SHA256())
-        except (InvalidSignature, ValueError):
-            return False
-        self._good = (url, given)
-        return True
-
-
-def signed_bytes(url: str) -> bytes:
-    """What is signed: `json.dumps({"url": url}, indent=4)` (server/lib/backend.py, __check_signature)."""
-    return f'{{\n    "url": {json.dumps(url)}\n}}'.encode()
 
 
 def outcome_of(reservation: Reservation) -> Outcome:

@@ -13,7 +13,7 @@ from email.utils import parsedate_to_datetime
 from http.client import HTTPException, HTTPMessage
 from typing import Final
 
-from nullworker.autoscaler import KEY_PATH, PublicKey
+from nullworker.autoscaler import KEY_PATH
 from nullworker.doctor_machine import Machine
 from nullworker.finding import Finding, ok, warning, wrong
 from nullworker.settings import Settings
@@ -76,6 +76,8 @@ def look_at_network(machine: Machine, settings: Settings) -> Iterator[Finding]:
     if settings.standalone:
         yield ok("autoscaler", "none: CONTAINER_ID is unset, so this worker would report to nobody")
         return
+    from nullworker.publickey import PublicKey
+
     dates: list[str] = []
     failed: list[str] = []
     for address in settings.report_addr:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import aiohttp
 import msgspec
 
-from nullworker.autoscaler import KEY_PATH, PublicKey
+from nullworker.autoscaler import KEY_PATH
 from nullworker.logs import get_log
+
+if TYPE_CHECKING:
+    from nullworker.publickey import PublicKey
 
 log = get_log(__name__)
 
@@ -70,6 +73,8 @@ class Link:
 
     async def fetch_key(self) -> PublicKey | None:
         """The key, from the first address that has one. None: none has; `trouble` says why."""
+        from nullworker.publickey import PublicKey  # heavy, and needed by now
+
         for address in self.addresses:
             try:
                 async with self._http().get(

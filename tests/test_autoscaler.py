@@ -16,16 +16,15 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from nullworker.autoscaler import (
     Identity,
     Load,
-    PublicKey,
     delete_requests,
     failed_start,
     outcome_of,
-    signed_bytes,
     worker_status,
 )
 from nullworker.fsm.book import Reservation
 from nullworker.fsm.events import Queued
 from nullworker.history import Finished
+from nullworker.publickey import PublicKey, signed_bytes
 
 ME = Identity(42, "secret", "https://10.0.0.1:40000", 100.0)
 

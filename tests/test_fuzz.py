@@ -12,7 +12,6 @@ from fuzz_values import TEXT, VALUES, nested
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nullworker.autoscaler import PublicKey
 from nullworker.condition import Condition
 from nullworker.errors import BadSettings, Invalid, RequestError
 from nullworker.http.bodies import decode, explain
@@ -21,6 +20,7 @@ from nullworker.http.external import ReservePayload
 from nullworker.http.grants import Envelope, Gate, Grant
 from nullworker.http.sessions import CreatePayload, Named
 from nullworker.http.wire import json_response
+from nullworker.publickey import PublicKey
 from nullworker.settings import Settings, read_settings, variable
 from nullworker.testing.keys import load_or_make, public_pem, sign
 

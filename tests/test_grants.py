@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from nullworker.autoscaler import PublicKey
 from nullworker.condition import Condition
 from nullworker.errors import Invalid, Unauthorized, Unavailable
 from nullworker.http import grants
 from nullworker.http.grants import Auth, Gate, Grant, fingerprint
+from nullworker.publickey import PublicKey
 from nullworker.testing.keys import load_or_make, public_pem, sign
 
 OLD, NEW = load_or_make(), load_or_make()

@@ -26,6 +26,7 @@ RANKS = (
         "history",
         "retention",
         "autoscaler",
+        "publickey",
         "control_client",
     },
     {"link", "http", "metrics", "health", "webhooks", "ports", "testing"},
@@ -87,7 +88,7 @@ def test_time_is_asked_in_one_file() -> None:
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("nullworker.app", ("vastai", "requests", "rich")),
+        ("nullworker.app", ("vastai", "requests", "rich", "cryptography", "sqlite_utils")),
         (
             "nullworker.commands",
             ("aiohttp", "cryptography", "prometheus_client", "sqlite_utils", "transitions", "vastai"),

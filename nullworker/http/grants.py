@@ -13,19 +13,21 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import msgspec
 from aiohttp import web
 from msgspec import Meta
 
-from nullworker.autoscaler import PublicKey
 from nullworker.clock import stopwatch
 from nullworker.condition import Condition
 from nullworker.errors import Invalid, Unauthorized, Unavailable
 from nullworker.http.bodies import T, decode, explain, read_body
 from nullworker.link import Link, Pause
 from nullworker.logs import get_log
+
+if TYPE_CHECKING:
+    from nullworker.publickey import PublicKey
 
 log = get_log(__name__)
 
