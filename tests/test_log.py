@@ -214,6 +214,59 @@ def test_a_damaged_log_is_set_aside_and_another_begins(path: Path, logged: Calla
     assert not Path(f"{path}.suspect").exists()
 
 
+def test_what_a_killed_worker_left_beside_a_damaged_log_is_set_aside_with_it(path: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    with contextlib.closing(open_log(killed / path.name)) as log:
+        log.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # a whole database in the -wal would be no damage
+        queue(log, "a")
+        left = {suffix: Path(f"{log.path}{suffix}").read_bytes() for suffix in ("-wal", "-shm")}
+    path.write_bytes(DAMAGE)
+    for suffix, content in left.items():
+        Path(f"{path}{suffix}").write_bytes(content)
+    with contextlib.closing(open_log(path)) as log:
+        assert log.last_seq == 0
+    (aside,) = path.parent.glob("nullworker.db.damaged-*[0-9]")
+    assert Path(f"{aside}-wal").read_bytes() == left["-wal"]
+    assert Path(f"{aside}-shm").exists(), "what is in it can be made again"
+
+
+class Failing:
+    """A connection on which a statement fails."""
+
+    def __init__(self, conn: sqlite3.Connection, **errors: Exception) -> None:
+        self._conn = conn
+        self._errors = errors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._conn, name)
+
+    def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
+        if statement in self._errors:
+            raise self._errors[statement]
+        return self._conn.execute(statement, *values)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (sqlite3.OperationalError("database or disk is full"), "cannot be written: database or disk is full"),
+        (sqlite3.DatabaseError("database disk image is malformed"), "is damaged: .* a restart sets it aside"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"), "is damaged: .* a restart sets it aside"),
+    ],
+)
+def test_a_write_that_can_not_even_be_undone_is_told_like_any_other(
+    log: EventLog, path: Path, error: Exception, says: str
+) -> None:
+    whole = log.conn
+    Path(f"{path}.suspect").symlink_to(path.parent / "missing" / "suspect")  # nor can it be marked
+    log.conn = Failing(whole, COMMIT=error, ROLLBACK=sqlite3.OperationalError("disk I/O error"))  # type: ignore[assignment]
+    with pytest.raises(LogUnavailable, match=says):
+        queue(log, "a")
+    assert log.last_seq == 0
+    log.conn = whole
+
+
 def test_a_suspicion_that_was_wrong_is_dropped(path: Path) -> None:
     with contextlib.closing(open_log(path)) as log:
         queue(log, "a")
