@@ -1,5 +1,7 @@
 """The wiring of a worker: build, start, drain, stop. The only file that knows all the others.
 
+What it leaves out: the process around it, from its settings to its exit code (process.py).
+
 The one rule: whatever ends the worker, what is owed is in the log, and nobody waits for more than NULL_DRAIN_SECONDS
 and STOP_SECONDS.
 """
@@ -8,23 +10,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import signal
 from collections.abc import Coroutine
 from typing import Any, Final
 
-from nullworker import __version__, logs, retention
+from nullworker import __version__, retention
 from nullworker.alarm import Alarm
-from nullworker.autoscaler import STATUS_PATH, Identity, failed_start
+from nullworker.autoscaler import Identity
 from nullworker.clock import SystemClock
 from nullworker.condition import Condition
-from nullworker.errors import CannotStart, LogUnavailable
+from nullworker.errors import LogUnavailable
 from nullworker.fsm.book import Limits
 from nullworker.health import HealthPoll
 from nullworker.http.grants import Gate
 from nullworker.http.server import Port
 from nullworker.link import Link
-from nullworker.log import EventLog, open_log
+from nullworker.log import EventLog
 from nullworker.logs import get_log
 from nullworker.metrics.exporter import Exporter, Readings
 from nullworker.metrics.narrator import narrate
@@ -41,46 +42,6 @@ log = get_log(__name__)
 STOP_SECONDS: Final = 2.0
 #: Seconds between two looks whether the log can still be written.
 PROBE_SECONDS: Final = 10.0
-#: Objects made before Python looks for cycles among the youngest. Each connection that waits is some forty that live
-#: on, and at the default of 700 a sixth of the CPU of a long queue's claims went into looking at them again and again.
-YOUNG_OBJECTS: Final = 20_000
-
-
-def serve(settings: Settings) -> int:
-    """Run a worker until it is told to stop. Returns the exit code."""
-    logs.configure(settings.null_log_format, settings.null_log_level)
-    gc.freeze()  # what is imported stays
-    gc.set_threshold(YOUNG_OBJECTS)
-    try:
-        return asyncio.run(_serve(settings))
-    finally:
-        logs.close()
-
-
-async def _serve(settings: Settings) -> int:
-    try:
-        async with contextlib.AsyncExitStack() as stack:
-            worker = Worker(settings, open_log(settings.event_log, sync=settings.null_log_sync))
-            stack.push_async_callback(worker.stop)
-            await worker.start()
-            return await worker.run()
-    except CannotStart as error:
-        if error.tell:
-            await _tell_failed_start(settings, str(error))
-        raise
-
-
-async def _tell_failed_start(settings: Settings, why: str) -> None:
-    """The autoscaler should not wait for a worker that will not come."""
-    me = identity(settings)
-    if me is None:
-        return
-    link = Link(settings.report_addr)
-    told = False
-    with contextlib.suppress(asyncio.TimeoutError):
-        told = await asyncio.wait_for(link.post(STATUS_PATH, failed_start(me, why)), STOP_SECONDS) == "ok"
-    log.error("start_failed", why=why, autoscaler_told=told)
-    await link.close()
 
 
 def identity(settings: Settings) -> Identity | None:

@@ -108,7 +108,7 @@ def serve(**options: str | None) -> None:
             values[variable(name).replace("<WORKER_PORT>", port)] = text
     settings = read_settings(values)
 
-    from nullworker.app import serve as run_worker
+    from nullworker.process import serve as run_worker
 
     sys.exit(run_worker(settings))
 

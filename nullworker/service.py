@@ -7,7 +7,7 @@ observers hear of it.
 When the log cannot be written, new claims are refused; but what is held can end, so those events wait in memory, in
 order, and are written as soon as the log can be. That is the one case in which an effect is seen before its commit.
 
-What it leaves out: timers (app.py rings `tick`), HTTP, and what an observer does with what it hears.
+What it leaves out: timers (alarm.py rings `tick`), HTTP, and what an observer does with what it hears.
 
 The one rule: no `await` in this file, but for the waiting in `ended`.
 """

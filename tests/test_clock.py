@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nullworker import clock, history
-from nullworker.clock import Anchor, SystemClock, elapsed, from_iso, iso
+from nullworker.clock import Anchor, SystemClock, elapsed, from_iso, iso, tidy, wall_iso
 from nullworker.condition import Condition
 from nullworker.fsm.book import Claim, Limits, Reservation
 from nullworker.fsm.events import SessionTerms
@@ -50,9 +51,12 @@ def test_an_idle_worker_follows_the_wall_clock(wall: dict[str, float]) -> None:
 
 def test_a_small_drift_is_left_alone(wall: dict[str, float]) -> None:
     steady = SystemClock()
-    wall["wall"] += 0.9
-    assert steady.settle() is None
-    assert steady.now() == 1_800_000_000.0
+    for small in (0.9, -0.9):
+        wall["wall"] = 1_800_000_000.0 + small
+        assert steady.settle() is None
+        assert steady.now() == 1_800_000_000.0
+    wall["wall"] = 1_800_000_001.1
+    assert steady.settle() is not None
 
 
 def test_a_restart_goes_on_with_the_anchor_of_the_same_boot(wall: dict[str, float]) -> None:
@@ -65,10 +69,11 @@ def test_a_restart_goes_on_with_the_anchor_of_the_same_boot(wall: dict[str, floa
 
 
 def test_where_boots_have_no_id_no_anchor_is_trusted(
-    wall: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: object
+    wall: dict[str, float], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(clock, "_read_boot_id", lambda: "")
+    monkeypatch.setattr(clock, "_BOOT_ID", tmp_path / "missing")
     assert SystemClock(Anchor("", 0.0)).now() == wall["wall"]
+    assert SystemClock().boot_id == ""
 
 
 @pytest.mark.parametrize(
@@ -84,6 +89,26 @@ def test_times_are_shown_in_utc_with_milliseconds(at: float, text: str) -> None:
     assert from_iso(text) == pytest.approx(at, abs=0.001)
 
 
+def test_a_lock_file_says_when_to_the_second(wall: dict[str, float]) -> None:
+    wall["wall"] = 1_795_000_000.9
+    assert wall_iso() == "2026-11-18T11:06:40Z"
+
+
+def test_spans_are_told_to_the_millisecond_and_whole_ones_as_whole() -> None:
+    assert [repr(tidy(span)) for span in (0.12345, 0.0004, 60.0, 1.5)] == ["0.123", "0", "60", "1.5"]
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine that is not set to UTC."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "America/New_York")
+        time.tzset()
+        yield
+    time.tzset()
+
+
+@pytest.mark.usefixtures("elsewhere")
 def test_a_time_without_a_zone_is_utc_and_nonsense_is_refused() -> None:
     assert from_iso("2026-11-18T11:06:40") == 1_795_000_000.0
     assert from_iso("2026-11-18T12:06:40+01:00") == 1_795_000_000.0

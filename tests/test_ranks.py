@@ -31,6 +31,7 @@ RANKS = (
     },
     {"link", "http", "metrics", "health", "webhooks", "ports", "testing"},
     {"app", "sites"},
+    {"process"},
 )
 RANK_OF = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 COMMANDS = len(RANKS)  # everything else is a command: the top
@@ -88,7 +89,7 @@ def test_time_is_asked_in_one_file() -> None:
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [
-        ("nullworker.app", ("vastai", "requests", "rich", "cryptography", "sqlite_utils")),
+        ("nullworker.process", ("vastai", "requests", "rich", "cryptography", "sqlite_utils")),
         (
             "nullworker.commands",
             ("aiohttp", "cryptography", "prometheus_client", "sqlite_utils", "transitions", "vastai"),

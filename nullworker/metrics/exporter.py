@@ -7,7 +7,7 @@ value of a closed set is there from the start, at 0, so that an alert never wait
 family of OpenMetrics, which no parser takes twice: there, the counter is told as a metric of unknown type. Prometheus
 makes nothing of types, so every query is the same.
 
-What it leaves out: the ports (http/control.py, and the further site in app.py).
+What it leaves out: the ports (http/control.py, and the further site in sites.py).
 """
 
 from __future__ import annotations
