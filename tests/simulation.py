@@ -104,6 +104,7 @@ class Simulation:
         self.numbers = 0
         self.previous = "nobody"
         self.up: Incarnation | None = None
+        self.over = False
 
     def new_id(self) -> str:
         self.numbers += 1
@@ -116,17 +117,22 @@ class Simulation:
         for number in range(1, self.steps + 1):
             await asyncio.sleep(self.random.expovariate(1 / 2.0))
             if self.up is not None:
+                self.nothing_is_late(self.up.service)
                 task = asyncio.ensure_future(self.client(self.up, number))
                 self.up.connections[task] = None
                 task.add_done_callback(self.up.connections.pop)
             if chaos.done():
                 chaos.result()
-        chaos.cancel()
-        await asyncio.gather(chaos, return_exceptions=True)
+        self.over = True
+        await chaos  # a stop or a kill that is under way comes to its end
         await self.calm_down()
         self.check()
         self.figures["reservations"] = len(self.loggeds)
         return self.figures
+
+    def nothing_is_late(self, service: Service) -> None:
+        deadline = service.next_deadline()
+        assert deadline is None or self.clock.now() < deadline + 0.01, "the alarm has rung for what is over"
 
     # -- those who use it ----------------------------------------------------------------------------------------
 
@@ -223,6 +229,8 @@ class Simulation:
             troubles += [self.power_cut]
         while True:
             await asyncio.sleep(self.random.uniform(1.0, 60.0))
+            if self.over:
+                return
             if self.random.random() < 0.3:
                 self.disk.sync()
             await self.random.choice(troubles)()

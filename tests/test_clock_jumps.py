@@ -56,6 +56,19 @@ async def test_a_step_of_the_wall_clock_neither_ends_nor_prolongs_what_is_held(t
 
 
 @pytest.mark.parametrize("step", [HOUR, -HOUR])
+async def test_a_deadline_set_after_a_step_is_kept_whatever_was_set_before_it(tmp_path: Path, step: int) -> None:
+    clock = WallClock(tmp_path)
+    async with WorkerProcess(tmp_path, **clock.env) as worker:
+        held = asyncio.ensure_future(post(worker.url + "/reserve", {"duration": 3000}))
+        await worker.line("reservation_held")
+        assert await worker.release() == {"released": True}
+        await held
+        clock.set(step)
+        assert (await post(worker.url + "/reserve", {"duration": 0.5})).body["released"] == "duration_elapsed"
+        await worker.line("clock_moved")
+
+
+@pytest.mark.parametrize("step", [HOUR, -HOUR])
 async def test_a_step_while_the_worker_is_away_leaves_a_session_its_time(tmp_path: Path, step: int) -> None:
     clock = WallClock(tmp_path)
     async with WorkerProcess(tmp_path, **clock.env) as worker:
