@@ -7,7 +7,6 @@ The one rule: nothing of the control port can be reached here.
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -55,7 +54,7 @@ class External:
         reservation, stream = await self._admit(request)  # the grant is not kept while it waits: 1 kB for each caller
         try:
             return await self._hold(request, reservation, stream=stream)
-        except (asyncio.CancelledError, ConnectionError):
+        except BaseException:  # whatever it was, nobody waits for the end any more
             if reservation.terms.kind == "request":  # a session stays, whoever waits for its end
                 self._service.cancel(reservation.id, "client_disconnect")
             raise

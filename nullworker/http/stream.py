@@ -21,7 +21,10 @@ from nullworker.fsm.book import Reservation
 from nullworker.fsm.table import ENDED
 from nullworker.http.wire import HELD, RESERVATION_HEADER, verdict, verdict_response
 from nullworker.log import EventLog
+from nullworker.logs import get_log
 from nullworker.service import Service
+
+log = get_log(__name__)
 
 KEEPALIVE_SECONDS: Final = 15.0
 #: Events read from the log at once.
@@ -65,11 +68,12 @@ async def stream_reservation(
             await bell.wait()
         if reservation.held_at is None:
             return verdict_response(reservation)
-        response = await _begin(request, {RESERVATION_HEADER: reservation.id})
-        await _follow(response, event_log, bell, 0, reservation.id, until=lambda: reservation.state in ENDED)
-        await response.write(_data(verdict(reservation)[1]))
-        await response.write_eof()
-        return response
+        with _cut_off_by_errors(request):
+            response = await _begin(request, {RESERVATION_HEADER: reservation.id})
+            await _follow(response, event_log, bell, 0, reservation.id, until=lambda: reservation.state in ENDED)
+            await response.write(_data(verdict(reservation)[1]))
+            await response.write_eof()
+            return response
     finally:
         service.unwatch(reservation.id, bell.ring)
 
@@ -81,12 +85,26 @@ async def stream_events(
     with watchers.bell() as bell:
         service.observers.append(bell.ring)
         try:
-            response = await _begin(request)
-            await _follow(response, event_log, bell, after, None, until=lambda: watchers.dismissed)
-            await response.write_eof()
-            return response
+            with _cut_off_by_errors(request):
+                response = await _begin(request)
+                await _follow(response, event_log, bell, after, None, until=lambda: watchers.dismissed)
+                await response.write_eof()
+                return response
         finally:
             service.observers.remove(bell.ring)
+
+
+@contextlib.contextmanager
+def _cut_off_by_errors(request: web.Request) -> Iterator[None]:
+    """An error in the middle of an answer cannot be told as another one: its reader must see that it is cut off."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, ConnectionError):
+            log.error("stream_cut_off", route=request.path, why=str(error))
+        if request.transport is not None:
+            request.transport.abort()
+        raise
 
 
 async def _begin(request: web.Request, headers: dict[str, str] | None = None) -> web.StreamResponse:

@@ -1,0 +1,80 @@
+"""A log that cannot be read in the middle of a stream: the reader sees the cut, and nothing is held for nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from doors import Wire
+from harness import PATIENCE
+
+from nullworker import history
+from nullworker.app import Worker
+from nullworker.log import open_log
+from nullworker.settings import read_settings
+
+ANY_PORT = {"WORKER_PORT": "0", "WORKER_HTTP_PORT": "0", "NULL_CONTROL_PORT": "0"}
+
+
+@pytest.fixture
+async def worker(path: Path) -> AsyncIterator[Worker]:
+    """A worker in the test's own loop, so that its log can be made to fail."""
+    worker = Worker(read_settings({"UNSECURED": "true", **ANY_PORT}), open_log(path))
+    await worker.start()
+    yield worker
+    await worker.stop()
+
+
+@contextlib.asynccontextmanager
+async def asked(port: int, line: bytes, body: bytes = b"") -> AsyncIterator[Wire]:
+    wire = Wire(*await asyncio.open_connection("127.0.0.1", port))
+    await wire.send(b"%s HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: %d\r\n\r\n%s" % (line, len(body), body))
+    try:
+        yield wire
+    finally:
+        await wire.close()
+
+
+def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """From now on the log cannot be read."""
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(history, "events", fails)
+
+
+ERRORS = [sqlite3.OperationalError("disk I/O error"), ValueError("a bug")]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+async def test_an_error_in_a_reservations_stream_cuts_it_off_and_frees_the_slot(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], list[str]], error: Exception
+) -> None:
+    async with asked(worker.settings.worker_port, b"POST /reserve", b'{"stream": true}') as wire:
+        await asyncio.wait_for(wire.reader.readuntil(b'"held"'), PATIENCE)
+        held = worker.service.book.held
+        assert held is not None
+        fail(monkeypatch, error)
+        worker.service.extend(held.id, 60)  # news, to be read
+        assert b"HTTP/1.1" not in await wire.end()
+        assert (held.state, held.reason) == ("cancelled", "client_disconnect")
+        assert "stream_cut_off" in logged()
+
+
+@pytest.mark.parametrize("error", ERRORS)
+async def test_an_error_in_the_stream_of_all_events_cuts_that_off_and_nothing_else(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], list[str]], error: Exception
+) -> None:
+    async with asked(worker.settings.null_control_port, b"GET /events") as wire:
+        await asyncio.wait_for(wire.reader.readuntil(b": open"), PATIENCE)
+        fail(monkeypatch, error)
+        async with asked(worker.settings.worker_port, b"POST /reserve", b"{}"):
+            assert b"HTTP/1.1" not in await wire.end()
+            assert worker.service.book.held is not None, "who only watches ends nothing"
+            assert "stream_cut_off" in logged()
