@@ -8,6 +8,8 @@ The one rule: what is sent may be secret, so nothing of a body, a query or a hea
 from __future__ import annotations
 
 import asyncio
+import os
+import ssl
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -62,13 +64,13 @@ class Link:
                     timeout=aiohttp.ClientTimeout(total=seconds),
                     allow_redirects=False,
                 ) as answer:
-                    if answer.status < 300:
+                    if 200 <= answer.status < 300:
                         self.trouble = None
                         return "ok"
                     self.trouble = f"{address}{path} answered {answer.status}"
                     refused |= 400 <= answer.status < 500 and answer.status not in _NOT_FOR_GOOD
             except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-                self.trouble = f"{address}{path} cannot be reached: {_words(error)}"
+                self.trouble = f"{address}{path} cannot be reached: {words(error)}"
         return "refused" if refused else "failed"
 
     async def fetch_key(self) -> PublicKey | None:
@@ -83,9 +85,12 @@ class Link:
                     if answer.status != 200:
                         self.trouble = f"{address}{KEY_PATH} answered {answer.status}"
                         continue
-                    return PublicKey(await answer.content.read(MAX_KEY_BYTES))
+                    pem = b""
+                    while more := await answer.content.read(MAX_KEY_BYTES - len(pem)):  # each call gives what is there
+                        pem += more
+                    return PublicKey(pem)
             except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
-                self.trouble = f"{address}{KEY_PATH} cannot be reached: {_words(error)}"
+                self.trouble = f"{address}{KEY_PATH} cannot be reached: {words(error)}"
             except ValueError:
                 self.trouble = f"{address}{KEY_PATH} answered something that is no RSA key in PEM"
         return None
@@ -117,5 +122,18 @@ class Pause:
         self._next = FIRST_PAUSE_SECONDS
 
 
-def _words(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+def words(error: BaseException) -> str:
+    """Why a call did not arrive: the error's kind, and the system's words for its cause.
+
+    Never in its own words: aiohttp's quote the url and what came back, asyncio's and OpenSSL's the host.
+    """
+    cause = error.__cause__ or error
+    why: object = None
+    if isinstance(cause, ssl.SSLError):
+        why = getattr(cause, "verify_message", "").partition(",")[0] or getattr(cause, "reason", None)
+    elif isinstance(cause, OSError) and not isinstance(cause, aiohttp.ClientError):
+        number = cause.errno or 0  # a resolver's errors have none, or a negative one, and words without a host
+        why = os.strerror(number) if number > 0 else cause.strerror
+    elif isinstance(error, aiohttp.ClientResponseError):
+        why = error.status if cause is error else "no valid HTTP"
+    return f"{type(error).__name__}: {why}" if why else type(error).__name__

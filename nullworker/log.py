@@ -46,6 +46,7 @@ class EventLog:
         self.path = path
         self.conn = conn
         self._lock = lock
+        self._file = os.stat(path)
         self.on_append: Callable[[float], None] | None = None
         self.last_seq: int = conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
 
@@ -139,8 +140,6 @@ class EventLog:
         Raises:
             LogUnavailable: it cannot.
         """
-        if not self.path.exists():
-            raise LogUnavailable(f"{self.path} was moved or removed; restart the worker to begin a new one")
         self._write("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", [(self.last_seq,)])
 
     def size(self) -> int:
@@ -159,7 +158,14 @@ class EventLog:
             os.close(self._lock)
             self._lock = None
 
+    def _is_there(self) -> bool:
+        with contextlib.suppress(OSError):
+            return os.path.samestat(os.stat(self.path), self._file)
+        return False
+
     def _write(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
+        if not self._is_there():  # SQLite would go on in a file that has no name any more
+            raise LogUnavailable(f"{self.path} was moved or removed; restart the worker to begin a new one")
         try:
             self.conn.execute("BEGIN IMMEDIATE")
             self.conn.executemany(statement, rows)

@@ -103,10 +103,17 @@ def test_each_probe_writes_and_a_log_that_cannot_be_written_is_found(log: EventL
         log.probe()
 
 
-def test_a_log_that_was_moved_away_is_found(log: EventLog, path: Path) -> None:
-    path.rename(path.with_name("elsewhere"))
-    with pytest.raises(LogUnavailable, match="was moved or removed"):
-        log.probe()
+@pytest.mark.parametrize("another", [False, True], ids=["nothing", "another file"])
+def test_a_log_that_was_moved_away_is_not_written_until_it_is_back(log: EventLog, path: Path, *, another: bool) -> None:
+    elsewhere = path.with_name("elsewhere")
+    path.rename(elsewhere)
+    if another:
+        path.touch()
+    for write in (log.probe, lambda: queue(log, "a")):
+        with pytest.raises(LogUnavailable, match="was moved or removed"):
+            write()
+    elsewhere.rename(path)
+    assert queue(log, "a") == 1
 
 
 def test_free_pages_are_given_back_as_many_as_are_asked_for(log: EventLog) -> None:
