@@ -187,9 +187,10 @@ def open_log(path: Path, *, sync: str = "full", mend: bool = True) -> EventLog:
     Raises:
         CannotStart: another worker has it, it is of a newer version or another program, or the folder is not writable.
     """
-    path = path.absolute()
+    path = path.resolve()  # a link to another worker's log is that log
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
         lock = _take_lock(path)
     except OSError as error:
         raise CannotStart(f"the event log {path} cannot be made: {error.strerror}; set NULL_EVENT_LOG") from error
@@ -228,7 +229,6 @@ def open_for_reading(path: Path) -> EventLog:
 
 
 def _open(path: Path, sync: str, lock: int) -> EventLog:
-    os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
     conn = sqlite3.connect(path, isolation_level=None, timeout=BUSY_MILLISECONDS / 1000, cached_statements=64)
     try:
         schema.check_version(path, conn)

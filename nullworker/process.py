@@ -16,10 +16,7 @@ from nullworker.autoscaler import STATUS_PATH, failed_start
 from nullworker.errors import CannotStart
 from nullworker.link import Link
 from nullworker.log import open_log
-from nullworker.logs import get_log
 from nullworker.settings import Settings
-
-log = get_log(__name__)
 
 #: Objects made before Python looks for cycles among the youngest. Each connection that waits is some forty that live
 #: on, and at the default of 700 a sixth of the CPU of a long queue's claims went into looking at them again and again.
@@ -56,8 +53,6 @@ async def _tell_failed_start(settings: Settings, why: str) -> None:
     if me is None:
         return
     link = Link(settings.report_addr)
-    told = False
     with contextlib.suppress(asyncio.TimeoutError):
-        told = await asyncio.wait_for(link.post(STATUS_PATH, failed_start(me, why)), STOP_SECONDS) == "ok"
-    log.error("start_failed", why=why, autoscaler_told=told)
+        await asyncio.wait_for(link.post(STATUS_PATH, failed_start(me, why)), STOP_SECONDS)
     await link.close()

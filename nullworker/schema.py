@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 #: `PRAGMA user_version` of a file that this code writes.
 VERSION: Final = 1
+#: For STRICT tables and `->>`. Ubuntu 22.04's own Python has 3.37.
+OLDEST_SQLITE: Final = (3, 38)
 #: `PRAGMA application_id`: "nulw", so that `file` and this project know whose it is.
 APPLICATION_ID: Final = 0x6E756C77
 
@@ -101,7 +103,7 @@ SELECT seq, at, reservation_id
   FROM events
  WHERE kind IN ('released', 'expired', 'cancelled')
    AND seq < (SELECT max(seq) FROM events)
-   AND seq <= (SELECT min(seq) FROM cursors WHERE name IN ('worker_status', 'delete_requests') HAVING count(*) = 2)
+   AND seq <= (SELECT iif(count(*) = 2, min(seq), -1) FROM cursors WHERE name IN ('worker_status', 'delete_requests'))
    AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = events.seq);
 CREATE TABLE pruning (
     reservation_id TEXT PRIMARY KEY  -- to name one here removes it, whole; so the table is always empty
@@ -185,12 +187,18 @@ SELECT day,
 
 
 def check_version(path: Path, conn: sqlite3.Connection) -> None:
-    """Whether this code may use a file.
+    """Whether this code may use a file, with the SQLite that this Python has.
 
     Raises:
-        CannotStart: it is of another program, or of a newer version of this one.
+        CannotStart: it is of another program, or of a newer version of this one; or SQLite is too old for either.
         sqlite3.Error: it cannot be read.
     """
+    if sqlite3.sqlite_version_info < OLDEST_SQLITE:
+        needed = ".".join(map(str, OLDEST_SQLITE))
+        raise CannotStart(
+            f"this Python has SQLite {sqlite3.sqlite_version}, and the event log needs {needed} or newer; "
+            "use a Python that brings its own, such as uv's"
+        )
     version = conn.execute("PRAGMA user_version").fetchone()[0]
     owner = conn.execute("PRAGMA application_id").fetchone()[0]
     empty = conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0

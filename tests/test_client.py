@@ -286,6 +286,7 @@ async def test_wrong_use_exits_2_and_says_why(args: tuple[str, ...], words: str)
     code, _, err = await run(*args)
     assert code == 2
     assert words in err
+    assert err.count("\n") == 1
 
 
 async def test_a_session_is_renewed_and_ended_after_its_duration(vast: StandIn, worker: FakeWorker) -> None:

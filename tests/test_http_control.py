@@ -265,6 +265,7 @@ async def test_only_this_machine_may_ask(worker: WorkerProcess, vast: StandIn) -
         {"Host": "10.0.0.1"},
         {"Host": ""},
         {"Host": "[::1"},
+        {"Host": "somebody@127.0.0.1"},
         {"Origin": "null"},
         {"Origin": "https://example.com"},
         {"Origin": "http://127.0.0.1.example.com"},

@@ -126,6 +126,7 @@ async def test_who_hangs_up_while_queued_leaves_the_queue(worker: WorkerProcess,
     assert rows == [QUEUED, ("cancelled", "client_disconnect")]
     assert await gone.outcome() == "Cancelled"
     assert (await ended(worker, "cancelled", "client_disconnect"), await answered(worker, 499)) == (1, 1)
+    assert (await worker.line("reservation_cancelled"))["status"] == 499
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -138,6 +139,7 @@ async def test_who_hangs_up_while_held_frees_the_slot_for_the_next(
     assert worker.story() == [QUEUED, HELD, QUEUED, ("cancelled", "client_disconnect"), HELD]
     assert await gone.outcome() == "Cancelled"
     assert (await ended(worker, "cancelled", "client_disconnect"), await answered(worker, 499)) == (1, 1)
+    assert (await worker.line("reservation_cancelled"))["status"] == 499
 
 
 async def test_metadata_reach_the_consumer_and_its_result_reaches_the_caller(
@@ -184,10 +186,16 @@ async def test_a_stream_tells_each_event_and_ends_with_the_plain_answer(worker: 
     assert await claim.outcome() == "Success"
 
 
-async def test_a_stream_whose_time_passes_ends_with_exactly_two_keys(worker: WorkerProcess, vast: StandIn) -> None:
-    claim = await reserve(worker, vast, stream=True, duration=0.05)
-    last = json.loads(data_of((await claim.answer()).body)[-1])
-    assert last == {"released": "duration_elapsed", "duration": 0.05}
+@pytest.mark.parametrize("duration", [0.05, 0])
+async def test_a_stream_whose_time_passes_ends_with_exactly_two_keys(
+    worker: WorkerProcess, vast: StandIn, duration: float
+) -> None:
+    claim = await reserve(worker, vast, stream=True, duration=duration)
+    answer = await claim.answer()
+    assert answer.headers["Content-Type"] == "text/event-stream"
+    *events, last = [json.loads(data) for data in data_of(answer.body)]
+    assert [event["kind"] for event in events] == ["queued", "held", "expired"]
+    assert last == {"released": "duration_elapsed", "duration": duration}
 
 
 async def test_a_stream_that_is_refused_is_a_plain_answer(tmp_path: Path, vast: StandIn) -> None:

@@ -274,6 +274,23 @@ def test_a_write_that_can_not_even_be_undone_is_told_like_any_other(
     log.conn = whole
 
 
+def test_a_link_to_a_log_is_that_log_and_a_folder_is_none(log: EventLog, path: Path) -> None:
+    link = path.with_name("link")
+    link.symlink_to(path)
+    with pytest.raises(CannotStart, match="belongs to a worker that is running"):
+        open_log(link)
+    with pytest.raises(CannotStart, match="cannot be made: Is a directory; set NULL_EVENT_LOG"):
+        open_log(path.parent)
+    assert queue(log, "a") == 1
+
+
+def test_an_sqlite_that_is_too_old_is_told_before_anything_is_made(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", (3, 37, 2))
+    with pytest.raises(CannotStart, match=r"needs 3\.38 or newer"):
+        open_log(path)
+    assert path.stat().st_size == 0
+
+
 def test_a_suspicion_that_was_wrong_is_dropped(path: Path) -> None:
     with contextlib.closing(open_log(path)) as log:
         queue(log, "a")

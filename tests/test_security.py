@@ -17,6 +17,7 @@ from claims import reserve
 from harness import post, secured, signed
 from pages import DOCS, rows
 
+from nullworker.http.grants import EXPLAINED_BYTES
 from nullworker.ports import tls
 from nullworker.testing import StandIn
 
@@ -99,3 +100,13 @@ async def test_a_callback_cannot_release_what_another_holds(tmp_path: Path, vast
         await worker.release()
         assert (await asyncio.wait_for(other.answer(), 20)).body["released"] == "explicit"
         assert worker.sql("SELECT count(*) FROM events WHERE kind = 'released'") == [(2,)]
+
+
+async def test_a_large_envelope_that_is_wrong_is_not_searched_for_where(tmp_path: Path, vast: StandIn) -> None:
+    async with secured(tmp_path, vast) as worker:
+        await worker.line("key_loaded")
+        wrong = {"auth_data": {}, "payload": {"x": "x" * EXPLAINED_BYTES}}
+        large = await post(worker.url + "/reserve", wrong)
+        assert (large.status, list(large.body)) == (422, ["error"])
+        small = await post(worker.url + "/reserve", {**wrong, "payload": {}})
+        assert small.body["auth_data"]["reqnum"] == "missing parameter"

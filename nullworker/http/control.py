@@ -199,7 +199,8 @@ def local_only(request: web.Request) -> None:
     Raises:
         Forbidden: the Host or the Origin is not this machine.
     """
-    if _hostname(f"//{request.headers.get('Host', '')}") not in _LOCAL_NAMES:
+    host = request.headers.get("Host", "")
+    if "@" in host or _hostname(f"//{host}") not in _LOCAL_NAMES:
         raise Forbidden("the control port answers only to 127.0.0.1 and localhost; the Host header names another host")
     origin = request.headers.get("Origin")
     if origin is not None and _hostname(origin) not in _LOCAL_NAMES:

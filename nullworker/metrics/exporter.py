@@ -25,6 +25,7 @@ from prometheus_client.registry import Collector, CollectorRegistry
 
 from nullworker import __version__
 from nullworker.condition import WORKER_STATES
+from nullworker.fsm.book import Reservation
 from nullworker.fsm.table import EDGES, ENDED
 from nullworker.service import Commit, Service
 
@@ -64,6 +65,7 @@ class Exporter:
             for kind in ("request", "session")
         }
         self._since = service.now()
+        self._held_here: str | None = None  # the reservation whose hold has begun in this process
 
         def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
             return Counter(f"nullworker_{name}", text, tuple(labels), registry=self.registry)
@@ -100,7 +102,7 @@ class Exporter:
         for call in REPORT_CALLS:
             for result in REPORT_RESULTS:
                 self.reports.labels(call, result)
-        self.registry.register(_BookCollector(service, readings, self, self._since))
+        self.registry.register(_BookCollector(service, readings, self))
         prometheus_client.ProcessCollector(registry=self.registry)
         prometheus_client.PlatformCollector(registry=self.registry)
         prometheus_client.GCCollector(registry=self.registry)
@@ -117,13 +119,20 @@ class Exporter:
         event, reservation = commit.event, commit.reservation
         self.events.inc()
         if event.kind == "held":
+            self._held_here = reservation.id
             self.queue_wait.observe(max(event.at - reservation.queued_at, 0.0))
         elif event.kind in ENDED:
             self.ended[(reservation.terms.kind, event.kind, event.reason or "")] += 1
             if reservation.held_at is not None:
                 held = max(event.at - reservation.held_at, 0.0)
                 self.hold.observe(held, {"reservation_id": reservation.id})
-                self.busy_seconds += max(event.at - max(reservation.held_at, self._since), 0.0)
+                self.busy_seconds += self.busy_with(reservation, event.at)
+
+    def busy_with(self, reservation: Reservation, until: float) -> float:
+        """Seconds of a hold that are this process's: of one that it has taken over, those since its start."""
+        assert reservation.held_at is not None
+        own = reservation.id == self._held_here
+        return max(until - (reservation.held_at if own else max(reservation.held_at, self._since)), 0.0)
 
     def count_request(self, port: str, route: str, status: int, seconds: float | None) -> None:
         """An HTTP request was answered; `seconds` is None for one that was held."""
@@ -164,11 +173,10 @@ class _OneFamilyEach(Collector):
 class _BookCollector(Collector):
     """What is true now, asked at the scrape."""
 
-    def __init__(self, service: Service, readings: Readings, exporter: Exporter, since: float) -> None:
+    def __init__(self, service: Service, readings: Readings, exporter: Exporter) -> None:
         self._service = service
         self._readings = readings
         self._exporter = exporter
-        self._since = since
 
     def collect(self) -> Iterable[Metric]:
         """All gauges, and the counters that are kept elsewhere."""
@@ -187,7 +195,7 @@ class _BookCollector(Collector):
         yield live
         busy = self._exporter.busy_seconds
         if held is not None and held.held_at is not None:
-            busy += max(now - max(held.held_at, self._since), 0.0)
+            busy += self._exporter.busy_with(held, now)
         yield CounterMetricFamily("nullworker_busy_seconds", "Time during which a reservation was held.", busy)
         yield GaugeMetricFamily(
             "nullworker_reservation_started_timestamp_seconds",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nullworker.clock import elapsed
-from nullworker.fsm.table import ENDED
+from nullworker.fsm.table import ENDED, ending
 from nullworker.logs import get_log
 from nullworker.service import Commit
 
@@ -16,7 +16,10 @@ def narrate(commit: Commit) -> None:
     """An observer: one line for each event."""
     event, reservation = commit.event, commit.reservation
     fields: dict[str, Any] = {"reservation_id": event.reservation_id, "seq": commit.seq}
-    if event.reason is not None:
+    if event.kind in ENDED:
+        fields["reason"] = event.reason
+        fields["status"] = ending(event.kind, event.reason, was_held=reservation.held_at is not None).status
+    elif event.reason is not None:
         fields["reason"] = event.reason
     if event.kind == "queued":
         fields["request_idx"] = reservation.terms.request_idx

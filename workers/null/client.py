@@ -1,6 +1,8 @@
-"""The door for `python -m workers.null.client --endpoint NAME --duration S`; all of it is in nullworker/client.py."""
+"""The door for `python -m workers.null.client --endpoint NAME --duration S`: it is `nullworker reserve`."""
 
-from nullworker.client import reserve
+import sys
+
+from nullworker.cli import main
 
 if __name__ == "__main__":
-    reserve(prog_name="python -m workers.null.client")
+    main(["reserve", *sys.argv[1:]])
