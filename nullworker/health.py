@@ -12,6 +12,7 @@ import asyncio
 
 import aiohttp
 
+from nullworker.link import words
 from nullworker.logs import get_log
 from nullworker.service import Service
 
@@ -85,4 +86,4 @@ class HealthPoll:
         except asyncio.TimeoutError:
             return f"{self._url} did not answer in {self._timeout.total:g} s"
         except (aiohttp.ClientError, OSError) as error:
-            return f"{self._url} cannot be reached: {error}"
+            return f"{self._url} cannot be reached: {words(error)}"

@@ -59,7 +59,8 @@ def _read_what_is_open(log: EventLog) -> None:
 
 
 def _read_what_is_owed(log: EventLog) -> None:
-    history.callbacks(log.conn, after=0)
+    for owed in history.callbacks(log.conn, after=0):
+        history.callback_call(log.conn, owed.seq)
     for name in READERS:
         seq = log.cursor(name)
         history.count_begun(log.conn, after=seq)

@@ -5,6 +5,8 @@ once; a receiver tells a second delivery by `session_id`. It is tried again with
 after the end.
 
 What it leaves out: which routes are allowed (http/sessions.py).
+
+The one rule: where a callback goes and what it says are nowhere but in the log, except while it is called.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import sqlite3
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -22,6 +25,7 @@ from nullworker import history
 from nullworker.bell import Bell
 from nullworker.errors import LogUnavailable
 from nullworker.fsm.table import ENDED
+from nullworker.link import words
 from nullworker.log import EventLog
 from nullworker.logs import get_log
 from nullworker.service import Commit, Service
@@ -60,7 +64,8 @@ class HttpPost:
             ) as answer:
                 return None if 200 <= answer.status < 300 else f"it answered {answer.status}"
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
-            return str(error) or type(error).__name__
+            traceback.clear_frames(error.__traceback__)  # aiohttp's are in a cycle with it, and would keep the body
+            return words(error)
 
     async def close(self) -> None:
         """Close its connections."""
@@ -117,10 +122,10 @@ class Callbacks:
 
     async def _deliver(self, callback: history.Callback) -> None:
         pause = FIRST_PAUSE_SECONDS
-        session_id = callback.body["session_id"]
+        session_id = callback.session_id
         while True:
             async with self._at_once:
-                trouble = await self._post(callback.route, callback.body)
+                trouble = await self._call(callback.seq)
             if trouble is None:
                 self._count("delivered")
                 await self._settle(callback, "delivered", None)
@@ -135,6 +140,14 @@ class Callbacks:
             log.warning("callback_failed", reservation_id=session_id, seq=callback.seq, why=trouble, again_in=pause)
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+
+    async def _call(self, seq: int) -> str | None:
+        """None when the other side has taken it, else why not."""
+        try:
+            route, body = history.callback_call(self._log.conn, seq)
+        except (sqlite3.Error, KeyError, TypeError, ValueError) as error:  # whose own words may quote what was read
+            return f"it cannot be read from the event log: {type(error).__name__}"
+        return await self._post(route, body)
 
     async def _settle(self, callback: history.Callback, outcome: str, detail: str | None) -> None:
         """Keep that it is done with, as soon as the log can be written; until then a restart would send it again."""

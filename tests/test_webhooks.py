@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from nullworker.clock import SystemClock
 
 Json = dict[str, Any]
 DAY = 86_400.0
+LARGEST = 64 * 1024
 
 
 class Receiver:
@@ -254,8 +256,32 @@ async def test_a_route_to_the_public_address_of_the_worker_is_refused(tmp_path: 
         await refused(worker, "http://192.0.2.7:41234/session/end")
 
 
-async def refused(worker: WorkerProcess, route: Any) -> None:
-    answer = await create(worker, route)
+@pytest.mark.parametrize("payload", ["x" * (LARGEST - 2), "é" * (LARGEST // 2 - 1)])
+async def test_a_payload_and_a_route_of_more_than_64_kib_are_refused(worker: WorkerProcess, payload: str) -> None:
+    await refused(worker, "http://192.0.2.1/", payload + "x", name="on_close_payload")
+    await refused(worker, None, payload + "x", name="on_close_payload")
+    await refused(worker, "http://192.0.2.1/" + payload)
+    assert (await create(worker, None, payload)).status == 201
+
+
+async def refused(worker: WorkerProcess, route: Any, payload: Any = None, name: str = "on_close_route") -> None:
+    answer = await create(worker, route, payload)
     assert answer.status == 422
-    assert "on_close_route" in answer.body["payload"]
+    assert list(answer.body["payload"]) == [name]
     assert worker.story() == []
+
+
+async def test_nothing_of_a_route_is_told_of_a_call_that_fails(tmp_path: Path) -> None:
+    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(await reader.read(4096))
+        writer.close()
+
+    worker = WorkerProcess(tmp_path)
+    async with await asyncio.start_server(echo, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        begun = SystemClock().now() - DAY - 120
+        leave_session(worker.db, route=f"http://127.0.0.1:{port}/done?token=SECRET", begun=begun, ended=begun + 60)
+        async with worker:
+            await worker.line("callback_given_up")
+            assert worker.sql("SELECT detail FROM settled") == [("ClientResponseError: no valid HTTP",)]
+            assert "SECRET" not in json.dumps(worker.lines)

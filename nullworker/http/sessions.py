@@ -20,12 +20,14 @@ from nullworker.errors import Gone, Invalid, RequestError, Unauthorized
 from nullworker.fsm.book import Claim, Reservation
 from nullworker.fsm.events import SessionTerms
 from nullworker.fsm.table import ENDED
-from nullworker.http.bodies import MAX_BODY_BYTES, check_metadata, decode, read_body, unfit
+from nullworker.http.bodies import check_metadata, decode, read_body, unfit
 from nullworker.http.grants import Gate, fingerprint
 from nullworker.http.wire import RESERVATION_HEADER, json_response, verdict_response
 from nullworker.service import Service
 from nullworker.settings import is_absolute_http_url
 
+#: Bytes of JSON of on_close_route, and of on_close_payload.
+MAX_CALLBACK_BYTES: Final = 64 * 1024
 _LOCAL: Final = frozenset(("127.0.0.1", "localhost", "::1", "0.0.0.0", "::"))  # noqa: S104  # compared with, not bound
 
 
@@ -58,9 +60,10 @@ class Sessions:
         grant = await self._gate.open(request)
         payload = grant.read(CreatePayload)
         check_metadata(payload.metadata)
+        for name in ("on_close_route", "on_close_payload"):
+            if why := unfit(getattr(payload, name), MAX_CALLBACK_BYTES):
+                raise Invalid(f"{name} {why}", payload={name: why})
         self._check_route(payload.on_close_route)
-        if why := unfit(payload.on_close_payload, MAX_BODY_BYTES):
-            raise Invalid(f"on_close_payload {why}", payload={"on_close_payload": why})
         lifetime = 60.0 if payload.lifetime is None else payload.lifetime
         terms = SessionTerms(
             lifetime=lifetime,

@@ -1,0 +1,206 @@
+"""Why a call did not arrive: told by kind and cause, and never with a url, a body, or what came back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+import ssl
+import struct
+from collections.abc import AsyncIterator, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+import pytest
+import trustme
+from aiohttp import client_exceptions
+
+from nullworker import webhooks
+from nullworker.clock import SystemClock
+from nullworker.condition import Condition
+from nullworker.fsm.book import Limits
+from nullworker.health import HealthPoll
+from nullworker.link import Link, words
+from nullworker.log import EventLog
+from nullworker.service import Service
+from nullworker.webhooks import HttpPost
+
+URL = "http://user:SECRET@secret.example/SECRET?token=SECRET"
+KINDS = [
+    each
+    for each in vars(client_exceptions).values()
+    if isinstance(each, type) and issubclass(each, aiohttp.ClientError)
+]
+
+
+def quoting(kind: Any) -> Any:
+    """An error of aiohttp's, with a url wherever it takes words."""
+    key = SimpleNamespace(host="secret.example", port=80, ssl=True, is_ssl=True)
+    refused = OSError(errno.ECONNREFUSED, URL)
+    if issubclass(kind, aiohttp.ClientResponseError):
+        return kind(SimpleNamespace(real_url=URL), (), status=407, message=URL)
+    if issubclass(kind, client_exceptions.UnixClientConnectorError):
+        return kind(URL, key, refused)
+    if issubclass(kind, aiohttp.ClientConnectorError):
+        return kind(key, refused)
+    if issubclass(kind, aiohttp.ServerFingerprintMismatch):
+        return kind(b"", b"", URL, 80)
+    return kind(errno.EPIPE, URL) if issubclass(kind, aiohttp.ClientOSError) else kind(URL)
+
+
+def mismatch() -> ssl.SSLError:
+    """As OpenSSL says that a certificate is another host's."""
+    error = ssl.SSLCertVerificationError(1, f"[SSL] certificate is not valid for {URL}")
+    error.verify_message = f"Hostname mismatch, certificate is not valid for {URL}"
+    return error
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_error_of_the_client_is_told_with_its_url(kind: type[Exception]) -> None:
+    epipe = OSError(errno.EPIPE, URL)
+    for cause in (
+        None,
+        epipe,
+        OSError(URL),
+        quoting(aiohttp.ClientOSError),
+        mismatch(),
+        ssl.SSLError(1, URL),
+        ValueError(URL),
+    ):
+        error = quoting(kind)
+        assert "SECRET" in str(error)
+        error.__cause__ = cause
+        told = words(error)
+        assert told.partition(":")[0] == kind.__name__
+        assert "secret" not in told.lower()
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (asyncio.TimeoutError(), "TimeoutError"),
+        (ValueError(URL), "ValueError"),
+        (ConnectionResetError(errno.ECONNRESET, f"by {URL}"), "ConnectionResetError: Connection reset by peer"),
+        (socket.gaierror(socket.EAI_AGAIN, "try again"), "gaierror: try again"),
+        (mismatch(), "SSLCertVerificationError: Hostname mismatch"),
+        (aiohttp.ClientOSError(None, f"Can not write request body for {URL}"), "ClientOSError"),
+        (quoting(aiohttp.ClientHttpProxyError), "ClientHttpProxyError: 407"),
+    ],
+    ids=lambda each: type(each).__name__,
+)
+def test_an_error_is_told_by_its_kind_and_its_cause(error: Exception, told: str) -> None:
+    assert words(error) == told
+
+
+# -- what really comes back --------------------------------------------------------------------------------------------
+
+Answer = Callable[[asyncio.StreamWriter, bytes], object]
+
+
+@contextlib.asynccontextmanager
+async def answering(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+    """A receiver that answers to the first bytes that it gets, and closes; where it is, without the scheme."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answer(writer, await reader.read(4096))
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
+    async with server:
+        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+async def posted(url: str) -> str | None:
+    post = HttpPost()
+    try:
+        return await post(url, {"secret": "SECRET"})
+    finally:
+        await post.close()
+
+
+def echo(writer: asyncio.StreamWriter, asked: bytes) -> None:
+    writer.write(asked)
+
+
+def echo_body(writer: asyncio.StreamWriter, asked: bytes) -> None:
+    writer.write(asked.rpartition(b"\n")[2] + b"\r\n")
+
+
+def stop_short(writer: asyncio.StreamWriter, asked: bytes) -> None:
+    writer.write(b"HTTP/1.1 200 SECRET\r\nX: SECRET\r\n")
+
+
+def leave(writer: asyncio.StreamWriter, asked: bytes) -> None:
+    """It closes, and that is all."""
+
+
+def reset(writer: asyncio.StreamWriter, asked: bytes) -> None:
+    linger = struct.pack("ii", 1, 0)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+
+
+NO_HTTP = "ClientResponseError: no valid HTTP"
+
+
+@pytest.mark.parametrize(
+    ("scheme", "answer", "why"),
+    [
+        ("http", echo, NO_HTTP),
+        ("http", echo_body, NO_HTTP),
+        ("http", stop_short, "ServerDisconnectedError"),
+        ("http", leave, "ServerDisconnectedError"),
+        ("http", reset, "ClientOSError: Connection reset by peer"),
+        ("https", echo, "ClientConnectorSSLError: UNEXPECTED_MESSAGE"),
+        ("https", reset, "ClientConnectorError: Connection reset by peer"),
+    ],
+)
+async def test_why_a_callback_failed_is_told_whatever_came_back(scheme: str, answer: Answer, why: str) -> None:
+    async with answering(answer) as place:
+        assert await posted(f"{scheme}://{place}/SECRET?token=SECRET") == why
+
+
+async def test_why_a_callback_failed_is_told_of_a_certificate_that_nobody_trusts() -> None:
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(tls)
+    async with answering(leave, tls) as place:
+        why = await posted(f"https://{place}/SECRET?token=SECRET")
+    assert why == "ClientConnectorCertificateError: unable to get local issuer certificate"
+
+
+async def test_why_a_callback_failed_is_told_of_what_cannot_be_called() -> None:
+    async with answering(leave) as place:
+        pass
+    for route, why in (
+        (f"http://SECRET@{place}/SECRET", "ClientConnectorError: Connection refused"),
+        ("http://127.1/SECRET", "InvalidUrlClientError"),
+        ("http://secret\\example/SECRET", "InvalidUrlClientError"),
+        ("ftp://secret.example/SECRET", "NonHttpUrlClientError"),
+        ("http://SECRET\N{SNOWMAN}@127.0.0.1/", "UnicodeEncodeError"),
+    ):
+        assert await posted(route) == why
+
+
+async def test_why_a_callback_failed_is_told_of_who_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(webhooks, "CALL_SECONDS", 0.05)
+    silent = socket.create_server(("127.0.0.1", 0))
+    with contextlib.closing(silent):
+        for scheme in ("http", "https"):
+            route = f"{scheme}://127.0.0.1:{silent.getsockname()[1]}/SECRET"
+            assert await posted(route) == "TimeoutError"
+
+
+async def test_what_a_report_says_is_not_told_when_it_comes_back() -> None:
+    async with answering(echo_body) as place:
+        link = Link([f"http://{place}"])
+        assert await link.post("/path/", {"mtoken": "SECRET"}) == "failed"
+        await link.close()
+        assert link.trouble == f"http://{place}/path/ cannot be reached: {NO_HTTP}"
+
+
+async def test_what_a_consumer_answers_that_is_no_http_is_not_told(log: EventLog) -> None:
+    service = Service(log, SystemClock(), Limits(), Condition(key=None, starting="it begins"))
+    async with answering(echo) as place, aiohttp.ClientSession() as http:
+        poll = HealthPoll(f"http://{place}/", service, interval=1, timeout=20, failures=1, cancel_held=False)
+        assert await poll._look(http) == f"http://{place}/ cannot be reached: {NO_HTTP}"
