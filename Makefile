@@ -18,7 +18,7 @@ install: $(VENV)/.installed  ## make a virtual environment with everything in it
 demo: install  ## see it work: a fleet of workers on this machine, no account needed
 	$(BIN)/nullworker demo
 
-test: install tools  ## run all tests
+test: tools install  ## run all tests; what they need is installed first, or not with TOOLS=no
 	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 lint: install  ## ruff and mypy
@@ -41,7 +41,7 @@ soak: install  ## run a worker for MINUTES under everything at once, and check t
 bench: install  ## compare speed and memory with a worker on the official SDK
 	$(BIN)/python -m bench
 
-tools:  # servers and programs that the tests start: Debian's packages
+tools:  # servers and programs that the tests start: Debian's packages, which are named before they are installed
 	@.ci/tools
 
 $(VENV)/.installed: pyproject.toml

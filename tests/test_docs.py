@@ -6,7 +6,9 @@ import contextlib
 import dataclasses
 import json
 import re
+import shutil
 import sqlite3
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from pages import BOUNDARY, DOCS, README, blocks, check, files, rows, shell
 from programs import caller, free_port, session
 
 from nullworker.cli import COMMANDS, _option_name, _shown, cli
+from nullworker.errors import CannotStart
 from nullworker.fsm.table import EDGES
 from nullworker.log import open_log
 from nullworker.settings import Settings, variable
@@ -177,6 +180,37 @@ async def test_what_event_log_asks_of_a_live_log_is_answered(tmp_path: Path) -> 
         assert modes(tmp_path) == {f"nullworker.db{suffix}": 0o600 for suffix in ("", "-wal", "-shm", ".lock")}
 
 
+# -- operating ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_log_that_is_restored_as_written_goes_on_from_the_copy(tmp_path: Path) -> None:
+    page = dict(blocks(DOCS / "operating.md"))
+    async with WorkerProcess(tmp_path) as worker:
+        open_session = await session(worker)
+        async with caller(worker) as answer:
+            await worker.line("reservation_queued", nth=2)
+            await shell(page["sh backup"], tmp_path)
+            await worker.release()
+            await worker.release()
+            await answer
+        await worker.kill()
+        await shell(page["sh restore"], tmp_path)
+        assert modes(tmp_path / "before").keys() > {"nullworker.db", "nullworker.db-wal"}
+        await worker.start()
+        assert worker.story() == [("queued", None), ("held", None), ("queued", None), ("cancelled", "worker_restart")]
+        assert (await worker.get("/reservation"))["id"] == open_session
+        assert set(modes(tmp_path).values()) | {(tmp_path / "copy.db").stat().st_mode & 0o777} == {0o600}
+
+
+def test_a_log_of_a_newer_version_is_refused_in_the_words_that_are_shown(tmp_path: Path) -> None:
+    (shown,) = [text for language, text in blocks(DOCS / "operating.md") if language == "text"]
+    with contextlib.closing(open_log(tmp_path / "nullworker.db")) as log:
+        log.conn.execute("PRAGMA user_version = 2")
+    with pytest.raises(CannotStart) as refusal:
+        open_log(tmp_path / "nullworker.db")
+    assert str(refusal.value).replace(f"{tmp_path}/", "") == shown.strip()
+
+
 # -- the repository ----------------------------------------------------------------------------------------------
 
 
@@ -216,3 +250,32 @@ def test_nothing_names_the_machine_that_it_was_written_on() -> None:
     for path in files():
         found = re.search("|".join(words).encode(), path.read_bytes())
         assert found is None, (path, found)
+
+
+def tools(folder: Path, **env: str) -> list[str]:
+    """What .ci/tools says, and asks sudo for, on a new Debian machine."""
+    for name in ("bash", "find", "sort", "comm"):
+        (folder / name).symlink_to(str(shutil.which(name)))
+    for name, does in {"id": "echo 1000", "sudo": "echo sudo $* >&2", "apt-get": "", "systemctl": ""}.items():
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    told = subprocess.run(
+        [folder / "bash", ROOT / ".ci" / "tools"], env={"PATH": str(folder), **env}, capture_output=True, text=True
+    )
+    assert told.returncode == 0, told
+    return told.stderr.splitlines()
+
+
+def test_what_the_tests_need_is_named_before_it_is_installed(tmp_path: Path) -> None:
+    what, how, *done = tools(tmp_path)
+    assert {"redis-server", "prometheus", "chromium"} <= set(what.split())
+    assert "make test TOOLS=no" in how
+    asked = [line for line in done if "install" in line]
+    assert [set(line.split()) & {"apt-get", "chromium"} for line in asked] == [{"apt-get", "chromium"}]
+    if not Path("/usr/sbin/policy-rc.d").exists():  # one that is there already is left alone
+        assert "exit 101" in "".join(done[: done.index("sudo apt-get update -qq")])
+        assert done[-1] == "sudo rm -f /usr/sbin/policy-rc.d"
+
+
+def test_nothing_is_installed_when_it_is_not_wanted(tmp_path: Path) -> None:
+    assert not [line for line in tools(tmp_path, TOOLS="no") if line.startswith("sudo")]

@@ -7,7 +7,6 @@ import contextlib
 import json
 import math
 import re
-import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import aiohttp
 import pytest
 import yaml
 from harness import PATIENCE, ROOT, WorkerProcess, post, secured
+from programs import free_port
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families as text_families
 
@@ -28,8 +28,8 @@ RULES = [MONITORING / "recording.yaml", MONITORING / "alerts.yaml"]
 DASHBOARDS = sorted((MONITORING / "dashboards").glob("*.json"))
 OPENMETRICS = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"}
 TOKEN = "a-token-of-the-metrics-site"
-#: A series of ours in an expression: a metric or a recorded rule, and its matchers.
-SERIES = re.compile(r"(?:\w+:)?\bnullworker_\w+(?::\w+)?(?:\{[^}]*\})?")
+#: A series in an expression: a metric or a recorded rule, and its matchers.
+SERIES = re.compile(r"(?:\w+:)?\b(?:nullworker_\w+(?::\w+)?|process_\w+|up\b)(?:\{[^}]*\})?")
 
 
 def rules(kind: str) -> list[dict[str, Any]]:
@@ -187,11 +187,6 @@ class Prometheus:
         raise AssertionError(f"no data for {expression}")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
-
-
 @contextlib.asynccontextmanager
 async def prometheus(folder: Path, targets: list[str]) -> AsyncIterator[Prometheus]:
     """Debian's Prometheus with the configuration for a fleet, only faster."""
@@ -271,7 +266,7 @@ def expressions(instance: str) -> Iterator[tuple[str, str]]:
                 yield f"{dashboard.stem}: {panel['title']}", expression
 
 
-async def test_prometheus_has_data_for_every_rule_and_every_panel(tmp_path: Path, vast: StandIn) -> None:
+async def test_prometheus_has_data_for_every_rule_and_panel_and_hears_of_a_kill(tmp_path: Path, vast: StandIn) -> None:
     ports = [free_port(), free_port()]
     async with contextlib.AsyncExitStack() as stack:
         workers = []
@@ -290,7 +285,6 @@ async def test_prometheus_has_data_for_every_rule_and_every_panel(tmp_path: Path
             assert await server.until(expression), where
         for rule in rules("alert"):
             await server.values(rule["expr"])  # it raises for an expression that Prometheus does not take
-
         assert await server.until("sum(endpoint:nullworker_workers_held:sum) == 2")
         assert await server.values('sum(nullworker_reservations_total{state="released"})') == [2.0]
         names = await server.get("label/instance/values", **{"match[]": 'nullworker_build_info{job=~"nullworker"}'})
@@ -298,5 +292,9 @@ async def test_prometheus_has_data_for_every_rule_and_every_panel(tmp_path: Path
         exemplars = await server.get("query_exemplars", query="nullworker_hold_seconds_bucket", start="0", end="9e9")
         ids = {row[0] for worker in workers for row in worker.sql("SELECT id FROM reservations")}
         seen = {each["labels"]["reservation_id"] for series in exemplars for each in series["exemplars"]}
-        assert seen
-        assert seen <= ids
+        assert set() < seen <= ids
+
+        await workers[0].kill()
+        assert await server.until('ALERTS{alertname="NullworkerDown", alertstate="pending"}')
+        await workers[0].start()
+        assert await server.until('ALERTS{alertname="NullworkerReservationsLostToRestart", alertstate="firing"}')
