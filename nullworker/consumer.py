@@ -25,8 +25,7 @@ import logging
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from datetime import datetime
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from nullworker.consumer_port import RETRY_SECONDS, ControlPort, Silent
 
@@ -40,6 +39,7 @@ LOOK_SECONDS = 5.0
 FAREWELL_SECONDS = 5.0
 
 _NOTHING: Any = object()
+_T = TypeVar("_T")
 
 
 class ResultRefused(ValueError):
@@ -70,7 +70,7 @@ async def reservations(
         while True:
             told = await control.next()
             if last is not None and told["id"] == last.id and not last.gone.is_set():
-                await last.finish()  # it has not heard of the release yet
+                await _to_its_end(last.finish())  # it has not heard of the release yet
                 continue
             last = Reservation(control, told, extend=extend, cancel=cancel, reason=reason, patience=patience)
             yield last
@@ -126,10 +126,11 @@ class Reservation:
         self._watcher = asyncio.ensure_future(self._watch())
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        self._watcher.cancel()
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> bool:
+        self._watcher.cancel()  # at once: a body that is over is not cancelled any more
+        return await _to_its_end(self._leave(error))
+
+    async def _leave(self, error: BaseException | None) -> bool:
         (failure,) = await asyncio.gather(self._watcher, return_exceptions=True)
         if isinstance(failure, Exception):
             raise failure
@@ -156,11 +157,11 @@ class Reservation:
             raise RuntimeError("hold each reservation with `async with reservation:`")
         loop = asyncio.get_running_loop()
         until = loop.time() + FAREWELL_SECONDS
-        while loop.time() < until:
+        while (left := until - loop.time()) > 0:
             try:
-                status, answer = await self._control.post("/release", self._farewell)
-            except Silent as error:
-                log.warning("reservation %s is not released yet: %s", self.id, error)
+                status, answer = await asyncio.wait_for(self._control.post("/release", self._farewell), left)
+            except (Silent, asyncio.TimeoutError) as error:
+                log.warning("reservation %s is not released yet: %s", self.id, str(error) or "no answer")
                 await asyncio.sleep(RETRY_SECONDS)
             except (TypeError, ValueError) as error:
                 await self._refused(f"the result is no JSON: {error}")
@@ -242,11 +243,21 @@ async def _rung(bell: asyncio.Event, seconds: float) -> None:
         ring.cancel()
 
 
+async def _to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
+    """Wait for it also when cancelled meanwhile, even twice; the cancellation goes on its way afterwards."""
+    task, cancelled = asyncio.ensure_future(work), None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is not None:
+        raise cancelled from task.exception()
+    return task.result()
+
+
 def _seconds(iso: str) -> float:
     return datetime.fromisoformat(iso.replace("Z", "+00:00")).timestamp()
-
-
-# -- around it ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.asynccontextmanager
@@ -269,8 +280,7 @@ async def health_endpoint(
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, host, port)
-        await site.start()
+        await web.TCPSite(runner, host, port).start()
         yield runner.addresses[0][1]
     finally:
         await runner.cleanup()

@@ -2,7 +2,12 @@
 
 A group is ended by SIGTERM, and by SIGKILL for what is left after a while: the command, its children, and children
 that it has left behind. The lifeline kills the group when this process itself is killed. What it leaves out: a process
-that starts a session of its own (setsid, a daemon) is not in the group any more.
+that starts a session of its own (setsid, a daemon) is not in the group any more, and lives for as long as it likes.
+
+So that a group is seen to be empty in any container, also in one whose process 1 waits for nobody, who has lost its
+parent becomes a child of this process. When it dies it would stay as a zombie: `reap` takes every child that has ended.
+No exit code is taken from anybody: the command is a Popen that is asked first, since asyncio would wait by itself, and
+nobody wants to know the code of the lifeline's shell.
 
 The one rule: when `end` has returned, nothing of the group runs.
 """
@@ -14,6 +19,8 @@ import contextlib
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 
 from nullworker.lifeline import Lifeline
@@ -22,31 +29,42 @@ from nullworker.lifeline import Lifeline
 LOOK_SECONDS = 0.02
 #: Seconds until the kernel has removed what was killed; a process that waits for a disk may take longer.
 KILLED_SECONDS = 5.0
-#: prctl(2): who has lost its parent becomes this process's child, so that it can be waited for in any container.
+#: prctl(2): who has lost its parent becomes this process's child.
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 class Group:
-    """A running command. Use `start`."""
+    """A running command, with this process's stdout and stderr, and no stdin.
 
-    def __init__(self, process: asyncio.subprocess.Process, lifeline: Lifeline) -> None:
-        self.process = process
-        self._lifeline = lifeline
+    Attributes:
+        pid: of the command, and of the group.
+        ended: set when the command has ended; others of the group may still run.
 
-    @staticmethod
-    async def start(command: Sequence[str], environment: Mapping[str, str], lifeline: Lifeline) -> Group:
-        """Start it. It has this process's stdout and stderr, and no stdin.
+    Raises:
+        OSError: it cannot be started.
+    """
 
-        Raises:
-            OSError: it cannot be started.
-        """
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], lifeline: Lifeline) -> None:
         with contextlib.suppress(AttributeError, OSError):  # only Linux has it
             ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        process = await asyncio.create_subprocess_exec(
-            *command, env=environment, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+        self._process = subprocess.Popen(  # noqa: S603  # the command that the user gave
+            command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
-        lifeline.hold(process.pid)
-        return Group(process, lifeline)
+        self.pid = self._process.pid
+        self.ended = asyncio.Event()
+        self._lifeline = lifeline
+        lifeline.hold(self.pid)
+
+    def reap(self) -> None:
+        """Take every child of this process that has ended; to be called at SIGCHLD, also when `end` has returned."""
+        if sys.platform == "linux":  # elsewhere no other's child comes here
+            with contextlib.suppress(ChildProcessError):  # it has no child
+                while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                    self._process.poll()  # first: if this is the command, its exit code is kept
+                    with contextlib.suppress(ChildProcessError):  # it was
+                        os.waitpid(dead.si_pid, os.WNOHANG)
+        if self._process.poll() is not None:
+            self.ended.set()
 
     async def end(self, seconds: float, hurry: asyncio.Event) -> int:
         """SIGTERM; after `seconds` or at `hurry` SIGKILL. The exit code of the command, 128 + n for signal n."""
@@ -55,8 +73,9 @@ class Group:
         if not await self._is_empty(seconds, hurry):
             self._tell(signal.SIGKILL)
             await self._is_empty(KILLED_SECONDS, asyncio.Event())
-        code = await self.process.wait()
-        self._lifeline.forget(self.process.pid)
+        await self.ended.wait()
+        self._lifeline.forget(self.pid)
+        code = self._process.returncode
         return code if code >= 0 else 128 - code
 
     async def _is_empty(self, seconds: float, hurry: asyncio.Event) -> bool:
@@ -70,12 +89,8 @@ class Group:
 
     def _tell(self, number: int) -> bool:
         """Signal all of the group; False: nobody is in it."""
-        if self.process.returncode is not None:
-            with contextlib.suppress(ChildProcessError):  # orphans of the group that have ended, ours since the prctl
-                while os.waitpid(-self.process.pid, os.WNOHANG) != (0, 0):
-                    pass
         try:
-            os.killpg(self.process.pid, number)
+            os.killpg(self.pid, number)
         except ProcessLookupError:
             return False
         except PermissionError:  # somebody of it has become another user

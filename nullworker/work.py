@@ -55,6 +55,7 @@ class Work:
         self._busy = False
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
         self._lifeline: Lifeline
+        self._group: Group | None = None
 
     def trouble(self) -> str | None:
         """For the health endpoint: why it should get no reservation now."""
@@ -69,6 +70,11 @@ class Work:
         if self._stop.is_set():
             self._hurry.set()
         self._stop.set()
+
+    def child_ended(self) -> None:
+        """At SIGCHLD: the command, or a process that it has left behind, at any time."""
+        if self._group is not None:
+            self._group.reap()
 
     async def run(self) -> None:
         """Work until told to stop."""
@@ -105,14 +111,14 @@ class Work:
         """CMD for one reservation, to the end of its last process. Its exit code."""
         started, by_itself = stopwatch(), True
         try:
-            group = await Group.start(self._command, self._environment(reservation), self._lifeline)
+            group = self._group = Group(self._command, self._environment(reservation), self._lifeline)
         except OSError as error:
             log.error("work_cannot_start", command=self._command[0], why=str(error))
             code = NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_RUN
         else:
-            log.info("work_started", reservation_id=reservation.id, pid=group.process.pid, ends_at=reservation.ends_at)
-            await _first_of(group.process.wait(), reservation.gone.wait(), self._stop.wait())
-            by_itself = group.process.returncode is not None
+            log.info("work_started", reservation_id=reservation.id, pid=group.pid, ends_at=reservation.ends_at)
+            await _first_of(group.ended.wait(), reservation.gone.wait(), self._stop.wait())
+            by_itself = group.ended.is_set()
             if not by_itself:
                 log.warning("work_stops", reservation_id=reservation.id, why=reservation.gone_because or "told to stop")
             code = await group.end(self._kill_after, self._hurry)
@@ -154,6 +160,8 @@ async def _work(work: Work, health_port: int | None) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, work.told_to_stop)
+    loop.add_signal_handler(signal.SIGCHLD, work.child_ended)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])  # whoever has started this may have blocked it
     async with contextlib.AsyncExitStack() as stack:
         if health_port is not None:
             try:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
-import sys
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from typing import Any
 import aiohttp
 import pytest
 from harness import PATIENCE, WorkerProcess
-from programs import Program, answered, caller, free_port, session
+from programs import answered, caller, free_port, session
 
 from nullworker.consumer import Reservation, ResultRefused, health_endpoint, reservations
 
@@ -258,29 +256,3 @@ async def test_the_health_endpoint_says_what_is_wrong() -> None:
         trouble[0] = "the queue is away"
         async with http.get(f"http://127.0.0.1:{port}/health") as answer:
             assert (answer.status, await answer.json()) == (503, {"status": "error", "why": "the queue is away"})
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_consumer_that_is_told_to_stop_releases_and_exits_0(
-    worker: WorkerProcess, tmp_path: Path, number: signal.Signals
-) -> None:
-    script = tmp_path / "consumer.py"
-    script.write_text("""
-import asyncio, sys
-from nullworker.consumer import reservations, run
-async def main():
-    async for reservation in reservations():
-        async with reservation:
-            print('{"event": "inside"}', file=sys.stderr, flush=True)
-            await asyncio.sleep(1000)
-run(main())
-""")
-    port = str(worker.control_port)
-    async with (
-        Program(tmp_path, sys.executable, str(script), NULL_CONTROL_PORT=port) as consumer,
-        caller(worker) as asked,
-    ):
-        await consumer.line("inside")
-        consumer.process.send_signal(number)
-        assert await asyncio.wait_for(consumer.process.wait(), PATIENCE) == 0
-        assert (await answered(asked))["result"] == {"error": "the consumer was stopped"}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from pathlib import Path
 
+import psutil
+import pytest
 from harness import WorkerProcess
-from programs import answered, caller, free_port, nullworker_work, session, until
+from programs import Program, answered, caller, free_port, nullworker_work, session, until
 
 #: For as long as it takes, so that only a signal ends it.
 FOREVER = "while :; do sleep 1; done"
@@ -124,3 +128,89 @@ async def test_a_worker_that_stays_dead_ends_the_command(tmp_path: Path) -> None
         await worker.kill()
         late = await work.line("work_ended_late")
         assert late["why"].startswith("the worker is gone")
+
+
+def children(pid: int) -> list[int]:
+    """Of a process, the zombies too."""
+    return [child.pid for child in psutil.Process(pid).children()]
+
+
+@pytest.mark.parametrize("own", ["setsid", ""], ids=["in_a_session_of_its_own", "in_the_group_of_the_command"])
+async def test_an_orphan_that_dies_while_the_command_runs_is_no_zombie(tmp_path: Path, own: str) -> None:
+    for fifo in ("orphan", "command"):
+        os.mkfifo(tmp_path / fifo)
+    script = f"({own} sh -c 'read _ < orphan' & echo $!); read _ < command; exit 5"
+    async with (
+        WorkerProcess(tmp_path) as worker,
+        nullworker_work(worker, *shell(script)) as work,
+        caller(worker) as asked,
+    ):
+        await _said(work.out, "\n")
+        orphan = int(work.out.read_text())
+        await until(lambda: orphan in children(work.process.pid))
+        (tmp_path / "orphan").write_text("\n")
+        await until(lambda: orphan not in children(work.process.pid))
+        (tmp_path / "command").write_text("\n")
+        assert (await answered(asked))["result"] == {"exit_code": 5}
+
+
+async def test_what_has_left_the_group_lives_on_and_is_no_zombie_when_it_dies(tmp_path: Path) -> None:
+    for fifo in ("gone", "gate"):
+        os.mkfifo(tmp_path / fifo)
+    script = "setsid sh -c 'echo $$; echo > gone; read _ < gate' & read _ < gone; exit 3"
+    async with WorkerProcess(tmp_path) as worker, nullworker_work(worker, *shell(script)) as work:
+        for _ in range(2):
+            async with caller(worker) as asked:
+                assert (await answered(asked))["result"] == {"exit_code": 3}
+        orphans = {int(pid) for pid in work.out.read_text().split()}
+        assert orphans <= set(children(work.process.pid))
+        with (tmp_path / "gate").open("r+b", buffering=0) as gate:
+            gate.write(b"\n\n")
+            await until(lambda: not orphans & set(children(work.process.pid)))
+
+
+async def test_whoever_dies_together_is_reaped_together_and_the_exit_code_is_the_commands(tmp_path: Path) -> None:
+    for fifo in ("orphan", "command"):
+        os.mkfifo(tmp_path / fifo)
+    script = "(setsid sh -c 'echo $$; read _ < orphan' &); read _ < command; exit 7"
+    async with (
+        WorkerProcess(tmp_path) as worker,
+        nullworker_work(worker, *shell(script)) as work,
+        caller(worker) as asked,
+    ):
+        command = (await work.line("work_started"))["pid"]
+        await _said(work.out, "\n")
+        orphan = int(work.out.read_text())
+        await until(lambda: orphan in children(work.process.pid))
+        work.process.send_signal(signal.SIGSTOP)
+        (tmp_path / "command").write_text("\n")
+        await until(lambda: psutil.Process(command).status() == psutil.STATUS_ZOMBIE)
+        (tmp_path / "orphan").write_text("\n")
+        await until(lambda: psutil.Process(orphan).status() == psutil.STATUS_ZOMBIE)
+        work.process.send_signal(signal.SIGCONT)
+        assert (await answered(asked))["result"] == {"exit_code": 7}
+        assert not {command, orphan} & set(children(work.process.pid))
+
+
+async def test_a_lifeline_that_is_killed_is_no_zombie_and_hides_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "gate")
+    async with WorkerProcess(tmp_path) as worker, nullworker_work(worker, *shell("read _ < gate; exit 4")) as work:
+        async with caller(worker) as asked:
+            command = (await work.line("work_started"))["pid"]
+            (lifeline,) = set(children(work.process.pid)) - {command}
+            os.kill(lifeline, signal.SIGKILL)
+            await until(lambda: children(work.process.pid) == [command])
+            (tmp_path / "gate").write_text("\n")
+            assert (await answered(asked))["result"] == {"exit_code": 4}
+        assert await work.terminate() == 0
+
+
+async def test_the_end_of_the_command_is_seen_also_when_sigchld_was_blocked(tmp_path: Path) -> None:
+    blocked = (
+        "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD]); "
+        "os.execv(sys.executable, [sys.executable, '-m', 'nullworker', 'work', '--', 'true'])"
+    )
+    async with WorkerProcess(tmp_path) as worker:
+        port = str(worker.control_port)
+        async with Program(tmp_path, sys.executable, "-c", blocked, NULL_CONTROL_PORT=port), caller(worker) as asked:
+            assert (await answered(asked))["result"] == {"exit_code": 0}
