@@ -93,7 +93,7 @@ class ControlPort:
                 text = await answer.text()
                 told = json.loads(text) if text else None
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError) as error:
-            raise Silent(f"no worker answers on {self.url} ({error or type(error).__name__})") from error
+            raise Silent(f"no worker answers on {self.url} ({str(error) or type(error).__name__})") from error
         if answer.status >= 500:
             raise Silent(f"{self.url}{path} answers {answer.status}: {told}")
         return answer.status, told

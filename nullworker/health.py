@@ -85,5 +85,5 @@ class HealthPoll:
                 return None if answer.status == 200 else f"{self._url} answered {answer.status}"
         except asyncio.TimeoutError:
             return f"{self._url} did not answer in {self._timeout.total:g} s"
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             return f"{self._url} cannot be reached: {words(error)}"

@@ -1,6 +1,6 @@
 """The official `vastai` SDK, made patient where it spins, bounded where it waits for ever, and audible.
 
-Left out: what is asked for (client.py), and the wire itself, which is the SDK's own (vastai 1.9.1, client/client.py).
+Left out: what is asked for (holding.py), and the wire itself, which is the SDK's own (vastai 1.9.1, client/client.py).
 One rule: all that reaches into the SDK's private parts is here: `_session`, `_ssl_context` and `Endpoint._route`.
 """
 

@@ -1,7 +1,7 @@
 """Tells the autoscaler how loaded this worker is, and how each request has ended.
 
-Both are read off the log: a report's figures are what has happened between two positions in it, and the outcomes that
-are owed are the ends after a cursor. A cursor moves only when the autoscaler has said yes, so everything arrives at
+A report's figures are counted as events are committed, and at a start read off the log from a cursor on; the outcomes
+that are owed are the ends after another. A cursor moves only when the autoscaler has said yes, so everything arrives at
 least once and in order, also over a restart or an outage of hours; the backlog costs no memory.
 
 What it leaves out: the messages (autoscaler.py), the addresses (link.py).
