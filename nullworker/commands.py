@@ -86,7 +86,7 @@ def release(
             raise click.BadParameter(f"it is not JSON: {error}", param_hint="--result") from None
     told = _ask(control, "/release", body, as_json)
     if not told["released"]:
-        raise NotDone(f"nothing was released: {told['reason']}")
+        raise NotDone(f"nothing was released: {told.get('reason', 'the worker does not say why')}")
     if not as_json:
         click.echo(f"released {told['reservation_id']}" if "reservation_id" in told else "released")
 

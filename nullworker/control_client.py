@@ -19,10 +19,34 @@ from nullworker.errors import NullworkerError
 
 #: Seconds for an answer that need not be waited for.
 ANSWER_SECONDS: Final = 10.0
+#: What a worker answers, by path and status, as far as commands read it. Any other status comes with `error`.
+ANSWERS: Final[dict[tuple[str, int], Any]] = {
+    ("/status", 200): {
+        "state": str,
+        "url": str,
+        "version": str,
+        "held": dict | None,
+        "queue": {"length": int, "limit": int, "oldest_seconds": float | int | None},
+        "consumer": {"url": str | None, "why": str | None},
+        "autoscaler": {"reports_to": list | None, "trouble": str | None, "backlog": int},
+        "log": {"path": str, "why": str | None, "last_seq": int, "bytes": int},
+    },
+    ("/release", 200): {"released": bool},
+    ("/extend", 200): {"reservation_id": str, "ends_at": str},
+    ("/reservation", 200): {
+        "id": str,
+        "kind": str,
+        "state": str,
+        "held_at": str,
+        "ends_at": str,
+        "duration_cap": object,
+    },
+    ("/reservation", 204): None,
+}
 
 
 class NoWorker(NullworkerError):
-    """Nothing answers, or not in HTTP."""
+    """Nothing answers, or it is no worker."""
 
 
 class Refused(NullworkerError):
@@ -44,33 +68,45 @@ class Control:
         """The JSON of a good answer; None when it has none.
 
         Raises:
-            NoWorker: nobody answers within `seconds`.
-            Refused: the answer's status is not 2xx.
+            NoWorker: nobody answers within `seconds`, or not as a worker does.
+            Refused: it is an error.
         """
         connection = http.client.HTTPConnection(self._address, timeout=seconds)
         try:
             connection.request(method, path, body=None if body is None else json.dumps(body))
             answer = connection.getresponse()
             text = answer.read()
-            told = json.loads(text) if text else None
+            told: Any = json.loads(text) if text else None
         except TimeoutError:
             self._nobody(f"a worker on {self._address} takes the call but does not answer: look at its log")
         except OSError:
             self._nobody(f"no worker answers on {self._address}: is it running? set NULL_CONTROL_PORT or --control-url")
-        except (http.client.HTTPException, ValueError):
-            self._nobody(f"what answers on {self._address} is no worker: set NULL_CONTROL_PORT or --control-url")
+        except (http.client.HTTPException, ValueError, RecursionError):
+            self._stranger()
         finally:
             connection.close()
-        if not 200 <= answer.status < 300:
-            why = told.get("error") if isinstance(told, dict) else None
-            fields = {name: each for name, each in told.items() if name != "error"} if isinstance(told, dict) else {}
-            wrong = "".join(f"; {name}: {each}" for name, each in fields.items() if isinstance(each, str))
-            raise Refused(f"{why or f'{self.url}{path} answers {answer.status}'}{wrong}", told)
+        asked = (path.partition("?")[0], answer.status)
+        if not _fits(told, ANSWERS.get(asked, {"error": str})):
+            self._stranger()
+        if asked not in ANSWERS:
+            fields = {name: each for name, each in told.items() if name != "error" and isinstance(each, str)}
+            raise Refused("; ".join([told["error"], *(f"{name}: {each}" for name, each in fields.items())]), told)
         return told
+
+    def _stranger(self) -> NoReturn:
+        self._nobody(
+            f"{self._address} answers, but it is not nullworker's control port: set NULL_CONTROL_PORT or --control-url"
+        )
 
     @staticmethod
     def _nobody(message: str) -> NoReturn:
         raise NoWorker(message) from None
+
+
+def _fits(told: Any, shape: Any) -> bool:
+    if isinstance(shape, dict):
+        return isinstance(told, dict) and all(name in told and _fits(told[name], each) for name, each in shape.items())
+    return told is None if shape is None else isinstance(told, shape)
 
 
 def _url(_: click.Context, __: click.Parameter, text: str | None) -> str | None:

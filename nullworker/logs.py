@@ -5,22 +5,32 @@ own is no LogRecord, which is made of twenty things that nobody reads and took a
 structlog would be the library for it, but it brings `rich` where that is installed, as it is on every Vast worker:
 0.15 s of a start.
 
-The one rule: a log line that cannot be written must not stop the work. stderr may be a pipe whose reader has died, or
-a file on the very disk that is full.
+The one rule: a log line that cannot be written must not stop the work. stderr may be a pipe whose reader has died or
+stalled, or a file on the very disk that is full.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import io
 import json
 import logging
+import os
 import re
+import select
+import stat
 import sys
+import threading
 import traceback
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any, Final, TextIO, cast
 
 from nullworker.clock import iso, wall
 
+#: What a pipe holds for a reader that is late: a long queue that is sent away at once is a line for each, and more than
+#: the 64 KiB that a pipe has by itself. It is the most that Linux allows to everybody.
+PIPE_BYTES: Final = 1024 * 1024
 #: A value that needs no quotes.
 _PLAIN = re.compile(r"[^\s\"'=]+")
 
@@ -79,7 +89,7 @@ class _Out:
     """Where lines go: a stream, or whatever stderr is at the time."""
 
     def __init__(self, form: Form, stream: TextIO | None = None) -> None:
-        self._form = form
+        self.form = form
         self._stream = stream
 
     def write(self, at: float, level: str, event: str, fields: dict[str, Any], trace: str) -> None:
@@ -87,14 +97,78 @@ class _Out:
         if stream is None:  # the process was started without one
             return
         try:
-            line = self._form(at, level, event, fields, trace)
+            line = self.form(at, level, event, fields, trace)
         except Exception as error:  # a field that cannot be told: the rest can
-            line = self._form(at, level, event, {"untold": ",".join(fields), "why": type(error).__name__}, trace)
+            line = self.form(at, level, event, {"untold": ",".join(fields), "why": type(error).__name__}, trace)
         try:
             stream.write(line + "\n")
             stream.flush()
         except (OSError, ValueError):
             pass  # nothing can be said about it, there being nowhere to say it
+
+
+class _Stderr(io.TextIOBase):
+    """A stderr that is never waited for: while it takes nothing more, lines are dropped, and then it is said how many.
+
+    It is sys.stderr, so that what others write there goes the same way: a traceback at the end, a warning, a command's
+    last sentence, and Python's flush at exit, which waits for a stalled reader, and fails the exit where stderr fails.
+
+    Pipes and terminals are opened anew, without blocking: O_NONBLOCK on descriptor 2 would be there for all who have
+    the same open file, as the shell or the supervisor. What cannot be opened anew, as a socket, is written when poll
+    says so: it takes PIPE_BUF bytes then. Poll alone would not do: a pipe that others write to may be full again by
+    then, and a terminal promises one byte. Nor would a thread that may block: each line would cost more, and the last
+    ones would be lost with a process that is killed.
+    """
+
+    def __init__(self) -> None:
+        self._fd = _own(2)
+        with contextlib.suppress(OSError, AttributeError):  # it is no pipe, or this is not Linux
+            fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+        self._room = select.poll()
+        self._room.register(self._fd, select.POLLOUT)
+        self._lock = threading.RLock()
+        self._rest = b""  # of what was begun: until it is written, lines are dropped
+        self._dropped = 0
+
+    def write(self, text: str) -> int:
+        """All of it now or a part of it later, or nothing."""
+        with self._lock:
+            if self._rest:
+                self.flush()
+            if self._rest:
+                self._dropped += text.count("\n")
+            else:
+                self._rest = self._push(text.encode(errors="backslashreplace"))
+        return len(text)
+
+    def flush(self) -> None:
+        """Try again what waits, and tell what was dropped."""
+        if not self._rest:
+            return
+        with self._lock:
+            self._rest = self._push(self._rest)
+            if self._dropped and not self._rest:
+                told = _out.form(wall(), "warning", "log_lines_dropped", {"lines": self._dropped}, "")
+                self._rest, self._dropped = self._push(f"{told}\n".encode()), 0
+
+    def _push(self, data: bytes) -> bytes:
+        """Write what can be written at once. Returns the rest."""
+        try:
+            while data and (self._fd != 2 or self._room.poll(0)):
+                data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]
+        except OSError:
+            pass  # it is full after all, or nobody reads any more, or its disk is full: that may change
+        return data
+
+
+def _own(fd: int) -> int:
+    """The same open anew, so that it does not block; but a file never does, and has its place in common with others."""
+    try:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return fd
+        return os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    except OSError:  # a socket, another user's pipe, or a system without /proc
+        return fd
 
 
 class _Library(logging.Handler):
@@ -118,6 +192,8 @@ _out = _Out(as_text)
 def configure(form: str, level: str, stream: TextIO | None = None) -> None:
     """Set up all log lines of this process. `form` is json or console, `level` the least that is shown."""
     global _out
+    if sys.stderr is not None and sys.stderr is sys.__stderr__:  # the process's own
+        sys.stderr = cast("TextIO", _Stderr())
     _out = _Out(as_json if form == "json" else as_text, stream)
     least = logging.getLevelName(level.upper())
     logging.basicConfig(handlers=[_Library()], level=max(least, logging.WARNING), force=True)
@@ -125,12 +201,9 @@ def configure(form: str, level: str, stream: TextIO | None = None) -> None:
 
 
 def close() -> None:
-    """No line will come any more. What stderr has refused is dropped, else Python's last flush makes the exit 120."""
+    """No line will come any more: a last try for what waits."""
     if sys.stderr is not None:
-        try:
-            sys.stderr.flush()
-        except (OSError, ValueError):
-            sys.stderr = None
+        sys.stderr.flush()
 
 
 def _trace(error: BaseException | None) -> str:

@@ -16,7 +16,7 @@ import pytest
 from harness import PATIENCE, ROOT, WorkerProcess
 from programs import Program, answered, caller, free_port, nullworker, until
 
-from nullworker.cli import cli
+from nullworker.cli import cli, main
 
 COMMANDS_HERE = ("work", "status", "release", "extend", "wait", "history", "events")
 
@@ -156,16 +156,56 @@ async def test_wrong_use_is_exit_2_and_one_line(arguments: tuple[str, ...], says
     assert len(said.splitlines()) == 1
 
 
-async def test_what_is_no_worker_is_called_so(tmp_path: Path) -> None:
-    async def nonsense(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+STATUS = ("state", "url", "version", "held", "queue", "consumer", "autoscaler", "log")
+STRANGE = {
+    "ssh": b"SSH-2.0-OpenSSH_9.2\r\n",
+    **{
+        name: b"HTTP/1.1 %s Well\r\nConnection: close\r\n\r\n%s" % (status, body)
+        for name, status, body in [
+            ("html", b"200", b"<!doctype html>"),
+            ("list", b"200", b"[]"),
+            ("string", b"200", b'"released"'),
+            ("number", b"200", b"7"),
+            ("null", b"200", b"null"),
+            ("nothing", b"200", b""),
+            ("bytes", b"200", b"\xff"),
+            ("deep", b"200", b"[" * 100_000),
+            ("empty", b"200", b"{}"),
+            ("other", b"200", b'{"id": 7, "status": "ok", "released": "1.0", "reservation_id": 7}'),
+            ("alike", b"200", json.dumps(dict.fromkeys(STATUS)).encode()),
+            ("moved", b"301", b""),
+            ("not found", b"404", b'{"detail": "Not Found"}'),
+            ("wrong", b"500", b"null"),
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("told", STRANGE.values(), ids=STRANGE)
+@pytest.mark.parametrize("options", [(), ("--json",)], ids=["", "json"])
+@pytest.mark.parametrize(
+    "arguments", [("status",), ("release",), ("extend", "1"), ("wait", "--timeout", "0")], ids=lambda words: words[0]
+)
+async def test_what_is_no_worker_is_called_so(
+    arguments: tuple[str, ...], options: tuple[str, ...], told: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        if length := re.search(rb"Content-Length: (\d+)", head):
+            await reader.readexactly(int(length[1]))
+        writer.write(told)
         writer.close()
 
-    server = await asyncio.start_server(nonsense, "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    assert "is no worker" in await nullworker("status", "--control-port", str(port), code=1)
-    server.close()
-    await server.wait_closed()
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(SystemExit) as ended:
+            await asyncio.to_thread(main, [*arguments, *options, "--control-port", str(port)])
+    assert ended.value.code == 1
+    assert capsys.readouterr() == (
+        "",
+        f"nullworker: 127.0.0.1:{port} answers, but it is not nullworker's control port:"
+        " set NULL_CONTROL_PORT or --control-url\n",
+    )
 
 
 def test_release_imports_neither_the_server_nor_the_log() -> None:

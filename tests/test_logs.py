@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import fcntl
 import io
 import json
 import logging
 import os
+import pty
 import re
 import signal
+import socket
 import sys
-from collections.abc import Callable, Iterator
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from harness import PATIENCE, ROOT
+from harness import PATIENCE, ROOT, post
 from programs import free_port, listens, until
 
 from nullworker import logs
@@ -142,24 +147,153 @@ def test_a_process_without_stderr_says_nothing(monkeypatch: pytest.MonkeyPatch) 
     logs.close()
 
 
-@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
-async def test_a_worker_whose_stderr_is_closed_or_full_works_and_ends_as_it_should(tmp_path: Path, stderr: str) -> None:
-    port, control = free_port(), free_port()
+# -- real processes ---------------------------------------------------------------------------------------------------
+
+
+def socketpair() -> tuple[int, int]:
+    """As services of systemd have it."""
+    ours, theirs = socket.socketpair()
+    return ours.detach(), theirs.detach()
+
+
+@contextlib.contextmanager
+def unread(opened: Callable[[], tuple[int, int]] = os.pipe) -> Iterator[tuple[int, int]]:
+    """A stderr, and where it can be read without waiting."""
+    reader, stderr = opened()
+    os.set_blocking(reader, False)
+    try:
+        yield reader, stderr
+    finally:
+        os.close(reader)
+        os.close(stderr)
+
+
+def read_all(reader: int) -> str:
+    """What has come and was not read yet."""
+    said = b""
+    with contextlib.suppress(BlockingIOError):
+        while chunk := os.read(reader, 2**20):
+            said += chunk
+    return said.decode()
+
+
+@contextlib.asynccontextmanager
+async def started(folder: Path, *command: str, stderr: int | None, **env: str) -> AsyncIterator[Process]:
+    """A process that is not left behind."""
     process = await asyncio.create_subprocess_exec(
-        "/bin/sh",
-        "-c",
-        f'exec "$0" -m nullworker serve {stderr}',
-        sys.executable,
-        cwd=tmp_path,
-        env={
-            "PATH": os.environ["PATH"],
-            "PYTHONPATH": str(ROOT),
-            "UNSECURED": "true",
-            "WORKER_PORT": str(port),
-            "NULL_CONTROL_PORT": str(control),
-            "WORKER_HTTP_PORT": str(free_port()),
-        },
+        *command,
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **env},
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=stderr,
     )
-    await until(lambda: listens(port) and listens(control))
-    process.send_signal(signal.SIGTERM)
-    assert await asyncio.wait_for(process.wait(), PATIENCE) == 0
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def speaking(folder: Path, code: str, stderr: int) -> contextlib.AbstractAsyncContextManager[Process]:
+    """Python that has `log`."""
+    begin = 'from nullworker import logs; logs.configure("json", "info"); log = logs.get_log("nullworker")\n'
+    return started(folder, sys.executable, "-c", begin + code, stderr=stderr)
+
+
+@contextlib.asynccontextmanager
+async def working(folder: Path, stderr: int | None = None, redirected: str = "") -> AsyncIterator[tuple[Process, str]]:
+    """A worker that listens, which is seen by its ports, since it may say nothing; and its url."""
+    port, control = free_port(), free_port()
+    ports = {"WORKER_PORT": port, "NULL_CONTROL_PORT": control, "WORKER_HTTP_PORT": free_port()}
+    env = {"UNSECURED": "true", "NULL_LOG_FORMAT": "json", **{name: str(port) for name, port in ports.items()}}
+    command = ("/bin/sh", "-c", f'exec "$0" -m nullworker serve {redirected}', sys.executable)
+    async with started(folder, *command, stderr=stderr, **env) as process:
+        await until(lambda: listens(port) and listens(control))
+        yield process, f"http://127.0.0.1:{port}"
+
+
+async def end_of(process: Process) -> int:
+    """Its exit code."""
+    return await asyncio.wait_for(process.wait(), PATIENCE)
+
+
+@pytest.mark.parametrize("redirected", ["2>&-", "2>/dev/full"])
+async def test_a_worker_whose_stderr_is_closed_or_full_works_and_ends_as_it_should(
+    tmp_path: Path, redirected: str
+) -> None:
+    async with working(tmp_path, redirected=redirected) as (process, _):
+        process.send_signal(signal.SIGTERM)
+        assert await end_of(process) == 0
+
+
+async def test_a_file_is_written_where_others_have_come_to(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("wb", buffering=0) as file:
+        file.write(b"theirs\n")
+        async with speaking(tmp_path, 'log.info("ours")', file.fileno()) as process:
+            assert await end_of(process) == 0
+        file.write(b"theirs\n")
+    assert re.fullmatch(r'theirs\n.*"ours".*\ntheirs\n', (tmp_path / "log").read_text())
+
+
+@pytest.mark.parametrize("opened", [os.pipe, socketpair, pty.openpty])
+@pytest.mark.parametrize(("lines", "size"), [(20_000, 100), (1, 3_000_000)], ids=["many", "long"])
+async def test_a_reader_that_stalls_stops_neither_a_line_nor_a_traceback_nor_the_end(
+    tmp_path: Path, opened: Callable[[], tuple[int, int]], lines: int, size: int
+) -> None:
+    code = f"""
+for _ in range({lines}):
+    log.info("line", text="x" * {size})
+logs.logging.getLogger("aiohttp").error("lost")
+raise RuntimeError("lost " * 10_000)
+"""
+    with unread(opened) as (_, stderr):
+        async with speaking(tmp_path, code, stderr) as process:
+            assert await end_of(process) == 1
+        assert os.get_blocking(stderr)  # it is not the process's alone
+
+
+async def test_a_line_that_was_begun_comes_whole_and_those_dropped_meanwhile_are_counted(tmp_path: Path) -> None:
+    code = """
+for dropped in 3, 2:
+    log.info("long", text="x" * logs.PIPE_BYTES)
+    for _ in range(dropped):
+        log.info("dropped")
+    print("said", flush=True)
+    input()
+log.info("last")
+"""
+    said = ""
+    with unread() as (reader, stderr):
+        async with speaking(tmp_path, code, stderr) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            for _ in range(2):
+                assert await asyncio.wait_for(process.stdout.readline(), PATIENCE) == b"said\n"
+                said += read_all(reader)
+                process.stdin.write(b"\n")
+            assert await end_of(process) == 0
+        lines = [json.loads(line) for line in (said + read_all(reader)).splitlines()]
+    assert [line.get("lines", line["event"]) for line in lines] == ["long", 3, "long", 2, "last"]
+
+
+async def test_a_worker_whose_reader_stalls_works_and_ends_and_tells_what_it_dropped(tmp_path: Path) -> None:
+    async def reserve(times: int) -> None:
+        for _ in range(times):
+            answer = await asyncio.wait_for(post(f"{url}/reserve", {"duration": 0}), PATIENCE)
+            assert answer.status == 200
+
+    with unread() as (reader, stderr):
+        async with working(tmp_path, stderr) as (process, url):
+            fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 16 * 1024)  # less than what is said of 60
+            await reserve(60)
+            said = read_all(reader)
+            await reserve(1)
+            lines = [json.loads(line) for line in (said + read_all(reader)).splitlines()]
+            (dropped,) = [line["lines"] for line in lines if line["event"] == "log_lines_dropped"]
+            assert dropped > 0
+            assert len([line for line in lines if "seq" in line]) + dropped == 61 * 3  # queued, held, expired
+            await reserve(60)
+            process.send_signal(signal.SIGTERM)
+            assert await end_of(process) == 0
