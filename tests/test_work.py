@@ -158,11 +158,14 @@ async def test_extend_keeps_the_reservation_for_as_long_as_the_command_runs(tmp_
         WorkerProcess(tmp_path) as worker,
         nullworker_work(worker, "--extend", *shell("read _ < gate")) as work,
     ):
-        async with caller(worker, duration=1) as asked:
-            await worker.line("reservation_extended", nth=3)
-            (tmp_path / "gate").write_text("\n")
-            assert (await answered(asked))["released"] == "consumer_exit"
-        await work.line("work_done")
+        for number, duration in enumerate((60, 2), 1):  # the first only to know that `work` is there
+            async with caller(worker, duration=duration) as asked:
+                await work.line("work_started", nth=number)
+                if duration == 2:
+                    await worker.line("reservation_extended", nth=3)
+                (tmp_path / "gate").write_text("\n")
+                assert (await answered(asked))["released"] == "consumer_exit"
+            await work.line("work_done", nth=number)
 
 
 async def test_the_command_itself_extends_and_releases_by_the_id_in_its_environment(tmp_path: Path) -> None:
