@@ -200,12 +200,6 @@ def configure(form: str, level: str, stream: TextIO | None = None) -> None:
     logging.getLogger("nullworker").setLevel(least)
 
 
-def close() -> None:
-    """No line will come any more: a last try for what waits."""
-    if sys.stderr is not None:
-        sys.stderr.flush()
-
-
 def _trace(error: BaseException | None) -> str:
     return "".join(traceback.format_exception(error)).rstrip() if error is not None else ""
 

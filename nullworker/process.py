@@ -28,10 +28,7 @@ def serve(settings: Settings) -> int:
     logs.configure(settings.null_log_format, settings.null_log_level)
     gc.freeze()  # what is imported stays
     gc.set_threshold(YOUNG_OBJECTS)
-    try:
-        return asyncio.run(_serve(settings))
-    finally:
-        logs.close()
+    return asyncio.run(_serve(settings))
 
 
 async def _serve(settings: Settings) -> int:

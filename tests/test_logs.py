@@ -144,7 +144,6 @@ def test_a_process_without_stderr_says_nothing(monkeypatch: pytest.MonkeyPatch) 
     logs.configure("console", "info")
     monkeypatch.setattr(sys, "stderr", None)
     log.error("lost")
-    logs.close()
 
 
 # -- real processes ---------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class External:
         """Answer when the reservation has ended; as a stream, from the moment in which it is held."""
         if reservation.state not in ENDED:
             request[HELD] = True
-        if stream and (reservation.state not in ENDED or reservation.held_at is not None):
+        if stream:
             return await stream_reservation(request, self._service, self._log, reservation)
         return verdict_response(await self._service.ended(reservation))
 

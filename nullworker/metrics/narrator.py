@@ -16,16 +16,15 @@ def narrate(commit: Commit) -> None:
     """An observer: one line for each event."""
     event, reservation = commit.event, commit.reservation
     fields: dict[str, Any] = {"reservation_id": event.reservation_id, "seq": commit.seq}
-    if event.kind in ENDED:
-        fields["reason"] = event.reason
-        fields["status"] = ending(event.kind, event.reason, was_held=reservation.held_at is not None).status
-    elif event.reason is not None:
+    if event.reason is not None:
         fields["reason"] = event.reason
     if event.kind == "queued":
         fields["request_idx"] = reservation.terms.request_idx
         fields["claim"] = reservation.terms.kind
     elif event.kind == "held":
         fields["queued_seconds"] = elapsed(reservation.queued_at, event.at)
-    elif event.kind in ENDED and reservation.held_at is not None:
-        fields["held_seconds"] = elapsed(reservation.held_at, event.at)
+    elif event.kind in ENDED:
+        fields["status"] = ending(event.kind, event.reason, was_held=reservation.held_at is not None).status
+        if reservation.held_at is not None:
+            fields["held_seconds"] = elapsed(reservation.held_at, event.at)
     log.info(f"reservation_{event.kind}", **fields)
