@@ -93,6 +93,11 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def dead_address() -> str:
+    """An address that refuses connections: nobody has listened on this port since."""
+    return f"http://127.0.0.1:{free_port()}"
+
+
 def listens(port: int) -> bool:
     """Whether somebody on this machine listens there."""
     with socket.socket() as sock:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from harness import WorkerProcess, post
+from programs import answered, caller
 
 from nullworker.clock import from_iso
 
@@ -59,10 +60,10 @@ async def test_a_step_of_the_wall_clock_neither_ends_nor_prolongs_what_is_held(t
 async def test_a_deadline_set_after_a_step_is_kept_whatever_was_set_before_it(tmp_path: Path, step: int) -> None:
     clock = WallClock(tmp_path)
     async with WorkerProcess(tmp_path, **clock.env) as worker:
-        held = asyncio.ensure_future(post(worker.url + "/reserve", {"duration": 3000}))
-        await worker.line("reservation_held")
-        assert await worker.release() == {"released": True}
-        await held
+        async with caller(worker, duration=3000) as asked:
+            await worker.line("reservation_held")
+            assert await worker.release() == {"released": True}
+            await answered(asked)
         clock.set(step)
         assert (await post(worker.url + "/reserve", {"duration": 0.5})).body["released"] == "duration_elapsed"
         await worker.line("clock_moved")

@@ -15,6 +15,7 @@ import click
 import pytest
 from harness import PATIENCE, ROOT, WorkerProcess
 from programs import Program, answered, caller, free_port, nullworker, until
+from strangers import answering
 
 from nullworker.cli import cli, main
 
@@ -194,16 +195,14 @@ async def test_what_is_no_worker_is_called_so(
         if length := re.search(rb"Content-Length: (\d+)", head):
             await reader.readexactly(int(length[1]))
         writer.write(told)
-        writer.close()
 
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
+    async with answering(answer) as place:
         with pytest.raises(SystemExit) as ended:
-            await asyncio.to_thread(main, [*arguments, *options, "--control-port", str(port)])
+            await asyncio.to_thread(main, [*arguments, *options, "--control-port", place.partition(":")[2]])
     assert ended.value.code == 1
     assert capsys.readouterr() == (
         "",
-        f"nullworker: 127.0.0.1:{port} answers, but it is not nullworker's control port:"
+        f"nullworker: {place} answers, but it is not nullworker's control port:"
         " set NULL_CONTROL_PORT or --control-url\n",
     )
 

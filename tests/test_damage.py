@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -12,8 +13,12 @@ from pathlib import Path
 
 import pytest
 from harness import WorkerProcess, leave_session, post
+from test_log import open_files, queue
 
 from nullworker.clock import SystemClock
+from nullworker.errors import CannotStart, LogDamaged
+from nullworker.fsm.events import from_row
+from nullworker.log import open_for_reading, open_log
 
 
 def read(path: str) -> bytes:
@@ -125,3 +130,80 @@ async def test_a_log_of_a_newer_version_is_refused(tmp_path: Path) -> None:
 async def test_a_database_of_another_program_is_refused(tmp_path: Path, strange: Path) -> None:
     await refuses_to_start(tmp_path, "another program", "NULL_EVENT_LOG")
     assert sqlite3.connect(strange).execute("SELECT count(*) FROM theirs").fetchall() == [(0,)]
+
+
+# -- the file by itself ------------------------------------------------------------------------------------------
+
+DAMAGE = b"no database at all" * 100
+
+
+@pytest.mark.parametrize(
+    ("trouble", "says"),
+    [
+        ("damaged", "is damaged: .*; the next start of its worker sets it aside"),
+        ("user_version", "was written by a newer nullworker .*log version 99, this one knows 1.*update nullworker"),
+        ("application_id", "is a database of another program; set NULL_EVENT_LOG"),
+    ],
+)
+def test_a_log_that_is_not_opened_stays_as_it_is_and_nobodys(path: Path, trouble: str, says: str) -> None:
+    """A command that only looks, or an older version, costs nobody his log."""
+    with contextlib.closing(open_log(path)) as log:
+        queue(log, "a")
+    if trouble == "damaged":
+        path.write_bytes(DAMAGE)
+    else:
+        with contextlib.closing(sqlite3.connect(path)) as stranger:
+            stranger.execute(f"PRAGMA {trouble} = 99")
+    before, files = path.read_bytes(), open_files()
+    for _ in range(2):
+        with pytest.raises(CannotStart, match=says):
+            open_log(path, mend=trouble != "damaged")
+    assert (path.read_bytes(), open_files()) == (before, files)
+    assert not list(path.parent.glob("*damaged*"))
+    if trouble != "damaged":
+        with pytest.raises(CannotStart, match=says) as refusal:
+            open_for_reading(path)
+        assert (open_files(), refusal.type) == (files, CannotStart)  # an error that is kept keeps no file open
+
+
+def test_a_damaged_log_is_set_aside_and_another_begins(path: Path, logged: Callable[[], list[str]]) -> None:
+    path.write_bytes(DAMAGE)
+    Path(f"{path}.suspect").touch()
+    with contextlib.closing(open_log(path)) as log:
+        assert queue(log, "a") == 1
+    (aside,) = path.parent.glob("nullworker.db.damaged-*")
+    assert aside.read_bytes() == DAMAGE
+    assert logged() == ["event_log_damaged"]
+    assert not Path(f"{path}.suspect").exists()
+
+
+def test_what_a_killed_worker_left_beside_a_damaged_log_is_set_aside_with_it(path: Path, tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    killed.mkdir()
+    with contextlib.closing(open_log(killed / path.name)) as log:
+        log.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # a whole database in the -wal would be no damage
+        queue(log, "a")
+        left = {suffix: Path(f"{log.path}{suffix}").read_bytes() for suffix in ("-wal", "-shm")}
+    path.write_bytes(DAMAGE)
+    for suffix, content in left.items():
+        Path(f"{path}{suffix}").write_bytes(content)
+    with contextlib.closing(open_log(path)) as log:
+        assert log.last_seq == 0
+    (aside,) = path.parent.glob("nullworker.db.damaged-*[0-9]")
+    assert Path(f"{aside}-wal").read_bytes() == left["-wal"]
+    assert Path(f"{aside}-shm").exists(), "what is in it can be made again"
+
+
+def test_a_suspicion_that_was_wrong_is_dropped(path: Path) -> None:
+    with contextlib.closing(open_log(path)) as log:
+        queue(log, "a")
+    Path(f"{path}.suspect").touch()
+    with contextlib.closing(open_log(path)) as log:
+        assert log.last_seq == 1
+    assert not Path(f"{path}.suspect").exists()
+
+
+def test_a_row_that_nests_too_deep_is_damage() -> None:
+    deep = '{"result": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    with pytest.raises(LogDamaged, match="cannot be read"):
+        from_row((1.0, "a", "released", "explicit", deep))

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import aiohttp
 import pytest
+from strangers import answering
 
 from nullworker.autoscaler import KEY_PATH, STATUS_PATH
 from nullworker.link import Link
@@ -17,7 +18,7 @@ PEM = public_pem(load_or_make()).encode()
 
 
 @contextlib.asynccontextmanager
-async def answering(
+async def linked(
     *pieces: bytes, go_on: Callable[[], Awaitable[object]] = lambda: asyncio.sleep(0)
 ) -> AsyncIterator[Link]:
     """A link to an address that answers with these bytes, and waits before each further piece."""
@@ -29,10 +30,9 @@ async def answering(
                 await go_on()
             writer.write(piece)
             await writer.drain()
-        writer.close()
 
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        link = Link([f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"])
+    async with answering(answer) as place:
+        link = Link([f"http://{place}"])
         try:
             yield link
         finally:
@@ -50,19 +50,19 @@ async def test_a_key_that_comes_in_pieces_is_one_key(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(aiohttp.StreamReader, "read", reading)
     head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(PEM)
-    async with answering(head + PEM[:100], PEM[100:], go_on=was_read.wait) as link:
+    async with linked(head + PEM[:100], PEM[100:], go_on=was_read.wait) as link:
         assert await link.fetch_key() is not None
 
 
 async def test_a_key_without_end_is_no_key() -> None:
-    async with answering(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 200_000) as link:
+    async with linked(b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 200_000) as link:
         assert await link.fetch_key() is None
         assert link.trouble == f"{link.addresses[0]}{KEY_PATH} answered something that is no RSA key in PEM"
 
 
 @pytest.mark.parametrize("status", [b"101 Switching Protocols", b"304 Not Modified", b"500 No"])
 async def test_only_a_success_is_a_delivery(status: bytes) -> None:
-    async with answering(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n") as link:
+    async with linked(b"HTTP/1.1 " + status + b"\r\nContent-Length: 0\r\n\r\n") as link:
         assert await link.post(STATUS_PATH, {}) == "failed"
-    async with answering(b"HTTP/1.1 204 No Content\r\n\r\n") as link:
+    async with linked(b"HTTP/1.1 204 No Content\r\n\r\n") as link:
         assert await link.post(STATUS_PATH, {}) == "ok"

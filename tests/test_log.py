@@ -6,16 +6,15 @@ import contextlib
 import os
 import re
 import sqlite3
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from nullworker.clock import Anchor
-from nullworker.errors import CannotStart, LogDamaged, LogUnavailable
-from nullworker.fsm.events import Ended, Event, Queued, from_row
-from nullworker.log import EventLog, open_for_reading, open_log
+from nullworker.errors import CannotStart, LogUnavailable
+from nullworker.fsm.events import Ended, Event, Queued
+from nullworker.log import EventLog, open_log
 
 TERMS = Queued(kind="request", duration_cap=60.0, give_up_at=130.0)
 
@@ -168,38 +167,6 @@ def test_the_lock_says_who_has_it_and_nothing_older(path: Path) -> None:
         assert open_files() == before
 
 
-DAMAGE = b"no database at all" * 100
-
-
-@pytest.mark.parametrize(
-    ("trouble", "says"),
-    [
-        ("damaged", "is damaged: .*; the next start of its worker sets it aside"),
-        ("user_version", "was written by a newer nullworker .*log version 99, this one knows 1.*update nullworker"),
-        ("application_id", "is a database of another program; set NULL_EVENT_LOG"),
-    ],
-)
-def test_a_log_that_is_not_opened_stays_as_it_is_and_nobodys(path: Path, trouble: str, says: str) -> None:
-    """A command that only looks, or an older version, costs nobody his log."""
-    with contextlib.closing(open_log(path)) as log:
-        queue(log, "a")
-    if trouble == "damaged":
-        path.write_bytes(DAMAGE)
-    else:
-        with contextlib.closing(sqlite3.connect(path)) as stranger:
-            stranger.execute(f"PRAGMA {trouble} = 99")
-    before, files = path.read_bytes(), open_files()
-    for _ in range(2):
-        with pytest.raises(CannotStart, match=says):
-            open_log(path, mend=trouble != "damaged")
-    assert (path.read_bytes(), open_files()) == (before, files)
-    assert not list(path.parent.glob("*damaged*"))
-    if trouble != "damaged":
-        with pytest.raises(CannotStart, match=says) as refusal:
-            open_for_reading(path)
-        assert (open_files(), refusal.type) == (files, CannotStart)  # an error that is kept keeps no file open
-
-
 def test_a_log_that_a_stranger_has_locked_is_not_called_damaged(path: Path) -> None:
     open_log(path).close()
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as stranger:
@@ -208,34 +175,6 @@ def test_a_log_that_a_stranger_has_locked_is_not_called_damaged(path: Path) -> N
         with pytest.raises(CannotStart, match="cannot be opened: database is locked"):
             open_log(path)
     open_log(path).close()
-
-
-def test_a_damaged_log_is_set_aside_and_another_begins(path: Path, logged: Callable[[], list[str]]) -> None:
-    path.write_bytes(DAMAGE)
-    Path(f"{path}.suspect").touch()
-    with contextlib.closing(open_log(path)) as log:
-        assert queue(log, "a") == 1
-    (aside,) = path.parent.glob("nullworker.db.damaged-*")
-    assert aside.read_bytes() == DAMAGE
-    assert logged() == ["event_log_damaged"]
-    assert not Path(f"{path}.suspect").exists()
-
-
-def test_what_a_killed_worker_left_beside_a_damaged_log_is_set_aside_with_it(path: Path, tmp_path: Path) -> None:
-    killed = tmp_path / "killed"
-    killed.mkdir()
-    with contextlib.closing(open_log(killed / path.name)) as log:
-        log.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # a whole database in the -wal would be no damage
-        queue(log, "a")
-        left = {suffix: Path(f"{log.path}{suffix}").read_bytes() for suffix in ("-wal", "-shm")}
-    path.write_bytes(DAMAGE)
-    for suffix, content in left.items():
-        Path(f"{path}{suffix}").write_bytes(content)
-    with contextlib.closing(open_log(path)) as log:
-        assert log.last_seq == 0
-    (aside,) = path.parent.glob("nullworker.db.damaged-*[0-9]")
-    assert Path(f"{aside}-wal").read_bytes() == left["-wal"]
-    assert Path(f"{aside}-shm").exists(), "what is in it can be made again"
 
 
 class Failing:
@@ -289,18 +228,3 @@ def test_an_sqlite_that_is_too_old_is_told_before_anything_is_made(path: Path, m
     with pytest.raises(CannotStart, match=r"needs 3\.38 or newer"):
         open_log(path)
     assert path.stat().st_size == 0
-
-
-def test_a_suspicion_that_was_wrong_is_dropped(path: Path) -> None:
-    with contextlib.closing(open_log(path)) as log:
-        queue(log, "a")
-    Path(f"{path}.suspect").touch()
-    with contextlib.closing(open_log(path)) as log:
-        assert log.last_seq == 1
-    assert not Path(f"{path}.suspect").exists()
-
-
-def test_a_row_that_nests_too_deep_is_damage() -> None:
-    deep = '{"result": ' + "[" * 100_000 + "]" * 100_000 + "}"
-    with pytest.raises(LogDamaged, match="cannot be read"):
-        from_row((1.0, "a", "released", "explicit", deep))

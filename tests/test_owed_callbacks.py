@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from harness import PATIENCE
-from test_reports import dead_address
+from programs import dead_address
 
 from nullworker import webhooks
 from nullworker.clock import SystemClock

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 from claims import reserve
 from harness import WorkerProcess, post, secured, signed
+from programs import dead_address
 
 from nullworker.testing import StandIn
 from nullworker.testing.keys import load_or_make
@@ -22,13 +22,6 @@ FIELDS = {
     *("disk_usage", "working_request_idxs", "url"),
 }
 OUTCOME_FIELDS = {"request_idx", "success", "status", "entered_queue_at", "work_started_at", "work_completed_at"}
-
-
-def dead_address() -> str:
-    """An address that refuses connections: nobody has listened on this port since."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{sock.getsockname()[1]}"
 
 
 async def status_where(vast: StandIn, **fields: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from harness import Answer, WorkerProcess, leave_session, post
+from strangers import answering, echo
 
 from nullworker.clock import SystemClock
 
@@ -272,15 +273,10 @@ async def refused(worker: WorkerProcess, route: Any, payload: Any = None, name: 
 
 
 async def test_nothing_of_a_route_is_told_of_a_call_that_fails(tmp_path: Path) -> None:
-    async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(await reader.read(4096))
-        writer.close()
-
     worker = WorkerProcess(tmp_path)
-    async with await asyncio.start_server(echo, "127.0.0.1", 0) as server:
-        port = server.sockets[0].getsockname()[1]
+    async with answering(echo) as place:
         begun = SystemClock().now() - DAY - 120
-        leave_session(worker.db, route=f"http://127.0.0.1:{port}/done?token=SECRET", begun=begun, ended=begun + 60)
+        leave_session(worker.db, route=f"http://{place}/done?token=SECRET", begun=begun, ended=begun + 60)
         async with worker:
             await worker.line("callback_given_up")
             assert worker.sql("SELECT detail FROM settled") == [("ClientResponseError: no valid HTTP",)]

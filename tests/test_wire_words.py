@@ -8,7 +8,6 @@ import errno
 import socket
 import ssl
 import struct
-from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +15,7 @@ import aiohttp
 import pytest
 import trustme
 from aiohttp import client_exceptions
+from strangers import Answer, answering, echo
 
 from nullworker import webhooks
 from nullworker.clock import SystemClock
@@ -96,21 +96,6 @@ def test_an_error_is_told_by_its_kind_and_its_cause(error: Exception, told: str)
 
 # -- what really comes back --------------------------------------------------------------------------------------------
 
-Answer = Callable[[asyncio.StreamWriter, bytes], object]
-
-
-@contextlib.asynccontextmanager
-async def answering(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
-    """A receiver that answers to the first bytes that it gets, and closes; where it is, without the scheme."""
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        answer(writer, await reader.read(4096))
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls)
-    async with server:
-        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
-
 
 async def posted(url: str) -> str | None:
     post = HttpPost()
@@ -120,23 +105,22 @@ async def posted(url: str) -> str | None:
         await post.close()
 
 
-def echo(writer: asyncio.StreamWriter, asked: bytes) -> None:
-    writer.write(asked)
+async def echo_body(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.write((await reader.read(4096)).rpartition(b"\n")[2] + b"\r\n")
 
 
-def echo_body(writer: asyncio.StreamWriter, asked: bytes) -> None:
-    writer.write(asked.rpartition(b"\n")[2] + b"\r\n")
-
-
-def stop_short(writer: asyncio.StreamWriter, asked: bytes) -> None:
+async def stop_short(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read(4096)
     writer.write(b"HTTP/1.1 200 SECRET\r\nX: SECRET\r\n")
 
 
-def leave(writer: asyncio.StreamWriter, asked: bytes) -> None:
+async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """It closes, and that is all."""
+    await reader.read(4096)
 
 
-def reset(writer: asyncio.StreamWriter, asked: bytes) -> None:
+async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    await reader.read(4096)
     linger = struct.pack("ii", 1, 0)
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
