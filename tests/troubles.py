@@ -114,7 +114,7 @@ class NoSpace(Injected):
     calls, error = "pwrite64", "ENOSPC"
 
 
-def size_of(path: str) -> int:
+def size_of(path: str | Path) -> int:
     return Path(path).stat().st_size
 
 
