@@ -55,8 +55,8 @@ SELECT metadata ->> 'job' AS job, state, reason, queued_seconds AS queued_s, hel
        result ->> 'exit_code' AS exit_code
   FROM reservations"""
 _STEPS: Final = """\
-SELECT seq, strftime('%H:%M:%f', at, 'unixepoch') AS at, kind, reason
-  FROM events WHERE reservation_id = (SELECT id FROM reservations WHERE metadata ->> 'job' = 'render-2')
+SELECT seq, substr(at, 12, 12) AS at, kind, reason
+  FROM timeline WHERE reservation_id = (SELECT id FROM reservations WHERE metadata ->> 'job' = 'render-2')
  ORDER BY seq"""
 _DAILY: Final = "SELECT day, reservations, released, open, p50_hold_seconds, busy_seconds FROM daily"
 _FORGERY: Final = "DELETE FROM events"

@@ -15,6 +15,7 @@ The one rule: a released migration never changes; a new shape is a new migration
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
     from sqlite_utils import Database
 
 #: `PRAGMA user_version` of a file that this code writes.
-VERSION: Final = 1
+VERSION: Final = 2
 #: For STRICT tables and `->>`. Ubuntu 22.04's own Python has 3.37.
 OLDEST_SQLITE: Final = (3, 38)
 #: `PRAGMA application_id`: "nulw", so that `file` and this project know whose it is.
 APPLICATION_ID: Final = 0x6E756C77
 
-_EVENTS: Final = """
+_TABLES: Final = """
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY,  -- order of the events; given by the writer
     at REAL NOT NULL,  -- epoch seconds
@@ -53,6 +54,25 @@ CREATE TABLE callbacks (
     seq INTEGER PRIMARY KEY  -- the end of a session whose on_close_route has not been settled
 ) STRICT;
 
+CREATE TABLE cursors (
+    name TEXT PRIMARY KEY,  -- who reads along: worker_status, delete_requests
+    seq INTEGER NOT NULL  -- the last event that the other side has acknowledged
+) STRICT;
+CREATE TABLE settled (
+    name TEXT NOT NULL,  -- the reader
+    seq INTEGER NOT NULL,  -- an event with which it is done in another way than by its cursor
+    at REAL NOT NULL,
+    outcome TEXT NOT NULL,  -- delivered, refused, given_up
+    detail TEXT,
+    PRIMARY KEY (name, seq)
+) STRICT;
+CREATE TABLE meta (
+    name TEXT PRIMARY KEY,
+    value TEXT NOT NULL
+) STRICT;
+"""
+
+_RULES: Final = """
 CREATE TRIGGER events_are_not_changed BEFORE UPDATE ON events
 BEGIN SELECT RAISE(ABORT, 'events are append-only: no UPDATE'); END;
 CREATE TRIGGER events_are_not_removed BEFORE DELETE ON events
@@ -78,34 +98,10 @@ BEGIN
         SELECT NEW.seq FROM live WHERE reservation_id = NEW.reservation_id AND callback AND state = 'held';
     DELETE FROM live WHERE reservation_id = NEW.reservation_id;
 END;
-
-CREATE TABLE cursors (
-    name TEXT PRIMARY KEY,  -- who reads along: worker_status, delete_requests
-    seq INTEGER NOT NULL  -- the last event that the other side has acknowledged
-) STRICT;
-CREATE TABLE settled (
-    name TEXT NOT NULL,  -- the reader
-    seq INTEGER NOT NULL,  -- an event with which it is done in another way than by its cursor
-    at REAL NOT NULL,
-    outcome TEXT NOT NULL,  -- delivered, refused, given_up
-    detail TEXT,
-    PRIMARY KEY (name, seq)
-) STRICT;
 CREATE TRIGGER callbacks_settled AFTER INSERT ON settled WHEN NEW.name = 'callbacks'
 BEGIN DELETE FROM callbacks WHERE seq = NEW.seq; END;
-CREATE TABLE meta (
-    name TEXT PRIMARY KEY,
-    value TEXT NOT NULL
-) STRICT;
 
-CREATE VIEW done_with AS
-SELECT seq, at, reservation_id
-  FROM events
- WHERE kind IN ('released', 'expired', 'cancelled')
-   AND seq < (SELECT max(seq) FROM events)
-   AND seq <= (SELECT iif(count(*) = 2, min(seq), -1) FROM cursors WHERE name IN ('worker_status', 'delete_requests'))
-   AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = events.seq);
-CREATE TABLE pruning (
+CREATE TABLE IF NOT EXISTS pruning (
     reservation_id TEXT PRIMARY KEY  -- to name one here removes it, whole; so the table is always empty
 ) STRICT;
 CREATE TRIGGER pruning_only_what_is_done_with BEFORE INSERT ON pruning
@@ -129,6 +125,10 @@ def _ms(column: str) -> str:
 def _iso(column: str) -> str:
     return f"strftime('%Y-%m-%dT%H:%M:%fZ', {_ms(column)}, 'unixepoch')"
 
+
+_TIMELINE: Final = f"""
+SELECT seq, {_iso("at")} AS at, reservation_id, kind, reason, data FROM events
+"""
 
 _RESERVATIONS: Final = f"""
 SELECT q.reservation_id AS id,
@@ -158,9 +158,9 @@ _OPEN: Final = """
 SELECT * FROM reservations WHERE id IN (SELECT reservation_id FROM live)
 """
 
-_DAILY: Final = """
+_DAILY: Final = f"""
 WITH ended AS (
-    SELECT date(q.at, 'unixepoch') AS day, e.kind AS state, e.at - h.at AS held
+    SELECT date({_ms("q.at")}, 'unixepoch') AS day, e.kind AS state, {_ms("e.at")} - {_ms("h.at")} AS held
       FROM events AS q
       LEFT JOIN events AS h ON h.reservation_id = q.reservation_id AND h.kind = 'held'
       LEFT JOIN events AS e ON e.reservation_id = q.reservation_id AND e.kind IN ('released', 'expired', 'cancelled')
@@ -184,6 +184,23 @@ SELECT day,
  GROUP BY day
  ORDER BY day
 """
+
+_DONE_WITH: Final = """
+SELECT seq, at, reservation_id
+  FROM events
+ WHERE kind IN ('released', 'expired', 'cancelled')
+   AND seq < (SELECT max(seq) FROM events)
+   AND seq <= (SELECT iif(count(*) = 2, min(seq), -1) FROM cursors WHERE name IN ('worker_status', 'delete_requests'))
+   AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = events.seq)
+"""
+
+_VIEWS: Final = {
+    "timeline": _TIMELINE,
+    "reservations": _RESERVATIONS,
+    "open_reservations": _OPEN,
+    "daily": _DAILY,
+    "done_with": _DONE_WITH,
+}
 
 
 def check_version(path: Path, conn: sqlite3.Connection) -> None:
@@ -223,16 +240,24 @@ def migrate(conn: sqlite3.Connection) -> None:
 
     migrations = Migrations("nullworker")
 
+    # sqlite-utils runs each migration in a transaction; execute() keeps to it, where executescript() would commit
     @migrations()
     def m001_events(db: Database) -> None:
-        # sqlite-utils runs each migration in a transaction; execute() keeps to it, where executescript() would commit
-        for statement in _statements(_EVENTS):
+        for statement in _statements(_TABLES):
             db.execute(statement)
-        db.create_view("reservations", _RESERVATIONS)
-        db.create_view("open_reservations", _OPEN)
-        db.create_view("daily", _DAILY)
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        db.execute("PRAGMA user_version = 1")
+
+    @migrations()
+    def m002_rules_and_views(db: Database) -> None:
+        # They hold nothing: whoever changes one gives each file all of them anew, in a new migration like this one.
+        for name in re.findall(r"CREATE TRIGGER (\w+)", _RULES):
+            db.execute(f"DROP TRIGGER IF EXISTS {name}")
+        for statement in _statements(_RULES):
+            db.execute(statement)
+        for name, select in _VIEWS.items():
+            db.execute(f"DROP VIEW IF EXISTS {name}")
+            db.execute(f"CREATE VIEW {name} AS {select}")
+        db.execute(f"PRAGMA user_version = {VERSION}")
 
     migrations.apply(Database(conn))
 

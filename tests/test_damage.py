@@ -141,7 +141,7 @@ DAMAGE = b"no database at all" * 100
     ("trouble", "says"),
     [
         ("damaged", "is damaged: .*; the next start of its worker sets it aside"),
-        ("user_version", "was written by a newer nullworker .*log version 99, this one knows 1.*update nullworker"),
+        ("user_version", "was written by a newer nullworker .*log version 99, this one knows 2.*update nullworker"),
         ("application_id", "is a database of another program; set NULL_EVENT_LOG"),
     ],
 )

@@ -142,7 +142,7 @@ def test_event_log_has_every_kind_and_reason_with_its_edge() -> None:
 def test_event_log_has_every_table_and_column(tmp_path: Path) -> None:
     page = DOCS / "event-log.md"
     told = {cells[0].strip("`"): re.findall(r"`(\w+)`", cells[1]) for cells in rows(page, "| table |")}
-    for heads in ("`events`", "`reservations` and `open_reservations`", "`daily`"):
+    for heads in ("`events` and `timeline`", "`reservations` and `open_reservations`", "`daily`"):
         columns = [cells[0].strip("`") for cells in rows(page, f"| column of {heads} |")]
         told |= {name: columns for name in re.findall(r"\w+_?\w+", heads) if name != "and"}
     with contextlib.closing(open_log(tmp_path / "nullworker.db")) as log:
@@ -205,7 +205,7 @@ async def test_a_log_that_is_restored_as_written_goes_on_from_the_copy(tmp_path:
 def test_a_log_of_a_newer_version_is_refused_in_the_words_that_are_shown(tmp_path: Path) -> None:
     (shown,) = [text for language, text in blocks(DOCS / "operating.md") if language == "text"]
     with contextlib.closing(open_log(tmp_path / "nullworker.db")) as log:
-        log.conn.execute("PRAGMA user_version = 2")
+        log.conn.execute("PRAGMA user_version = 3")
     with pytest.raises(CannotStart) as refusal:
         open_log(tmp_path / "nullworker.db")
     assert str(refusal.value).replace(f"{tmp_path}/", "") == shown.strip()

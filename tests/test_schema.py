@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from nullworker import history, schema
 from nullworker.fsm.events import Ended, Event, Extended, Held, Queued, SessionTerms
 from nullworker.fsm.table import EventKind
 from nullworker.log import EventLog, open_log
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture
@@ -175,6 +178,19 @@ def test_the_view_has_the_last_deadline_each_end_and_milliseconds(log: EventLog)
     ]
 
 
+def test_every_view_rounds_a_time_as_the_others_do(log: EventLog) -> None:
+    """0.49 ms before midnight is shown as midnight, so it is of the next day; the parts of a hold are its seconds."""
+    midnight = 86_400.0
+    queue(log, "late", midnight - 0.00049)
+    put(log, Event(midnight + 0.0004, "late", "held", None, Held(midnight + 60)))
+    put(log, Event(midnight + 1.0006, "late", "released", "explicit", Ended()))
+    rows = log.conn.execute("SELECT queued_at, ended_at, held_seconds FROM reservations").fetchall()
+    assert rows == [("1970-01-02T00:00:00.000Z", "1970-01-02T00:00:01.001Z", 1.001)]
+    assert log.conn.execute("SELECT day, p50_hold_seconds FROM daily").fetchall() == [("1970-01-02", 1.001)]
+    timeline = log.conn.execute("SELECT at FROM timeline WHERE kind <> 'held' ORDER BY seq").fetchall()
+    assert timeline == [rows[0][:1], rows[0][1:2]]
+
+
 def test_a_day_is_told_by_its_own_reservations_however_they_ended(log: EventLog) -> None:
     """Refused ones count and have no hold; equal holds are as many as they are; the next day is another."""
     day = 86_400.0
@@ -192,7 +208,7 @@ def test_a_day_is_told_by_its_own_reservations_however_they_ended(log: EventLog)
         put(log, Event(begun + (held or 0.0), name, end, "any", Ended()))  # type: ignore[arg-type]
     queue(log, "open", 2 * day)
     assert log.conn.execute("SELECT * FROM daily").fetchall() == [
-        ("1970-01-01", 7, 2, 2, 3, 0, 1.0, 3.0, 8.001),
+        ("1970-01-01", 7, 2, 2, 3, 0, 1.0, 3.0, 8.0),
         ("1970-01-02", 2, 1, 1, 0, 0, 7.0, 7.0, 7.0),
         ("1970-01-03", 2, 0, 0, 1, 1, None, None, 0.0),
     ]
@@ -203,4 +219,20 @@ def test_a_file_says_whose_it_is_and_of_which_version(log: EventLog) -> None:
     assert log.conn.execute("PRAGMA application_id").fetchone() == (int.from_bytes(b"nulw", "big"),)
     assert log.conn.execute("PRAGMA user_version").fetchone() == (schema.VERSION,)
     steps = log.conn.execute("SELECT migration_set, name FROM _sqlite_migrations").fetchall()
-    assert steps == [("nullworker", "m001_events")]
+    assert steps == [("nullworker", "m001_events"), ("nullworker", "m002_rules_and_views")]
+
+
+def test_a_file_of_version_1_is_brought_up_to_date_with_all_its_events(log: EventLog, tmp_path: Path) -> None:
+    old = tmp_path / "old.db"
+    with contextlib.closing(sqlite3.connect(old)) as conn:
+        conn.executescript((GOLDEN / "shape-v1.sql").read_text())
+        conn.execute("CREATE VIEW mine AS SELECT count(*) AS events FROM events")
+        rows = [tuple(json.loads(line)) for line in (GOLDEN / "log-v1.jsonl").read_text().splitlines()]
+        conn.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", rows)
+        conn.commit()
+    with contextlib.closing(open_log(old)) as opened:
+        assert opened.conn.execute("SELECT * FROM events").fetchall() == rows
+        shape = "SELECT type, name, sql FROM sqlite_schema WHERE sql IS NOT NULL AND name <> 'mine' ORDER BY name"
+        assert opened.conn.execute(shape).fetchall() == log.conn.execute(shape).fetchall()
+        assert opened.conn.execute("PRAGMA user_version").fetchone() == (schema.VERSION,)
+        assert opened.conn.execute("SELECT events FROM mine").fetchone() == (len(rows),), "a user's view stays"
