@@ -122,6 +122,9 @@ def main(arguments: list[str] | None = None) -> None:
     except click.Abort:
         sys.exit(130)
     except click.ClickException as error:
+        if not (arguments or sys.argv[1:]):
+            click.echo(cli.get_help(click.Context(cli, info_name="nullworker")), err=True)
+            sys.exit(error.exit_code)
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "nullworker"
         _fail(f"{error.format_message()} (see {command} --help)", error.exit_code)

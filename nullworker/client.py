@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import signal
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -16,16 +15,10 @@ from typing import Any
 import click
 
 from nullworker.holding import LIFETIME_SECONDS, STAND_IN_KEY, WAIT_SECONDS, hold, hold_at, hold_session
+from nullworker.options import SECONDS, Seconds
 from nullworker.sdk import Answer, HoldError, Say
 
 __all__ = ["HoldError", "hold", "hold_at", "hold_session", "reserve"]
-
-
-def finite(ctx: click.Context, param: click.Parameter, value: float | None) -> float | None:
-    """A number of seconds, if any; `inf` and `nan`, which float() takes, are none."""
-    if value is not None and not (math.isfinite(value) and value >= 0):
-        raise click.BadParameter(f"{value} is not a number of seconds, 0 or more")
-    return value
 
 
 def json_object(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, Any] | None:
@@ -44,14 +37,13 @@ def json_object(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.command(short_help="Hold a worker until its consumer releases it.")
 @click.option("--endpoint", metavar="NAME", help="The endpoint, by its name at Vast.")
 @click.option("--url", help="An UNSECURED worker's own address, in place of an endpoint.")
-@click.option("--duration", type=float, callback=finite, help="Seconds. [default: as long as the worker allows]")
+@click.option("--duration", type=SECONDS, help="Seconds. [default: as long as the worker allows]")
 @click.option("--metadata", metavar="JSON", callback=json_object, help="Handed to the consumer; up to 4 KiB.")
 @click.option("--cost", type=click.IntRange(1), default=100, show_default=True, help="Workload, as NULL_MAX_PERF.")
 @click.option("--session", is_flag=True, help="Hold a session: it survives a lost connection and a restarted worker.")
 @click.option(
     "--lifetime",
-    type=click.FloatRange(min=0, min_open=True),
-    callback=finite,
+    type=Seconds(more_than_0=True),
     default=LIFETIME_SECONDS,
     show_default=True,
     help="Seconds that a session outlives this client, should it die.",
@@ -60,8 +52,7 @@ def json_object(ctx: click.Context, param: click.Parameter, value: str | None) -
 @click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Of your account at Vast.")
 @click.option(
     "--timeout",
-    type=float,
-    callback=finite,
+    type=SECONDS,
     default=WAIT_SECONDS,
     show_default=True,
     help="Longest wait for a worker, in seconds.",

@@ -30,8 +30,6 @@ from nullworker.log import open_for_reading
 
 #: Seconds between two looks at a log that is followed.
 LOOK_SECONDS: Final = 0.2
-#: Times are shown to the millisecond, rounded: the time of a row, as it was shown, must find that row.
-SHOWN_SECONDS: Final = 0.001
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 #: Column, its width on the terminal, and its value in a row.
@@ -63,7 +61,7 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> float | N
     if age := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text):
         return SystemClock().now() - float(age[1]) * _UNITS[age[2]]
     try:
-        return from_iso(text) - SHOWN_SECONDS
+        return from_iso(text)
     except ValueError:
         raise click.BadParameter(f"{text!r} must be an age as 90s, 15m, 6h or 2d, or an ISO 8601 time") from None
 
@@ -112,7 +110,8 @@ def history(control: Control, asked: Asked) -> None:
     """The reservations, newest first; with --follow oldest first, and then each again when something happens to it."""
     with _opened(control, asked.log) as conn:
         last = _last(conn)
-        rows = log_queries.reservations(conn, state=asked.state, since=asked.since, limit=asked.limit)
+        with _at_one_moment(conn):
+            rows = log_queries.reservations(conn, state=asked.state, since=asked.since, limit=asked.limit)
         printer = _Printer(_RESERVATION, as_json=asked.as_json)
         printer.print(reversed(rows) if asked.follow else rows)
         for event in _events_to_come(conn, last) if asked.follow else ():
@@ -143,6 +142,16 @@ def _opened(control: Control, log: str | None) -> Iterator[sqlite3.Connection]:
         raise CannotStart(f"the event log {opened.path} cannot be read: {error}") from error
     finally:
         opened.close()
+
+
+@contextlib.contextmanager
+def _at_one_moment(conn: sqlite3.Connection) -> Iterator[None]:
+    """Several queries see the same log, whatever its worker appends meanwhile."""
+    conn.execute("BEGIN")
+    try:
+        yield
+    finally:
+        conn.execute("COMMIT")
 
 
 def _find(control: Control) -> Path:

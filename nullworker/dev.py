@@ -25,11 +25,10 @@ from nullworker.clock import SystemClock
 from nullworker.errors import CannotStart
 from nullworker.fleet import Fleet
 from nullworker.member import COMMON, Plan
+from nullworker.options import SECONDS
 from nullworker.screen import Lines, Screen, Show
 from nullworker.settings import read_settings
 from nullworker.testing import Parameters, StandIn
-
-_SECONDS = click.FloatRange(min=0)
 
 
 @click.command(context_settings={"show_default": True, "allow_interspersed_args": False})
@@ -37,15 +36,17 @@ _SECONDS = click.FloatRange(min=0)
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="Of the stand-in, on 127.0.0.1; 0: any.")
 @click.option("--endpoint", default="null", metavar="NAME", help="The name of its one endpoint.")
 @click.option("--max-workers", type=click.IntRange(1), default=5, help="Never more processes than this.")
-@click.option("--min-load", type=_SECONDS, default=0.0, help="Load for which workers are always there; 100 is one.")
+@click.option(
+    "--min-load", type=click.FloatRange(min=0), default=0.0, help="Load for which workers are always there; 100 is one."
+)
 @click.option("--cold-workers", type=click.IntRange(0), default=0, help="Stopped workers that keep number and log.")
 @click.option("--target-util", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Share of use aimed at.")
-@click.option("--max-queue-time", type=_SECONDS, default=1.0, help="Seconds of load that one worker may have.")
-@click.option("--target-queue-time", type=_SECONDS, default=0.5, help="Seconds of load above which workers are added.")
+@click.option("--max-queue-time", type=SECONDS, default=1.0, help="Seconds of load that one worker may have.")
+@click.option("--target-queue-time", type=SECONDS, default=0.5, help="Seconds of load above which workers are added.")
 @click.option(
     "--inactivity-timeout", "--inactivity", type=float, default=10.0, help="Seconds until an idle worker is stopped."
 )
-@click.option("--loading-timeout", type=_SECONDS, default=60.0, help="Seconds until one that is not ready is replaced.")
+@click.option("--loading-timeout", type=SECONDS, default=60.0, help="Seconds until one that is not ready is replaced.")
 @click.option("--worker-port", type=click.IntRange(0, 65535), default=3000, help="Of the first worker; 0: any.")
 @click.option("--control-port", type=click.IntRange(0, 65535), default=18999, help="Of the first worker; 0: any.")
 @click.option(

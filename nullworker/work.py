@@ -29,6 +29,7 @@ from nullworker.errors import CannotStart
 from nullworker.group import Group
 from nullworker.lifeline import Lifeline
 from nullworker.logs import get_log
+from nullworker.options import SECONDS
 
 log = get_log(__name__)
 
@@ -177,7 +178,7 @@ async def _work(work: Work, health_port: int | None) -> None:
 @click.option(
     "--kill-after",
     metavar="SECONDS",
-    type=click.FloatRange(min=0),
+    type=SECONDS,
     default=5.0,
     show_default=True,
     help="From SIGTERM to SIGKILL. Vast's supervisor allows 10 for all.",
@@ -187,7 +188,7 @@ async def _work(work: Work, health_port: int | None) -> None:
 @click.option(
     "--patience",
     metavar="SECONDS",
-    type=click.FloatRange(min=0),
+    type=SECONDS,
     default=PATIENCE_SECONDS,
     show_default=True,
     help="How long the worker may be silent before CMD is ended.",

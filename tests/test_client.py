@@ -135,7 +135,7 @@ async def test_a_signal_closes_the_connection_and_says_so(
 
 async def test_a_signal_while_it_waits_says_that_nothing_was_held(vast: StandIn) -> None:
     command = await Command.start(*at(vast))
-    await command.until("waiting for a worker (0 s)")
+    await command.until("waiting for a worker (")
     command.process.send_signal(signal.SIGINT)
     code, _, err = await command.end()
     assert (code, err.splitlines()[-1]) == (130, "interrupted: no worker was held")
@@ -194,7 +194,7 @@ async def test_nobody_in_time_is_said_with_what_to_do(vast: StandIn) -> None:
 async def test_a_worker_that_never_says_that_it_holds_is_let_go_in_time(vast: StandIn) -> None:
     async with FakeWorker(vast.url, streams=False) as worker:
         with pytest.raises(HoldError, match=f"{worker.url} was asked, and did not say that it holds.*--no-stream"):
-            await hold("null", autoscaler=vast.url, timeout=0.3)
+            await hold("null", autoscaler=vast.url, timeout=2)
         assert (await worker.ended.get())[1] == "Cancelled"
 
 
@@ -277,7 +277,7 @@ async def test_without_the_sdk_it_says_what_to_install(vast: StandIn, tmp_path: 
         (("--url", "http://b", "--session"), "need --endpoint"),
         (("--endpoint", "a"), "no API key: set VAST_API_KEY, or give --api-key"),
         (("--endpoint", "a", "--duration", "nan"), "nan is not a number of seconds, 0 or more"),
-        (("--endpoint", "a", "--duration", "-1"), "-1.0 is not a number of seconds, 0 or more"),
+        (("--endpoint", "a", "--duration", "-1"), "-1 is not a number of seconds, 0 or more"),
         (("--endpoint", "a", "--metadata", "[1]"), "'[1]' is not a JSON object"),
         (("--endpoint", "a", "--metadata", "{"), "'{' is not JSON"),
     ],
