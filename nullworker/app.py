@@ -70,7 +70,7 @@ class Worker:
         self.exporter = Exporter(
             self.service, Readings(lambda: self.reporter.backlog if self.reporter else 0, event_log.size)
         )
-        event_log.on_append = self.exporter.append.observe
+        event_log.on_append.append(self.exporter.count_append)
         self.link = None if settings.standalone else Link(settings.report_addr)
         self.post = HttpPost()
         self.callbacks = Callbacks(

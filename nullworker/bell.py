@@ -15,8 +15,8 @@ class Bell:
     def __init__(self) -> None:
         self._rung = asyncio.Event()
 
-    def ring(self, _: object = None) -> None:
-        """Ring; the argument is there so that this can be an observer."""
+    def ring(self, *_: object) -> None:
+        """Ring; the arguments are there so that this can be an observer."""
         self._rung.set()
 
     def silence(self) -> None:

@@ -18,6 +18,7 @@ import click
 from nullworker.clock import stopwatch
 from nullworker.control_client import ANSWER_SECONDS, Control, NoWorker, Refused, with_control
 from nullworker.errors import NullworkerError
+from nullworker.options import SECONDS
 
 #: Seconds of one long poll; the worker allows 60.
 POLL_SECONDS: Final = 30.0
@@ -49,16 +50,15 @@ def status(control: Control, *, as_json: bool) -> None:
         click.echo(json.dumps(told))
         return
     consumer, autoscaler, log, queue = told["consumer"], told["autoscaler"], told["log"], told["queue"]
-    waits = "" if queue["oldest_seconds"] is None else f", the oldest for {queue['oldest_seconds']:g} s"
+    waits = "" if queue["oldest_seconds"] is None else f", the oldest for {queue['oldest_seconds']} s"
     reports = ", ".join(autoscaler["reports_to"] or ()) or "nobody (standalone)"
     facts = {
         "worker": f"{told['state']}, {told['url']}, version {told['version']}",
         "held": _in_short(told["held"]),
         "queue": f"{queue['length']} of {queue['limit']}{waits}",
-        "consumer": consumer["why"]
-        or (f"healthy, {consumer['url']}" if consumer["url"] else "not asked, no url is set"),
+        "consumer": consumer["why"] or _healthy(consumer),
         "reports to": f"{reports}; {autoscaler['trouble'] or 'all well'}, {autoscaler['backlog']} outcomes owed",
-        "log": f"{log['path']}: {log['why'] or 'writable'}, {log['last_seq']} events, {log['bytes']} bytes",
+        "log": f"{log['path']}: {log['why'] or 'writable'}, {log['bytes']} bytes, the last event is {log['last_seq']}",
     }
     show(facts)
 
@@ -92,8 +92,8 @@ def release(
 
 
 @click.command()
-@click.argument("seconds", metavar="SECONDS", required=False, type=click.FloatRange(min=0))
-@click.option("--seconds", "named", metavar="SECONDS", type=click.FloatRange(min=0), help="The same, by name.")
+@click.argument("seconds", metavar="SECONDS", required=False, type=SECONDS)
+@click.option("--seconds", "named", metavar="SECONDS", type=SECONDS, help="The same, by name.")
 @reservation_id
 @with_control
 @as_json
@@ -111,7 +111,7 @@ def extend(
 
 
 @click.command()
-@click.option("--timeout", metavar="SECONDS", type=click.FloatRange(min=0), help="Then exit with 1. [default: never]")
+@click.option("--timeout", metavar="SECONDS", type=SECONDS, help="Then exit with 1. [default: never]")
 @with_control
 @as_json
 def wait(control: Control, *, timeout: float | None, as_json: bool) -> None:
@@ -157,4 +157,11 @@ def _ask(control: Control, path: str, body: dict[str, Any], as_json: bool) -> An
 def _in_short(held: dict[str, Any] | None) -> str:
     if held is None:
         return "nothing"
-    return f"{held['id']}, a {held['kind']}, for {held['held_seconds']:g} s, ends at {held['ends_at']}"
+    return f"{held['id']}, a {held['kind']}, for {held['held_seconds']} s, ends at {held['ends_at']}"
+
+
+def _healthy(consumer: dict[str, Any]) -> str:
+    if not consumer["url"]:
+        return "not asked, no url is set"
+    lately = "" if consumer["last"] in (None, "healthy") else f", but at the last look: {consumer['last']}"
+    return f"healthy, {consumer['url']}{lately}"

@@ -104,7 +104,7 @@ class Reservation:
         self._note(told)
         self._farewell: dict[str, Any] | None = None
         self._body: asyncio.Task[Any] | None = None
-        self._cancelled = False
+        self._cancelled = self._unanswered = False  # its body; a release of which nobody knows what came
 
     def seconds_left(self) -> float:
         """Until the deadline, as the worker counts."""
@@ -116,9 +116,9 @@ class Reservation:
             status, answer = await self._control.post("/extend", {"reservation_id": self.id, "seconds": seconds})
         except Silent:
             return False
-        if status == 200:
+        if status == 200:  # the worker's cap may have made it less than what was asked for
+            self._deadline += _seconds(answer["ends_at"]) - _seconds(self.ends_at)
             self.ends_at = answer["ends_at"]
-            self._deadline = asyncio.get_running_loop().time() + seconds  # the next look corrects it
         return status == 200
 
     async def __aenter__(self) -> Reservation:
@@ -161,6 +161,7 @@ class Reservation:
             try:
                 status, answer = await asyncio.wait_for(self._control.post("/release", self._farewell), left)
             except (Silent, asyncio.TimeoutError) as error:
+                self._unanswered = True
                 log.warning("reservation %s is not released yet: %s", self.id, str(error) or "no answer")
                 await asyncio.sleep(RETRY_SECONDS)
             except (TypeError, ValueError) as error:
@@ -168,7 +169,8 @@ class Reservation:
             else:
                 if status == 422:
                     await self._refused(answer.get("result") or answer["error"])
-                self.released = status == 200 and answer["released"]
+                taken_before = self._unanswered and answer.get("state") == "released"
+                self.released = status == 200 and (answer["released"] or taken_before)
                 if not self.released:
                     self.gone_because = answer.get("reason") or answer.get("error")
                     log.warning("reservation %s was not released: %s", self.id, self.gone_because)
@@ -186,14 +188,13 @@ class Reservation:
         """Whether the exception is this class's own cancellation, and no other's at the same time."""
         if not self._cancelled:
             return False
-        uncancel = getattr(self._body, "uncancel", None)  # from Python 3.11 on cancellations are counted
-        others = uncancel() if uncancel is not None else 0
+        others = getattr(self._body, "uncancel", int)()  # from Python 3.11 on cancellations are counted
         return isinstance(error, asyncio.CancelledError) and not others
 
     def _note(self, told: dict[str, Any]) -> None:
         """The deadline by the loop's clock; the worker's own clock is what `held_at` and `held_seconds` make."""
         self.ends_at = told["ends_at"]
-        left = _seconds(told["ends_at"]) - _seconds(told["held_at"]) - told["held_seconds"]
+        left: float = _seconds(told["ends_at"]) - _seconds(told["held_at"]) - told["held_seconds"]
         self._deadline = asyncio.get_running_loop().time() + left
 
     async def _watch(self) -> None:
@@ -226,16 +227,16 @@ class Reservation:
                 continue
             heard = loop.time()
             self._note(told)
-            pause = LOOK_SECONDS
+            pause, half = LOOK_SECONDS, self._hold / 2
             if self._extend:
-                if self.seconds_left() <= self._hold / 2:
+                if self.seconds_left() <= half:
                     await self.extend(self._hold)
-                pause = min(pause, max(self.seconds_left() - self._hold / 2, self._hold / 20))
+                pause = min(pause, max(self.seconds_left() - half, half / 10))
             await _rung(bell, pause)
 
 
 async def _rung(bell: asyncio.Event, seconds: float) -> None:
-    """Wait for it, but not for longer. Before Python 3.12 `asyncio.wait_for` loses a cancellation now and then."""
+    """Wait for it, so long at most. Before Python 3.12 `asyncio.wait_for` loses a cancellation now and then."""
     ring = asyncio.ensure_future(bell.wait())
     try:
         await asyncio.wait([ring], timeout=seconds)

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 from typing import Any
+from urllib.parse import quote
 
 import aiohttp
 
@@ -64,9 +65,9 @@ class ControlPort:
 
     async def fate(self, reservation_id: str) -> str:
         """How a reservation has ended, in words."""
-        _, found = await self._ask("GET", "/reservations?limit=50")
+        _, found = await self._ask("GET", f"/reservations?id={quote(reservation_id)}")
         for each in (found or {}).get("reservations", ()):
-            if each["id"] == reservation_id:
+            if each["id"] == reservation_id:  # an older worker does not look at `id`
                 return f"{each['state']}, {each['reason']}"
         return "the worker does not hold it any more"
 

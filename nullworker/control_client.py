@@ -27,7 +27,7 @@ ANSWERS: Final[dict[tuple[str, int], Any]] = {
         "version": str,
         "held": dict | None,
         "queue": {"length": int, "limit": int, "oldest_seconds": float | int | None},
-        "consumer": {"url": str | None, "why": str | None},
+        "consumer": {"url": str | None, "why": str | None, "last": str | None},
         "autoscaler": {"reports_to": list | None, "trouble": str | None, "backlog": int},
         "log": {"path": str, "why": str | None, "last_seq": int, "bytes": int},
     },

@@ -39,7 +39,7 @@ class EventLog:
 
     Attributes:
         last_seq: the seq of the last event in the file; 0 in an empty one.
-        on_append: called with the seconds that each append took.
+        on_append: called after each append, with the number of its events and the seconds that it took.
     """
 
     def __init__(self, path: Path, conn: sqlite3.Connection, lock: int | None) -> None:
@@ -47,7 +47,7 @@ class EventLog:
         self.conn = conn
         self._lock = lock
         self._file = os.stat(path)
-        self.on_append: Callable[[float], None] | None = None
+        self.on_append: list[Callable[[int, float], None]] = []
         self.last_seq: int = conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
 
     def append(self, events: Sequence[tuple[int, Event]]) -> None:
@@ -58,9 +58,10 @@ class EventLog:
         """
         started = stopwatch()
         self._write(_INSERT, [(seq, *to_row(event)) for seq, event in events])
-        if self.on_append is not None:
-            self.on_append(stopwatch() - started)
+        took = stopwatch() - started
         self.last_seq = events[-1][0]
+        for listener in self.on_append:
+            listener(len(events), took)
 
     def live(self) -> Iterator[tuple[int, Event]]:
         """The events of every reservation that has not ended, in order: all that a restart needs.

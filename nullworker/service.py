@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from msgspec import UNSET, UnsetType
 
-from nullworker.clock import Clock
+from nullworker.clock import Clock, to_ms
 from nullworker.condition import Condition
 from nullworker.errors import LogUnavailable
 from nullworker.fsm.book import Book, Claim, Limits, Reservation
@@ -62,7 +62,7 @@ class Service:
         book: what is live; read it, and change it only through the commands here.
         condition: whether claims are taken at all.
         observers: called with every commit, in order; what they raise is logged and goes no further.
-        unwritten: events that wait for the log, with their seqs.
+        unwritten: what has become true and still waits for the log, in order.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Service:
         self.book = Book(limits)
         self.condition = condition
         self.observers: list[Observer] = []
-        self.unwritten: list[tuple[int, Event]] = []
+        self.unwritten: list[Commit] = []
         self._journal = journal
         self._clock = clock
         self._make_id = make_id
@@ -85,8 +85,13 @@ class Service:
         return self._seq
 
     def now(self) -> float:
-        """The worker's time, in epoch seconds."""
-        return self._clock.now()
+        """The worker's time, in epoch seconds to the millisecond: as precise as it is shown, and no more."""
+        return to_ms(self._clock.now())
+
+    def find(self, reservation_id: str) -> Reservation | None:
+        """A reservation that is live, or has ended while its end still waits for the log: what the log cannot tell."""
+        waiting = (each.reservation for each in self.unwritten if each.event.reservation_id == reservation_id)
+        return self.book.get(reservation_id) or next(waiting, None)
 
     def restore(self) -> None:
         """Go on after a restart: replay what is open, end the requests whose connections died, expire what is over.
@@ -227,9 +232,13 @@ class Service:
         if not events:
             return []
         numbered = list(enumerate(events, self._seq + 1))
-        self._store(numbered, must=must)
+        stored = self._store(numbered)
+        if not stored and not must:
+            raise LogUnavailable(self.condition.log or "the event log cannot be written")
         self._seq += len(events)
         commits = [Commit(seq, event, self.book.apply(event)) for seq, event in numbered]
+        if not stored:
+            self.unwritten += commits
         for commit in commits:
             for observer in (*self._watchers.get(commit.event.reservation_id, ()), *self.observers):
                 try:
@@ -240,18 +249,16 @@ class Service:
                 self._watchers.pop(commit.event.reservation_id, None)
         return commits
 
-    def _store(self, numbered: list[tuple[int, Event]], *, must: bool) -> None:
-        if not self.unwritten or self._flush(self.now()):
-            try:
-                self._journal.append(numbered)
-            except LogUnavailable as error:
-                self._log_failed(error)
-            else:
-                self._log_works()
-                return
-        if not must:
-            raise LogUnavailable(self.condition.log or "the event log cannot be written")
-        self.unwritten += numbered
+    def _store(self, numbered: list[tuple[int, Event]]) -> bool:
+        if self.unwritten and not self._flush(self.now()):
+            return False
+        try:
+            self._journal.append(numbered)
+        except LogUnavailable as error:
+            self._log_failed(error)
+            return False
+        self._log_works()
+        return True
 
     def _flush(self, now: float) -> bool:
         """Write what waits in memory. True: nothing waits any more, and the log may be tried."""
@@ -259,7 +266,7 @@ class Service:
             return False
         try:
             if self.unwritten:
-                self._journal.append(self.unwritten)
+                self._journal.append([(each.seq, each.event) for each in self.unwritten])
             else:
                 self._journal.probe()
         except LogUnavailable as error:

@@ -240,7 +240,7 @@ class Simulation:
         assert self.up is not None
         down, self.up = self.up, None
         self.figures["kills"] += 1
-        self.excused |= {event.reservation_id for _, event in down.service.unwritten}
+        self.excused |= {each.reservation.id for each in down.service.unwritten}
         await down.end()
         self.disk.broken = 0.0
         rows = self.rows() if power_cut else []
@@ -269,7 +269,7 @@ class Simulation:
         await asyncio.sleep(0)  # the answers go out
         await asyncio.sleep(0)
         self.up = None
-        self.excused |= {event.reservation_id for _, event in stopping.service.unwritten}
+        self.excused |= {each.reservation.id for each in stopping.service.unwritten}
         await stopping.end()
         with contextlib.suppress(sqlite3.Error):
             await stopping.reporter.flush(2.0)

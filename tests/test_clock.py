@@ -124,6 +124,7 @@ SPANS = st.floats(0, 90) | NEARLY_HALF | HALVES
 MOMENTS = SPANS.map(lambda seconds: 1_795_000_000 + seconds)
 
 
+@settings(deadline=None)
 @given(start=MOMENTS, span=SPANS)
 def test_a_span_is_what_lies_between_the_times_that_are_shown(start: float, span: float) -> None:
     shown = from_iso(iso(start + span)) - from_iso(iso(start))

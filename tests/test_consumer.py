@@ -10,10 +10,11 @@ from typing import Any
 
 import aiohttp
 import pytest
-from harness import PATIENCE, WorkerProcess
+from harness import PATIENCE, WorkerProcess, post
 from programs import answered, caller, free_port, session
 
 from nullworker.consumer import Reservation, ResultRefused, health_endpoint, reservations
+from nullworker.consumer_port import ControlPort, Silent
 
 
 async def first(found: AsyncGenerator[Reservation, None]) -> Reservation:
@@ -122,7 +123,7 @@ async def test_the_body_is_cancelled_when_the_caller_hangs_up_and_the_loop_goes_
 
 
 async def test_the_body_is_cancelled_at_the_deadline_when_it_is_not_extended(worker: WorkerProcess) -> None:
-    async with caller(worker, duration=0.3) as asked:
+    async with caller(worker, duration=1) as asked:
         found = reservations(worker.control, extend=False)
         async with await first(found) as reservation:
             await asyncio.Event().wait()
@@ -132,7 +133,7 @@ async def test_the_body_is_cancelled_at_the_deadline_when_it_is_not_extended(wor
 
 
 async def test_a_body_may_take_longer_than_the_caller_asked_for(worker: WorkerProcess) -> None:
-    async with caller(worker, duration=0.6) as asked:
+    async with caller(worker, duration=1.5) as asked:
         found = reservations(worker.control)
         async with await first(found) as reservation:
             before = reservation.ends_at
@@ -144,7 +145,7 @@ async def test_a_body_may_take_longer_than_the_caller_asked_for(worker: WorkerPr
 
 
 async def test_an_extension_never_shortens_a_hold(worker: WorkerProcess) -> None:
-    async with caller(worker, duration=0.6):
+    async with caller(worker, duration=1.5):
         found = reservations(worker.control)
         async with await first(found):
             for nth in (1, 2, 3):
@@ -194,6 +195,52 @@ async def test_a_release_that_nobody_heard_is_made_when_the_worker_is_back(
     assert reservation.released
     assert (await worker.get("/reservations?state=released"))["reservations"][0]["result"] == "done"
     await found.aclose()
+
+
+async def test_a_release_whose_answer_was_lost_is_known_as_taken(
+    worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, lost = ControlPort.post, list[str]()
+
+    async def loses_the_first_answer(control: ControlPort, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        answer = await ask(control, path, body)
+        if path == "/release" and not lost:
+            lost.append(path)
+            raise Silent("the connection broke")
+        return answer
+
+    monkeypatch.setattr(ControlPort, "post", loses_the_first_answer)
+    async with caller(worker) as asked:
+        found = reservations(worker.control)
+        async with await first(found) as reservation:
+            reservation.result = "done"
+        assert (lost, reservation.released, reservation.gone_because) == (["/release"], True, None)
+        assert (await answered(asked))["result"] == "done"
+        await found.aclose()
+
+
+async def test_how_one_has_ended_is_known_however_many_came_after_it(tmp_path: Path) -> None:
+    async with WorkerProcess(tmp_path, NULL_MAX_QUEUE_SECONDS="0") as worker:
+        async with caller(worker):
+            one = (await worker.line("reservation_held"))["reservation_id"]
+        await worker.line("reservation_cancelled")
+        async with caller(worker):
+            await worker.line("reservation_held", nth=2)
+            for _ in range(60):
+                assert (await post(worker.url + "/reserve", {})).status == 429
+            control = ControlPort(worker.control)
+            async with control.http:
+                assert await control.fate(one) == "cancelled, client_disconnect"
+                assert await control.fate("never-was") == "the worker does not hold it any more"
+
+
+async def test_seconds_left_are_no_more_than_the_worker_allows(tmp_path: Path) -> None:
+    async with WorkerProcess(tmp_path, MAX_RESERVATION_SECONDS="100") as worker, caller(worker):
+        found = reservations(worker.control)
+        async with await first(found) as reservation:
+            assert await reservation.extend(10_000)
+            assert 50 < reservation.seconds_left() <= 100
+        await found.aclose()
 
 
 async def test_a_worker_that_stays_dead_ends_the_body(worker: WorkerProcess) -> None:

@@ -106,15 +106,47 @@ async def test_everybody_is_told_that_the_log_cannot_be_written_and_that_it_can_
     status = await worker.get("/status")
     assert (status["state"], status["log"]["unwritten"], status["log"]["why"]) == ("errored", 2, why)
     assert await worker.metric("nullworker_event_log_unwritten") == 2
+    assert await worker.metric("nullworker_event_log_events_total") == 2
     assert await worker.metric("nullworker_worker_state", state="errored") == 1
     await vast.wait_for(lambda: str(worker.db) in vast.statuses[-1]["error_msg"])
     await trouble.over()
     await worker.line("event_log_recovered")
     assert (await worker.get("/readyz"))["ready"] is True
     assert await worker.metric("nullworker_event_log_unwritten") == 0
+    assert await worker.metric("nullworker_event_log_events_total") == 4
     await vast.wait_for(lambda: vast.statuses[-1]["error_msg"] == "", 15)
     await worker.release()
     assert (await held).status == 200
+
+
+@pytest.mark.parametrize("trouble", ANY, indirect=True)
+async def test_what_ends_without_a_log_is_told_as_ended_everywhere(
+    trouble: Trouble, worker: WorkerProcess, vast: StandIn
+) -> None:
+    held = await hold(vast, worker)
+    await trouble.begin(worker)
+    turned_away = await refused(vast, worker)
+    assert (await worker.release())["released"] is True
+    known_as = (await held).body["reservation_id"]
+    again = await worker.release(reservation_id=known_as)
+    assert again == {
+        "released": False,
+        "reason": "the reservation has ended: released, explicit",
+        "state": "released",
+    }
+    late = await post(worker.control + "/extend", {"reservation_id": turned_away, "seconds": 5})
+    assert late.status == 409
+    listed = (await worker.get("/reservations"))["reservations"]
+    assert [(row["id"], row["state"]) for row in listed] == [(turned_away, "cancelled"), (known_as, "released")]
+    assert (await worker.get("/reservations?state=held"))["reservations"] == []
+    assert [row["id"] for row in (await worker.get("/reservations?state=released"))["reservations"]] == [known_as]
+    assert [row["id"] for row in (await worker.get("/reservations?limit=1"))["reservations"]] == [turned_away]
+    assert (await worker.get(f"/reservations?id={known_as}"))["reservations"] == listed[1:]
+    (older,) = (await worker.get(f"/reservations?before={listed[0]['queued_at']}"))["reservations"]
+    assert older == listed[1]
+    await trouble.over()
+    await worker.line("event_log_recovered")
+    assert (await worker.get("/reservations"))["reservations"] == listed, "and the same when it is written"
 
 
 @pytest.mark.parametrize("trouble", ANY, indirect=True)

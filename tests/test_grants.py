@@ -165,6 +165,12 @@ def test_the_same_auth_is_the_same_however_it_is_written() -> None:
         fingerprint(deep)
 
 
+def test_a_number_is_the_same_however_it_is_written() -> None:
+    assert fingerprint({"cost": 100, "n": [1]}) == fingerprint({"cost": 100.0, "n": [1e0]})
+    assert fingerprint({"cost": 100.5}) not in (fingerprint({"cost": 100}), fingerprint({"cost": 101}))
+    assert fingerprint({"cost": float("inf")}) != fingerprint({"cost": 0})
+
+
 def test_the_fingerprints_in_old_logs_are_those_of_today() -> None:
     """Else the owner of a session could not end it any more after an update."""
     assert fingerprint({"b": [1, 2], "a": "ä"}) == "309c7942c66e9a3ada8068b72db4cbc0cc8518b31220d6b3373e0524df9c048d"

@@ -177,14 +177,14 @@ async def test_only_so_many_failures_in_a_row_count(begin: Begin, vast: StandIn,
 async def test_no_answer_in_time_a_redirect_and_a_closed_port_are_failures(
     begin: Begin, vast: StandIn, consumer: Consumer
 ) -> None:
-    async with begin(NULL_HEALTH_TIMEOUT="0.1") as worker:
+    async with begin(NULL_HEALTH_TIMEOUT="0.5") as worker:
         consumer.status = 302
         assert (await worker.line("consumer_unhealthy"))["why"] == f"{consumer.url} answered 302"
         consumer.status = 200
         await worker.line("consumer_healthy", nth=2)
         consumer.status = None
         line = await worker.line("consumer_unhealthy", nth=2)
-        assert line["why"] == f"{consumer.url} did not answer in 0.1 s"
+        assert line["why"] == f"{consumer.url} did not answer in 0.5 s"
         consumer.status = 200
         await worker.line("consumer_healthy", nth=3)
         await consumer.stop()

@@ -152,6 +152,11 @@ async def test_the_history_comes_newest_first_by_pages_and_by_state(worker: Work
     assert await ids(f"?limit=2&before={newest_first[1]}") == newest_first[2:4]
     assert await ids(f"?before={newest_first[-1]}") == []
     assert await ids("?before=2001-01-01T00:00:00Z") == []
+    shown = {each["id"]: each["queued_at"] for each in (await worker.get("/reservations"))["reservations"]}
+    for known_as, at in shown.items():
+        assert await ids(f"?before={at}") == [each for each in newest_first if shown[each] < at]
+        assert await ids(f"?id={known_as}") == [known_as]
+    assert await ids("?id=never-was") == []
     assert await ids("?state=held") == [held]
     assert await ids("?state=queued") == [queued]
     assert await ids("?state=expired&limit=1") == [over[-1]]

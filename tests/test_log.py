@@ -44,12 +44,15 @@ def test_a_log_is_opened_with_what_its_promises_rest_on(path: Path, sync: dict[s
             assert pragma(log, "busy_timeout") == 100, "the whole worker waits so long for a stranger"
 
 
-def test_the_seconds_of_each_append_are_told(log: EventLog) -> None:
-    took: list[float] = []
-    log.on_append = took.append
+def test_each_append_is_told_with_its_events_and_its_seconds(log: EventLog) -> None:
+    told: list[tuple[int, float]] = []
+    log.on_append.append(lambda events, seconds: told.append((events, seconds)))
     queue(log, "a")
-    assert len(took) == 1
-    assert 0 < took[0] < 10
+    log.append([(seq, Event(100.0, f"r{seq}", "queued", None, TERMS)) for seq in (2, 3)])
+    with pytest.raises(LogUnavailable):
+        queue(log, "a")
+    assert [events for events, _ in told] == [1, 2]
+    assert all(0 < seconds < 10 for _, seconds in told)
 
 
 def test_a_batch_that_is_refused_leaves_the_log_as_it_was(log: EventLog) -> None:

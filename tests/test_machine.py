@@ -282,6 +282,9 @@ class Reservations(RuleBasedStateMachine):
 
     # -- promises ------------------------------------------------------------------------------------------------
 
+    def waiting(self) -> list[tuple[int, Event]]:
+        return [(commit.seq, commit.event) for commit in self.service.unwritten]
+
     def picture(self) -> tuple[Any, ...]:
         return deepcopy(
             (self.service.book.held, list(self.service.book.queue.values()), self.service.seq, len(self.seen))
@@ -289,13 +292,13 @@ class Reservations(RuleBasedStateMachine):
 
     @invariant()
     def observers_have_heard_the_log_and_nothing_else(self) -> None:
-        assert self.seen == self.rows() + self.service.unwritten
+        assert self.seen == self.rows() + self.waiting()
         assert [seq for seq, _ in self.seen] == list(range(1, len(self.seen) + 1))
 
     @invariant()
     def the_state_is_what_replay_gives(self) -> None:
         book = Book(self.limits)
-        for _, event in self.rows() + self.service.unwritten:
+        for _, event in self.rows() + self.waiting():
             book.apply(event)
         assert book.held == self.service.book.held
         assert book.queue == self.service.book.queue

@@ -55,6 +55,13 @@ def desk() -> Desk:
     return Desk()
 
 
+def test_times_are_as_precise_as_they_are_shown() -> None:
+    """So the time of an event, as it was shown, is the time of that event, and of no other between it and the next."""
+    desk = Desk(clock=FakeClock(1_800_000_000.12345))
+    held = desk.service.claim(Claim())
+    assert (held.queued_at, held.ends_at) == (1_800_000_000.123, 1_800_000_060.123)
+
+
 def test_an_id_is_sixteen_letters_and_digits_and_no_two_are_the_same() -> None:
     ids = {new_id() for _ in range(1000)}
     assert len(ids) == 1000

@@ -1,4 +1,4 @@
-"""A log that cannot be read in the middle of a stream: the reader sees the cut, and nothing is held for nobody."""
+"""A log that fails in the middle of a stream: its reader sees the cut, or what it waited for, and no slot is lost."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from harness import PATIENCE
 
 from nullworker import history
 from nullworker.app import Worker
+from nullworker.http import stream
 from nullworker.log import open_log
 from nullworker.settings import read_settings
 
@@ -47,6 +48,27 @@ def fail(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
         raise error
 
     monkeypatch.setattr(history, "events", fails)
+
+
+async def test_what_waited_for_the_log_comes_into_the_streams_when_it_is_written(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "KEEPALIVE_SECONDS", 1e6)
+    reserve, port = b"POST /reserve", worker.settings.worker_port
+    async with (
+        asked(worker.settings.null_control_port, b"GET /events") as everything,
+        asked(port, reserve, b"{}"),
+        asked(port, reserve, b'{"stream": true}') as own,
+    ):
+        await asyncio.wait_for(everything.reader.readuntil(b'"seq":3'), PATIENCE)
+        held = worker.service.book.held
+        assert held is not None
+        worker.log.conn.execute("PRAGMA query_only = ON")
+        worker.service.release(held.id)
+        await asyncio.wait_for(own.reader.readuntil(b'"queued"'), PATIENCE)
+        worker.log.conn.execute("PRAGMA query_only = OFF")
+        await asyncio.wait_for(everything.reader.readuntil(b'"released"'), PATIENCE)
+        await asyncio.wait_for(own.reader.readuntil(b'"held"'), PATIENCE)
 
 
 ERRORS = [sqlite3.OperationalError("disk I/O error"), ValueError("a bug")]

@@ -112,14 +112,17 @@ class Control:
         return json_response(reservation_json(held, self._service.now()))
 
     async def reservations(self, request: web.Request) -> web.Response:
-        """The history, newest first."""
+        """The history, newest first; or the one reservation that is asked for."""
         state = request.query.get("state") or None
         if state is not None and state not in STATES:
             raise Invalid("state is wrong", state=f"must be one of {', '.join(STATES)}")
         limit = int(number(request, "limit", 50, MAX_PAGE))
+        if one := request.query.get("id"):
+            known = self._known(one)
+            return json_response({"reservations": [] if known is None else [known]})
         before = request.query.get("before") or None
         try:
-            found = history.reservations(self._log.conn, state=state, limit=limit, before=before)
+            found = self._newest(state, limit, before)
         except ValueError:
             raise Invalid("before is wrong", before="must be the id of a reservation or an ISO 8601 time") from None
         return json_response({"reservations": found})
@@ -153,7 +156,7 @@ class Control:
         resume = request.headers.get("Last-Event-ID") or request.query.get("after") or "0"
         if not resume.isascii() or not resume.isdigit() or len(resume) > 18:
             raise Invalid("after is wrong", after=f"must be a seq, a whole number from 0, not {resume!r}")
-        return await stream_events(request, self._service, self._log, int(resume), self.watchers)
+        return await stream_events(request, self._log, int(resume), self.watchers)
 
     def _not_held(self, reservation_id: str) -> web.Response:
         known = self._known(reservation_id)
@@ -164,10 +167,20 @@ class Control:
         return json_response({"released": False, "reason": _fate(known), "state": known["state"]})
 
     def _known(self, reservation_id: str) -> dict[str, Any] | None:
-        live = self._service.book.get(reservation_id)
-        if live is not None:
-            return reservation_json(live, self._service.now())
+        found = self._service.find(reservation_id)
+        if found is not None:
+            return reservation_json(found, self._service.now())
         return history.reservation(self._log.conn, reservation_id)
+
+    def _newest(self, state: str | None, limit: int, before: str | None) -> list[dict[str, Any]]:
+        """The log's reservations, and in place of them or before them those of which it does not know the end yet."""
+        rows = {row["id"]: row for row in history.reservations(self._log.conn, state=state, limit=limit, before=before)}
+        now = self._service.now()
+        for waiting in (commit.reservation for commit in self._service.unwritten):
+            if waiting.id in rows or before is None:
+                rows[waiting.id] = reservation_json(waiting, now)
+        newest = sorted(rows.values(), key=lambda row: str(row["queued_at"]), reverse=True)
+        return [row for row in newest if state in (None, row["state"])][:limit]
 
     async def _next_hold(self, seconds: float) -> None:
         with self.watchers.bell() as bell:

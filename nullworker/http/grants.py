@@ -113,13 +113,23 @@ class Grant(msgspec.Struct):
 def fingerprint(auth: Any) -> str:
     """SHA-256 of an auth_data, the same for the same JSON value whatever its spacing or order.
 
+    100 and 100.0 are one number: JavaScript, for one, writes the first where it has read the second.
+
     Raises:
         Invalid: it nests too deep to be compared.
     """
     try:
-        return hashlib.sha256(json.dumps(auth, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(_one_kind(auth), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     except RecursionError:
         raise Invalid("the auth nests too deep") from None
+
+
+def _one_kind(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _one_kind(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_one_kind(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class Gate:

@@ -3,7 +3,7 @@
 A stream is how the official client holds a worker for longer than its own request timeout, and the keepalives keep
 proxies that cut idle connections from cutting it. The format is the WHATWG HTML standard's, section 9.2.
 
-The one rule: a stream reads the log and is only woken by commits, so that a slow reader costs no memory.
+The one rule: a stream reads the log and is only woken by its appends, so that a slow reader costs no memory.
 """
 
 from __future__ import annotations
@@ -70,20 +70,23 @@ async def stream_reservation(
             return verdict_response(reservation)
         with _cut_off_by_errors(request):
             response = await _begin(request, {RESERVATION_HEADER: reservation.id})
+            event_log.on_append.append(bell.ring)  # what waits for the log is in the stream when it is written
             await _follow(response, event_log, bell, 0, reservation.id, until=lambda: reservation.state in ENDED)
             await response.write(_data(verdict(reservation)[1]))
             await response.write_eof()
             return response
     finally:
         service.unwatch(reservation.id, bell.ring)
+        with contextlib.suppress(ValueError):
+            event_log.on_append.remove(bell.ring)
 
 
 async def stream_events(
-    request: web.Request, service: Service, event_log: EventLog, after: int, watchers: Watchers
+    request: web.Request, event_log: EventLog, after: int, watchers: Watchers
 ) -> web.StreamResponse:
     """Every event after a seq, and every one to come, until the reader goes or the worker stops."""
     with watchers.bell() as bell:
-        service.observers.append(bell.ring)
+        event_log.on_append.append(bell.ring)
         try:
             with _cut_off_by_errors(request):
                 response = await _begin(request)
@@ -91,7 +94,7 @@ async def stream_events(
                 await response.write_eof()
                 return response
         finally:
-            service.observers.remove(bell.ring)
+            event_log.on_append.remove(bell.ring)
 
 
 @contextlib.contextmanager

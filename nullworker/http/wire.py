@@ -163,7 +163,7 @@ def verdict(reservation: Reservation) -> tuple[int, dict[str, Any]]:
     assert held_at is not None
     if reservation.state == "expired":
         assert reservation.ends_at is not None
-        return 200, {"released": reservation.reason, "duration": tidy(reservation.ends_at - held_at)}
+        return 200, {"released": reservation.reason, "duration": elapsed(held_at, reservation.ends_at)}
     body = {
         "released": reservation.reason,
         "duration_cap": tidy(reservation.terms.duration_cap),

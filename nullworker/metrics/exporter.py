@@ -89,7 +89,7 @@ class Exporter:
         self.auth_failures = counter("auth_failures_total", "Requests that were not authenticated.", ("reason",))
         self.reports = counter("autoscaler_reports_total", "Calls to the autoscaler.", ("call", "result"))
         self.callbacks = counter("session_callbacks_total", "Calls of a session's on_close_route.", ("result",))
-        self.events = counter("event_log_events_total", "Events that this process has committed.")
+        self.events = counter("event_log_events_total", "Events that this process has written to the log.")
         self.append = histogram("event_log_append_seconds", "Time that one commit to the log took.", _APPEND_BUCKETS)
         for metric, values in (
             (self.releases, RELEASE_RESULTS),
@@ -117,7 +117,6 @@ class Exporter:
     def observe(self, commit: Commit) -> None:
         """An event was committed."""
         event, reservation = commit.event, commit.reservation
-        self.events.inc()
         if event.kind == "held":
             self._held_here = reservation.id
             self.queue_wait.observe(max(event.at - reservation.queued_at, 0.0))
@@ -133,6 +132,11 @@ class Exporter:
         assert reservation.held_at is not None
         own = reservation.id == self._held_here
         return max(until - (reservation.held_at if own else max(reservation.held_at, self._since)), 0.0)
+
+    def count_append(self, events: int, seconds: float) -> None:
+        """So many events were written, in one commit that took so long."""
+        self.events.inc(events)
+        self.append.observe(seconds)
 
     def count_request(self, port: str, route: str, status: int, seconds: float | None) -> None:
         """An HTTP request was answered; `seconds` is None for one that was held."""
