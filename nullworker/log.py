@@ -23,6 +23,7 @@ from nullworker.clock import Anchor, stopwatch, wall_iso
 from nullworker.errors import CannotStart, LogUnavailable
 from nullworker.fsm.events import Event, from_row, to_row
 from nullworker.logs import get_log
+from nullworker.migrations import migrate
 
 log = get_log(__name__)
 
@@ -239,7 +240,7 @@ def _open(path: Path, sync: str, lock: int) -> EventLog:
         conn.execute(f"PRAGMA synchronous = {sync}")
         conn.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
         conn.execute("PRAGMA recursive_triggers = ON")
-        schema.migrate(conn)
+        migrate(conn)
         if _suspicion(path).exists():
             rehearsal.examine(conn)
             _suspicion(path).unlink()

@@ -10,20 +10,18 @@ that is the view `done_with`. A DELETE fails for whoever tries it.
 `live` is derived by triggers from `events`, so that a start reads what is open and not the whole history.
 Times are stored as epoch seconds and shown by the views as ISO 8601 UTC with milliseconds.
 
-The one rule: a released migration never changes; a new shape is a new migration and a higher VERSION.
+What it leaves out: how a file gets this shape (migrations.py).
+
+The one rule: a new shape is a new migration and a higher VERSION.
 """
 
 from __future__ import annotations
 
-import re
 import sqlite3
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from nullworker.errors import CannotStart
-
-if TYPE_CHECKING:
-    from sqlite_utils import Database
 
 #: `PRAGMA user_version` of a file that this code writes.
 VERSION: Final = 2
@@ -32,7 +30,7 @@ OLDEST_SQLITE: Final = (3, 38)
 #: `PRAGMA application_id`: "nulw", so that `file` and this project know whose it is.
 APPLICATION_ID: Final = 0x6E756C77
 
-_TABLES: Final = """
+TABLES: Final = """
 CREATE TABLE events (
     seq INTEGER PRIMARY KEY,  -- order of the events; given by the writer
     at REAL NOT NULL,  -- epoch seconds
@@ -72,7 +70,7 @@ CREATE TABLE meta (
 ) STRICT;
 """
 
-_RULES: Final = """
+RULES: Final = """
 CREATE TRIGGER events_are_not_changed BEFORE UPDATE ON events
 BEGIN SELECT RAISE(ABORT, 'events are append-only: no UPDATE'); END;
 CREATE TRIGGER events_are_not_removed BEFORE DELETE ON events
@@ -194,7 +192,7 @@ SELECT seq, at, reservation_id
    AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = events.seq)
 """
 
-_VIEWS: Final = {
+VIEWS: Final = {
     "timeline": _TIMELINE,
     "reservations": _RESERVATIONS,
     "open_reservations": _OPEN,
@@ -226,47 +224,3 @@ def check_version(path: Path, conn: sqlite3.Connection) -> None:
             f"{path} was written by a newer nullworker (log version {version}, this one knows {VERSION}); "
             "update nullworker, or set NULL_EVENT_LOG to another file"
         )
-
-
-def migrate(conn: sqlite3.Connection) -> None:
-    """Bring a file to VERSION, in one transaction for each step.
-
-    Raises:
-        sqlite3.Error: it cannot be read or written.
-    """
-    if conn.execute("PRAGMA user_version").fetchone()[0] == VERSION:
-        return  # the common case, which need not wait for the import below
-    from sqlite_utils import Database, Migrations
-
-    migrations = Migrations("nullworker")
-
-    # sqlite-utils runs each migration in a transaction; execute() keeps to it, where executescript() would commit
-    @migrations()
-    def m001_events(db: Database) -> None:
-        for statement in _statements(_TABLES):
-            db.execute(statement)
-        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-
-    @migrations()
-    def m002_rules_and_views(db: Database) -> None:
-        # They hold nothing: whoever changes one gives each file all of them anew, in a new migration like this one.
-        for name in re.findall(r"CREATE TRIGGER (\w+)", _RULES):
-            db.execute(f"DROP TRIGGER IF EXISTS {name}")
-        for statement in _statements(_RULES):
-            db.execute(statement)
-        for name, select in _VIEWS.items():
-            db.execute(f"DROP VIEW IF EXISTS {name}")
-            db.execute(f"CREATE VIEW {name} AS {select}")
-        db.execute(f"PRAGMA user_version = {VERSION}")
-
-    migrations.apply(Database(conn))
-
-
-def _statements(script: str) -> list[str]:
-    statements, part = [], ""
-    for line in script.splitlines(keepends=True):
-        part += line
-        if sqlite3.complete_statement(part):
-            statements.append(part)
-            part = ""
-    return statements

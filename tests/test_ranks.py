@@ -20,6 +20,7 @@ RANKS = (
         "service",
         "alarm",
         "journal",
+        "migrations",
         "schema",
         "log",
         "rehearsal",
@@ -84,6 +85,15 @@ def test_time_is_asked_in_one_file() -> None:
         if file.name != "clock.py" and "testing" not in file.parts:
             for name in imports(file):
                 assert name.split(".")[0] != "time", f"{file}: the time comes from clock.py"
+
+
+def test_a_new_log_does_not_pay_for_migrations(tmp_path: Path) -> None:
+    script = "import sys, pathlib, nullworker.log as log; log.open_log(pathlib.Path(sys.argv[1])); print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "log.db")], capture_output=True, text=True, check=True
+    )
+    assert "sqlite3" in loaded.stdout.split()
+    assert "sqlite_utils" not in loaded.stdout.split()
 
 
 @pytest.mark.parametrize(

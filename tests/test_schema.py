@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nullworker import history, schema
+from nullworker import history, migrations, schema
 from nullworker.fsm.events import Ended, Event, Extended, Held, Queued, SessionTerms
 from nullworker.fsm.table import EventKind
 from nullworker.log import EventLog, open_log
@@ -22,6 +22,13 @@ GOLDEN = Path(__file__).parent / "golden"
 def log(tmp_path: Path) -> Iterator[EventLog]:
     with contextlib.closing(open_log(tmp_path / "nullworker.db", sync="normal")) as log:
         yield log
+
+
+def old_log(folder: Path) -> sqlite3.Connection:
+    """A file of version 1, without events."""
+    conn = sqlite3.connect(folder / "old.db", isolation_level=None)
+    conn.executescript((GOLDEN / "shape-v1.sql").read_text())
+    return conn
 
 
 def begin(name: str, seq: int) -> list[tuple[int, Event]]:
@@ -222,17 +229,29 @@ def test_a_file_says_whose_it_is_and_of_which_version(log: EventLog) -> None:
     assert steps == [("nullworker", "m001_events"), ("nullworker", "m002_rules_and_views")]
 
 
+def test_a_file_that_cannot_be_made_has_nothing_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(migrations.STEPS, "m003_fails", ["CREATE TABLE events (seq)"])
+    with contextlib.closing(sqlite3.connect(tmp_path / "new.db", isolation_level=None)) as conn:
+        with pytest.raises(sqlite3.OperationalError, match="exists"):
+            migrations.migrate(conn)
+        assert conn.execute("SELECT count(*) FROM sqlite_schema").fetchone() == (0,)
+        assert not conn.in_transaction
+    with contextlib.closing(old_log(tmp_path)) as conn:
+        with pytest.raises(sqlite3.OperationalError, match="exists"):
+            migrations.migrate(conn)
+        assert conn.execute("PRAGMA user_version").fetchone() == (2,), "the steps before stay"
+
+
 def test_a_file_of_version_1_is_brought_up_to_date_with_all_its_events(log: EventLog, tmp_path: Path) -> None:
-    old = tmp_path / "old.db"
-    with contextlib.closing(sqlite3.connect(old)) as conn:
-        conn.executescript((GOLDEN / "shape-v1.sql").read_text())
+    with contextlib.closing(old_log(tmp_path)) as conn:
         conn.execute("CREATE VIEW mine AS SELECT count(*) AS events FROM events")
         rows = [tuple(json.loads(line)) for line in (GOLDEN / "log-v1.jsonl").read_text().splitlines()]
         conn.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", rows)
-        conn.commit()
-    with contextlib.closing(open_log(old)) as opened:
+    with contextlib.closing(open_log(tmp_path / "old.db")) as opened:
         assert opened.conn.execute("SELECT * FROM events").fetchall() == rows
         shape = "SELECT type, name, sql FROM sqlite_schema WHERE sql IS NOT NULL AND name <> 'mine' ORDER BY name"
         assert opened.conn.execute(shape).fetchall() == log.conn.execute(shape).fetchall()
-        assert opened.conn.execute("PRAGMA user_version").fetchone() == (schema.VERSION,)
+        for pragma in ("user_version", "application_id"):
+            ours, theirs = [each.conn.execute(f"PRAGMA {pragma}").fetchone() for each in (log, opened)]
+            assert ours == theirs, pragma
         assert opened.conn.execute("SELECT events FROM mine").fetchone() == (len(rows),), "a user's view stays"
