@@ -45,7 +45,7 @@ class Door:
         return json_response({"bytes": len(await read_body(request))})
 
     async def nothing(self, request: web.Request) -> Any:
-        """A bug that the middleware cannot catch: no answer at all."""
+        """A bug: no answer at all."""
 
     async def hold(self, request: web.Request) -> web.Response:
         await read_body(request)

@@ -49,15 +49,15 @@ def mutated(draw: st.DrawFn, good: bytes) -> bytes:
 class Request:
     """As much of a request as a gate reads."""
 
-    class _Content:
-        def is_eof(self) -> bool:
-            return True
-
     def __init__(self, body: bytes) -> None:
-        self.content_length, self.content, self._body = len(body), self._Content(), body
+        self.content_length, self.content = len(body), self
+        self._parts = [body, b""]
 
-    async def read(self) -> bytes:
-        return self._body
+    def is_eof(self) -> bool:
+        return True
+
+    async def readany(self) -> bytes:
+        return self._parts.pop(0)
 
 
 class OneKey:

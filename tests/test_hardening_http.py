@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 from doors import EMPTY, HEAD, Door
@@ -90,8 +91,28 @@ async def test_an_expectation_that_is_none_is_answered_in_json(door: Door) -> No
     await wire.close()
 
 
-async def test_a_bug_that_no_middleware_sees_is_answered_in_json(door: Door, logged: Callable[[], list[str]]) -> None:
+async def test_a_handler_that_answers_nothing_is_a_bug_that_is_counted(
+    door: Door, logged: Callable[[], list[str]]
+) -> None:
     wire = await door.connect(EMPTY.replace(b"/echo", b"/nothing") + EMPTY)
+    assert [(await wire.answer()).status for _ in range(2)] == [500, 200]
+    assert logged() == ["bug"]
+    assert door.counted == [("door", "/nothing", 500), ("door", "/echo", 200)]
+    await wire.close()
+
+
+async def test_a_bug_in_the_counting_of_answers_is_answered_in_json(
+    door: Door, logged: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = door.count_request
+
+    def fails(*counted: Any) -> None:
+        if counted[1] == "/echo":
+            raise ValueError("a bug")
+        count(*counted)
+
+    monkeypatch.setattr(door, "count_request", fails)
+    wire = await door.connect(EMPTY + EMPTY)
     answer = await wire.answer()
     assert (answer.status, list(answer.body), answer.headers["server"]) == (500, ["error"], "nullworker")
     assert await wire.end() == b""

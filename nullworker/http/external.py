@@ -52,8 +52,12 @@ class External:
     async def reserve(self, request: web.Request) -> web.StreamResponse:
         """Claim the slot, or wait for the end of a session."""
         reservation, stream = await self._admit(request)  # the grant is not kept while it waits: 1 kB for each caller
+        if reservation.state not in ENDED:
+            request[HELD] = True
         try:
-            return await self._hold(request, reservation, stream=stream)
+            if stream:  # from the moment in which it is held
+                return await stream_reservation(request, self._service, self._log, reservation)
+            return verdict_response(await self._service.ended(reservation))
         except BaseException:  # whatever it was, nobody waits for the end any more
             if reservation.terms.kind == "request":  # a session stays, whoever waits for its end
                 self._service.cancel(reservation.id, "client_disconnect")
@@ -84,14 +88,6 @@ class External:
         if session is None or session.terms.session is None or session.id != grant.session_id:
             raise Gone(f"there is no session {grant.session_id}")
         return session, stream
-
-    async def _hold(self, request: web.Request, reservation: Reservation, *, stream: bool) -> web.StreamResponse:
-        """Answer when the reservation has ended; as a stream, from the moment in which it is held."""
-        if reservation.state not in ENDED:
-            request[HELD] = True
-        if stream:
-            return await stream_reservation(request, self._service, self._log, reservation)
-        return verdict_response(await self._service.ended(reservation))
 
 
 def external_app(external: External, sessions: Sessions, counts: Counts) -> web.Application:

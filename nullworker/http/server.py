@@ -18,7 +18,6 @@ import itertools
 import resource
 import socket
 import ssl
-from collections.abc import Callable
 from typing import Any, Final, cast
 
 from aiohttp import web
@@ -26,8 +25,9 @@ from aiohttp import web
 # Not documented, but without an underscore: the one way to tell 431 from 400.
 from aiohttp.http_exceptions import LineTooLong
 
+from nullworker.clock import stopwatch
 from nullworker.errors import SlowBody
-from nullworker.http.wire import SERVER_NAME, UNREADABLE, json_response
+from nullworker.http.wire import ANSWERS, SERVER_NAME, json_response
 from nullworker.logs import get_log
 
 log = get_log(__name__)
@@ -123,10 +123,10 @@ class Connection(web.RequestHandler):
             if isinstance(exc, LineTooLong) or message == _TOO_MANY_HEADERS:
                 status = 431
             error = f"the request is no valid HTTP: {' '.join((message or '').split())[:200]}"
-        else:  # outside of wire.py's middleware, so a bug
+        else:  # outside of `Port._handle`, so a bug
             log.exception("bug", route=request.path, method=request.method)
             error = "a bug in nullworker; its log has the details"
-        self._port.unreadable(status)
+        self._port.answers.count_unreadable(status)
         answer = json_response({"error": error}, status, {"Server": SERVER_NAME})
         answer.force_close()
         return answer
@@ -165,7 +165,7 @@ class Port:
         tls: ssl.SSLContext | None = None,
         shutdown_seconds: float = 1.0,
     ) -> None:
-        self.unreadable: Callable[[int], None] = app[UNREADABLE]
+        self.answers = app[ANSWERS]
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=shutdown_seconds)
         self._listener = listener
         self._most = most
@@ -187,7 +187,7 @@ class Port:
         self._server = self._runner.server
         self._answer = self._server.request_handler
         # Attributes without an underscore, but not documented. Around the app rather than in a middleware, since
-        # aiohttp answers `Expect` before any middleware.
+        # aiohttp answers `Expect` before any middleware, and each frame costs memory for every request that waits.
         self._server.request_handler = self._handle
         self._listener.setblocking(False)
         self._look = self._loop.call_later(LOOK_SECONDS, self._close_late)
@@ -231,11 +231,17 @@ class Port:
         self._idle.pop(connection, None)
         if not connection.stuck:
             self._pressed.pop(connection, None)
+        started, status = stopwatch(), 499
         try:
-            return await self._answer(request)
-        except web.HTTPException as error:  # 417: an expectation that is none
-            return json_response({"error": error.reason}, error.status)
+            response = await self._answer(request)
+            status = response.status
+            return response
+        except Exception as error:
+            refusal = self.answers.to_error(request, error)
+            status = refusal.status
+            return refusal
         finally:
+            self.answers.count(request, status, stopwatch() - started)
             connection.busy = False
             if connection.line is not None:
                 self._pressed.pop(connection, None)

@@ -1,4 +1,4 @@
-"""What all ports share: JSON and errors out, one middleware, and how a reservation looks.
+"""What all ports share: JSON and errors out, every answer counted, and how a reservation looks.
 
 The one rule: every answer that is an error is JSON with `error`, made here and nowhere else.
 """
@@ -15,11 +15,10 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET
 
-from nullworker.clock import elapsed, iso, stopwatch, tidy
+from nullworker.clock import elapsed, iso, tidy
 from nullworker.errors import RETRY_AFTER_SECONDS, LogUnavailable, RequestError, Unauthorized
 from nullworker.fsm.book import Reservation
 from nullworker.fsm.table import ending
-from nullworker.http.bodies import MAX_BODY_BYTES, too_large
 from nullworker.logs import get_log
 
 log = get_log(__name__)
@@ -30,8 +29,6 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 #: Set on a request that waited for a reservation: its duration says nothing about this server.
 HELD = web.RequestKey("held", bool)
-#: Of an app: counts an answer to what was no request.
-UNREADABLE: web.AppKey[Callable[[int], None]] = web.AppKey("unreadable")
 #: The header `Server`: a name, and no versions, which aiohttp would tell.
 SERVER_NAME: Final = "nullworker"
 
@@ -58,57 +55,67 @@ def json_response(body: Any, status: int = 200, headers: dict[str, str] | None =
     )
 
 
-def make_app(port: str, counts: Counts, guard: Callable[[web.Request], None] | None = None) -> web.Application:
-    """An app whose every answer is counted and whose every error is JSON. `guard` may refuse any request."""
+class Answers:
+    """What every answer of one port has in common: an error is JSON with `error`, and each is counted."""
 
-    @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        started, status = stopwatch(), 499
-        try:
-            response = await _answer(request, handler, guard, counts)
-            status = response.status
-            return response
-        finally:
-            info = request.match_info.route.resource
-            route = info.canonical if info is not None else "unknown"
-            counts.count_request(port, route, status, None if request.get(HELD) else stopwatch() - started)
+    def __init__(self, port: str, counts: Counts) -> None:
+        self._port = port
+        self._counts = counts
 
-    async def name_server(request: web.Request, response: web.StreamResponse) -> None:
-        response.headers["Server"] = SERVER_NAME
-
-    app = web.Application(middlewares=[middleware], client_max_size=MAX_BODY_BYTES)
-    app.on_response_prepare.append(name_server)
-    app[UNREADABLE] = lambda status: counts.count_request(port, "unknown", status, None)
-    return app
-
-
-async def _answer(
-    request: web.Request, handler: Handler, guard: Callable[[web.Request], None] | None, counts: Counts
-) -> web.StreamResponse:
-    try:
-        if guard is not None:
-            guard(request)
-        return await handler(request)
-    except RequestError as error:
-        if isinstance(error, Unauthorized):
-            counts.count_auth_failure(error.reason)
-        return json_response(error.body, error.status, error.headers)
-    except (LogUnavailable, sqlite3.Error) as error:
-        body = {"error": f"the event log: {error}", "reason": "log_unavailable"}
-        return json_response(body, LogUnavailable.status, {"Retry-After": str(RETRY_AFTER_SECONDS)})
-    except web.HTTPException as error:
-        return _http_error(request, error)
-    except web.RequestPayloadError as error:  # not compressed, or not in chunks, as its headers say
-        return json_response({"error": f"the body cannot be read: {' '.join(str(error).split())}"}, 400)
-    except ConnectionError:  # raised on, it would be a bug to aiohttp
-        return json_response({"error": "the client hung up"}, 499)
-    except Exception:
+    def to_error(self, request: web.BaseRequest, error: Exception) -> web.Response:
+        """The answer to a request that was not done; call it while the error is handled."""
+        if isinstance(error, RequestError):
+            if isinstance(error, Unauthorized):
+                self._counts.count_auth_failure(error.reason)
+            return json_response(error.body, error.status, error.headers)
+        if isinstance(error, (LogUnavailable, sqlite3.Error)):
+            body = {"error": f"the event log: {error}", "reason": "log_unavailable"}
+            return json_response(body, LogUnavailable.status, {"Retry-After": str(RETRY_AFTER_SECONDS)})
+        if isinstance(error, web.HTTPException):
+            return _http_error(request, error)
+        if isinstance(error, web.RequestPayloadError):  # not compressed, or not in chunks, as its headers say
+            return json_response({"error": f"the body cannot be read: {' '.join(str(error).split())}"}, 400)
+        if isinstance(error, ConnectionError):  # raised on, it would be a bug to aiohttp
+            return json_response({"error": "the client hung up"}, 499)
         error_id = secrets.token_hex(4)
         log.exception("bug", error_id=error_id, route=request.path, method=request.method)
         return json_response({"error": f"a bug in nullworker; its log has the details under {error_id}"}, 500)
 
+    def count(self, request: web.BaseRequest, status: int, seconds: float) -> None:
+        """A request was answered; of one that waited for a reservation the seconds say nothing about this server."""
+        info = request.match_info.route.resource if isinstance(request, web.Request) else None
+        route = info.canonical if info is not None else "unknown"
+        self._counts.count_request(self._port, route, status, None if request.get(HELD) else seconds)
 
-def _http_error(request: web.Request, error: web.HTTPException) -> web.Response:
+    def count_unreadable(self, status: int) -> None:
+        """What was no request was answered."""
+        self._counts.count_request(self._port, "unknown", status, None)
+
+
+#: Of an app; http/server.py answers by it.
+ANSWERS: web.AppKey[Answers] = web.AppKey("answers", Answers)
+
+
+def make_app(port: str, counts: Counts, guard: Callable[[web.Request], None] | None = None) -> web.Application:
+    """An app whose every answer is counted and whose every error is JSON. `guard` may refuse any request."""
+
+    @web.middleware
+    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        assert guard is not None
+        guard(request)
+        return await handler(request)
+
+    async def name_server(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["Server"] = SERVER_NAME
+
+    # without a guard no middleware: each costs a request that waits 0.7 kB
+    app = web.Application(middlewares=[] if guard is None else [guarded])
+    app.on_response_prepare.append(name_server)
+    app[ANSWERS] = Answers(port, counts)
+    return app
+
+
+def _http_error(request: web.BaseRequest, error: web.HTTPException) -> web.Response:
     if isinstance(error, web.HTTPNotFound):
         return json_response({"error": f"there is no {request.path} on this port"}, 404)
     if isinstance(error, web.HTTPMethodNotAllowed):
@@ -116,8 +123,6 @@ def _http_error(request: web.Request, error: web.HTTPException) -> web.Response:
         return json_response(
             {"error": f"{request.method} is not allowed on {request.path}; allowed: {allowed}"}, 405, {"Allow": allowed}
         )
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
-        return json_response(too_large().body, 413)
     return json_response({"error": error.reason}, error.status)
 
 
