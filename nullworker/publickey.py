@@ -33,6 +33,7 @@ class PublicKey:
             raise ValueError("the autoscaler's key is no RSA key")
         self._key = key
         self._good: tuple[str, bytes] | None = None
+        self.verify("", "A" * 342 + "==")  # the first takes 1 ms more than all others: here nobody waits for it
 
     def verify(self, url: str, signature: str) -> bool:
         """Whether the autoscaler has granted the worker at url: PKCS#1 v1.5 and SHA-256; only the url is signed.
