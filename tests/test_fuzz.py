@@ -8,6 +8,7 @@ import contextlib
 import json
 from typing import Any
 
+from doors import Request
 from fuzz_values import TEXT, VALUES, nested
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -44,20 +45,6 @@ def mutated(draw: st.DrawFn, good: bytes) -> bytes:
 
 
 # -- what is sent ------------------------------------------------------------------------------------------------------
-
-
-class Request:
-    """As much of a request as a gate reads."""
-
-    def __init__(self, body: bytes) -> None:
-        self.content_length, self.content = len(body), self
-        self._parts = [body, b""]
-
-    def is_eof(self) -> bool:
-        return True
-
-    async def readany(self) -> bytes:
-        return self._parts.pop(0)
 
 
 class OneKey:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from doors import Request
 
 from nullworker.condition import Condition
 from nullworker.errors import Invalid, Unauthorized, Unavailable
@@ -202,21 +203,6 @@ def test_a_cost_is_a_number_or_says_one(cost: Any, *, is_one: bool) -> None:
     else:
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(fields, Auth)
-
-
-class Request:
-    """As much of a request as the gate reads."""
-
-    class content:  # noqa: N801
-        @staticmethod
-        def is_eof() -> bool:
-            return True
-
-    def __init__(self, body: bytes) -> None:
-        self.content_length, self._body = len(body), body
-
-    async def read(self) -> bytes:
-        return self._body
 
 
 class Payload(msgspec.Struct):
