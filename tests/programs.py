@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import secrets
 import socket
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -87,10 +88,15 @@ async def until(true: Callable[[], bool]) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody has now; for what must have the same one after a restart."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A port that nobody has now; for what must have the same one after a restart.
+
+    It is below those that the kernel gives to connections, so that none of the other tests' takes it meanwhile.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with contextlib.suppress(OSError), socket.socket() as sock:
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 def dead_address() -> str:
