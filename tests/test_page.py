@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import re
 import shutil
-import socket
 from collections.abc import AsyncIterator
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +20,7 @@ import pytest
 import pytest_asyncio
 from harness import PATIENCE, WorkerProcess
 from playwright.async_api import Browser, Page, async_playwright, expect
+from programs import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -55,11 +55,6 @@ async def worker(tmp_path: Path) -> AsyncIterator[WorkerProcess]:
     """A worker whose control port is the same after a restart."""
     async with WorkerProcess(tmp_path, NULL_CONTROL_PORT=str(free_port()), NULL_MAX_QUEUE_SECONDS="300") as started:
         yield started
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 async def opened(browser: Browser, url: str, **context: Any) -> Page:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import Answer, WorkerProcess, post, secured, signed
+from programs import free_port
 
 from nullworker.testing import StandIn
 
@@ -24,12 +24,6 @@ async def worker(vast: StandIn, tmp_path: Path) -> AsyncIterator[WorkerProcess]:
     async with secured(tmp_path, vast, MAX_RESERVATION_SECONDS="100", WORKER_HTTP_PORT=str(free_port())) as worker:
         await worker.line("key_loaded")
         yield worker
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class Owner:
