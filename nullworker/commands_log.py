@@ -111,7 +111,8 @@ def history(control: Control, asked: Asked) -> None:
     with _opened(control, asked.log) as conn:
         last = _last(conn)
         with _at_one_moment(conn):
-            rows = log_queries.reservations(conn, state=asked.state, since=asked.since, limit=asked.limit)
+            found = log_queries.reservations(conn, state=asked.state, since=asked.since, limit=asked.limit)
+            rows = [row for row in found if row is not None]
         printer = _Printer(_RESERVATION, as_json=asked.as_json)
         printer.print(reversed(rows) if asked.follow else rows)
         for event in _events_to_come(conn, last) if asked.follow else ():

@@ -3,18 +3,23 @@
 What it leaves out: writing (log.py). It imports nothing heavy, since `nullworker history` runs it too.
 
 The one rule: each query costs what it returns, not what the log has grown to. The exception is a state that is rare:
-to find it, the newest are walked through (0.4 s for a million events; an index would cost each commit a page).
+to find it, the newest are walked through, 0.4 s for a million events (an index would cost each commit a page). It is
+done in steps, so that the worker need not stand still.
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
 from nullworker.clock import from_iso, iso, tidy
 from nullworker.fsm.table import ENDED, LIVE, Outcome, ending
+
+#: Events that are walked through in one step: about 10 ms.
+STEP: Final = 20_000
 
 _COLUMNS: Final = (
     "id, kind, state, reason, queued_at, held_at, ends_at, ended_at, queued_seconds, held_seconds,"
@@ -52,21 +57,26 @@ def reservations(
     limit: int = 50,
     before: str | None = None,
     since: float | None = None,
-) -> list[dict[str, Any]]:
-    """The newest reservations first.
+) -> Iterator[dict[str, Any] | None]:
+    """The newest reservations first, and a None after each step of the search: there others may have their turn.
 
     `before`: the id of a reservation, or an ISO time; older ones are returned. `since`: epoch seconds.
 
     Raises:
         ValueError: before is neither a known id nor a time.
     """
+    # each by itself: SQLite reads the whole table for both
+    first, last = conn.execute("SELECT (SELECT min(seq) FROM events), (SELECT max(seq) FROM events)").fetchone()
     where, values = ["kind = 'queued'"], list[Any]()
     if before is not None:
         found = conn.execute(
             "SELECT seq FROM events WHERE reservation_id = ? AND kind = 'queued'", (before,)
         ).fetchone()
-        where.append("seq < ?" if found else "at < ?")
-        values.append(found[0] if found else from_iso(before))
+        if found:
+            last = found[0] - 1
+        else:
+            where.append("at < ?")
+            values.append(from_iso(before))
     if since is not None:
         where.append("at >= ?")
         values.append(since)
@@ -76,12 +86,23 @@ def reservations(
     elif state in LIVE:
         where.append("reservation_id IN (SELECT reservation_id FROM live WHERE state = ?)")
         values.append(state)
-    ids = conn.execute(
-        f"SELECT reservation_id FROM events q WHERE {' AND '.join(where)} ORDER BY seq DESC LIMIT ?",
-        (*values, limit),
-    ).fetchall()
-    found_rows = (reservation(conn, reservation_id) for (reservation_id,) in ids)
-    return [row for row in found_rows if row is not None]
+    if first is None:
+        return
+    step = max(last, 1) if state in LIVE else STEP  # what is live is found by its name, and not by a walk
+    for top in range(last, first - 1, -step):
+        ids = conn.execute(
+            f"SELECT reservation_id FROM events q WHERE {' AND '.join(where)} AND seq BETWEEN ? AND ?"
+            " ORDER BY seq DESC LIMIT ?",
+            (*values, top - step + 1, top, limit),
+        ).fetchall()
+        for (reservation_id,) in ids:
+            row = reservation(conn, reservation_id)
+            if row is not None:
+                yield row
+        limit -= len(ids)
+        if limit <= 0:
+            return
+        yield None
 
 
 def event_json(seq: int, at: float, reservation_id: str, kind: str, reason: str | None, data: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ same machine, or a host name rebound to 127.0.0.1, gets 403.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -122,7 +123,7 @@ class Control:
             return json_response({"reservations": [] if known is None else [known]})
         before = request.query.get("before") or None
         try:
-            found = self._newest(state, limit, before)
+            found = await self._newest(state, limit, before)
         except ValueError:
             raise Invalid("before is wrong", before="must be the id of a reservation or an ISO 8601 time") from None
         return json_response({"reservations": found})
@@ -172,9 +173,14 @@ class Control:
             return reservation_json(found, self._service.now())
         return history.reservation(self._log.conn, reservation_id)
 
-    def _newest(self, state: str | None, limit: int, before: str | None) -> list[dict[str, Any]]:
+    async def _newest(self, state: str | None, limit: int, before: str | None) -> list[dict[str, Any]]:
         """The log's reservations, and in place of them or before them those of which it does not know the end yet."""
-        rows = {row["id"]: row for row in history.reservations(self._log.conn, state=state, limit=limit, before=before)}
+        rows: dict[str, dict[str, Any]] = {}
+        for row in history.reservations(self._log.conn, state=state, limit=limit, before=before):
+            if row is None:
+                await asyncio.sleep(0)
+            else:
+                rows[row["id"]] = row
         now = self._service.now()
         for waiting in (commit.reservation for commit in self._service.unwritten):
             if waiting.id in rows or before is None:
