@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from harness import WorkerProcess
 from programs import Program, answered, caller, free_port, nullworker, run, until
 
-from nullworker.fsm.events import Event, Queued
+from nullworker import history
+from nullworker.cli import cli
+from nullworker.fsm.events import Ended, Event, Queued
 from nullworker.log import open_log
 
 
@@ -113,6 +117,24 @@ async def test_the_time_of_a_row_as_it_was_shown_finds_that_row(tmp_path: Path) 
     shown = json.loads(row)["queued_at"]
     assert shown == "2023-11-14T22:13:20.124Z"
     assert (await nullworker("history", "--json", "--log", str(path), "--since", shown)) == row + "\n"
+
+
+def test_a_state_that_is_asked_for_is_that_of_every_row_whatever_happens_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = open_log(tmp_path / "log.db")
+    terms = Queued("request", 60.0, 1_700_000_030.0)
+    log.append([(1, Event(1_700_000_000.0, "a", "queued", None, terms))])
+    read = history.reservation
+
+    def read_too_late(conn: sqlite3.Connection, reservation_id: str) -> dict[str, Any] | None:
+        log.append([(2, Event(1_700_000_001.0, "a", "expired", "queue_timeout", Ended()))])
+        return read(conn, reservation_id)
+
+    monkeypatch.setattr(history, "reservation", read_too_late)
+    said = CliRunner().invoke(cli, ["history", "--json", "--state", "queued", "--log", str(log.path)])
+    assert json.loads(said.stdout)["state"] == "queued"
+    log.close()
 
 
 async def test_follow_goes_on_with_what_comes(tmp_path: Path) -> None:

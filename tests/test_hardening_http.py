@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from doors import EMPTY, HEAD, Door
 
+from nullworker.http.bodies import MAX_BODY_BYTES
+
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n"
 
 
@@ -125,6 +127,17 @@ async def test_a_body_that_unpacks_to_more_than_is_allowed_is_refused(door: Door
     wire = await door.connect(HEAD + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(bomb) + bomb)
     answer = await wire.answer()
     assert (answer.status, list(answer.body)) == (413, ["error"])
+    await wire.close()
+
+
+@pytest.mark.parametrize(("size", "status"), [(MAX_BODY_BYTES, 200), (MAX_BODY_BYTES + 1, 413)])
+async def test_a_body_whose_size_nobody_has_told_has_the_same_bound(door: Door, size: int, status: int) -> None:
+    wire = await door.connect(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+    for part in (bytes(1000), bytes(size - 1000)):
+        await wire.send(b"%x\r\n%s\r\n" % (len(part), part))
+    await wire.send(b"0\r\n\r\n")
+    answer = await wire.answer()
+    assert (answer.status, answer.body.get("bytes")) == (status, size if status == 200 else None)
     await wire.close()
 
 
