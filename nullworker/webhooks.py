@@ -98,12 +98,13 @@ class Callbacks:
         try:
             while True:
                 await self._bell.wait()
-                for callback in self._owed(seen):
+                owed = self._owed(seen)
+                for callback in owed or ():
                     seen = callback.seq
                     task = asyncio.ensure_future(self._deliver(callback))
                     self._under_way[seen] = task
                     task.add_done_callback(functools.partial(self._over, seen))
-                if self._service.unwritten:  # an end that waits for the log is owed only when it is written
+                if owed is None or self._service.unwritten:  # an end is owed only when it is in the log
                     await asyncio.sleep(FIRST_PAUSE_SECONDS)
                     self._bell.ring()
         finally:
@@ -113,12 +114,12 @@ class Callbacks:
     def _over(self, seq: int, _: asyncio.Task[None]) -> None:
         self._under_way.pop(seq, None)
 
-    def _owed(self, after: int) -> list[history.Callback]:
+    def _owed(self, after: int) -> list[history.Callback] | None:
         try:
             return history.callbacks(self._log.conn, after=after)
         except sqlite3.Error as error:
-            log.error("callbacks_not_read", error=str(error), message="the event log cannot be read")
-            return []
+            log.error("callbacks_not_read", error=str(error), message="the event log cannot be read; it is tried again")
+            return None
 
     async def _deliver(self, callback: history.Callback) -> None:
         pause = FIRST_PAUSE_SECONDS

@@ -15,7 +15,7 @@ import pytest
 from harness import PATIENCE
 from programs import dead_address
 
-from nullworker import webhooks
+from nullworker import history, webhooks
 from nullworker.clock import SystemClock
 from nullworker.condition import Condition
 from nullworker.fsm.book import Limits
@@ -97,6 +97,22 @@ async def test_a_call_that_has_failed_leaves_nothing_in_memory() -> None:
         gc.enable()
         await post.close()
     assert left < 5 * size
+
+
+async def test_a_log_that_cannot_be_read_is_tried_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owe(path, None)
+    owner, read, troubles = Owner(lambda _: None), history.callbacks, [sqlite3.OperationalError("disk I/O error")]
+
+    def fails_once(*args: Any, **kw: Any) -> Any:
+        if troubles:
+            raise troubles.pop()
+        return read(*args, **kw)
+
+    monkeypatch.setattr(webhooks, "FIRST_PAUSE_SECONDS", 0.0)
+    with contextlib.closing(open_log(path)) as log:
+        monkeypatch.setattr(history, "callbacks", fails_once)
+        async with delivering(log, owner, lambda _: None):
+            assert await owner.told() == "s0"
 
 
 async def test_what_an_older_log_holds_that_is_larger_is_still_delivered(path: Path) -> None:
