@@ -11,8 +11,8 @@ from typing import Final
 
 from nullworker.service import Commit, Service
 
-#: Seconds by which the same deadline may come out differently: an epoch in a float is good to a quarter of a us.
-SAME_SECONDS: Final = 0.001
+#: Seconds by which the same deadline may come out differently: the worker's time is told to the millisecond.
+SAME_SECONDS: Final = 0.002
 
 
 class Alarm:

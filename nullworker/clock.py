@@ -118,6 +118,15 @@ def from_iso(text: str) -> float:
     return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 
 
+def from_shown(text: str) -> float:
+    """The first moment that is shown as this ISO 8601 time: an event of a log of version 1 is finer than it is shown.
+
+    Raises:
+        ValueError: it is no such time.
+    """
+    return from_iso(text) - 0.0005
+
+
 def _read_boot_id() -> str:
     try:
         return _BOOT_ID.read_text().strip()

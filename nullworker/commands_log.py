@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple
 import click
 
 from nullworker import history as log_queries
-from nullworker.clock import SystemClock, from_iso
+from nullworker.clock import SystemClock, from_shown
 from nullworker.control_client import Control, NoWorker, with_control
 from nullworker.errors import BadSettings, CannotStart
 from nullworker.fsm.table import EVENT_KINDS, STATES
@@ -61,7 +61,7 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> float | N
     if age := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text):
         return SystemClock().now() - float(age[1]) * _UNITS[age[2]]
     try:
-        return from_iso(text)
+        return from_shown(text)
     except ValueError:
         raise click.BadParameter(f"{text!r} must be an age as 90s, 15m, 6h or 2d, or an ISO 8601 time") from None
 

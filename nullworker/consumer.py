@@ -21,12 +21,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from datetime import datetime
 from typing import Any, TypeVar
 
+from nullworker.bell import Bell
 from nullworker.consumer_port import RETRY_SECONDS, ControlPort, Silent
 
 log = logging.getLogger(__name__)
@@ -160,6 +162,7 @@ class Reservation:
         while (left := until - loop.time()) > 0:
             try:
                 status, answer = await asyncio.wait_for(self._control.post("/release", self._farewell), left)
+                taken = status == 200 and (answer["released"] or await self._was_taken())
             except (Silent, asyncio.TimeoutError) as error:
                 self._unanswered = True
                 log.warning("reservation %s is not released yet: %s", self.id, str(error) or "no answer")
@@ -169,12 +172,17 @@ class Reservation:
             else:
                 if status == 422:
                     await self._refused(answer.get("result") or answer["error"])
-                taken_before = self._unanswered and answer.get("state") == "released"
-                self.released = status == 200 and (answer["released"] or taken_before)
-                if not self.released:
+                self.released = taken
+                if not taken:
                     self.gone_because = answer.get("reason") or answer.get("error")
                     log.warning("reservation %s was not released: %s", self.id, self.gone_because)
                 return
+
+    async def _was_taken(self) -> bool:
+        """Whether what has ended it is an earlier release of ours, of which the answer was lost."""
+        known = await self._control.known(self.id) if self._unanswered else None
+        ours = ["released", self._reason, (self._farewell or {}).get("result")]
+        return known is not None and json.loads(json.dumps(ours)) == [known["state"], known["reason"], known["result"]]
 
     async def _refused(self, why: str) -> None:
         assert self._farewell is not None
@@ -199,7 +207,7 @@ class Reservation:
 
     async def _watch(self) -> None:
         """Extend it while it is held, and find out when it is not any more."""
-        bell = asyncio.Event()
+        bell = Bell()
         ringer = asyncio.ensure_future(self._control.ring(bell))
         try:
             self.gone_because = await self._until_gone(bell)
@@ -210,12 +218,12 @@ class Reservation:
             self._cancelled = True
             self._body.cancel()
 
-    async def _until_gone(self, bell: asyncio.Event) -> str:
+    async def _until_gone(self, bell: Bell) -> str:
         """The stream of events only wakes this up; what is true is what /reservation says."""
         loop = asyncio.get_running_loop()
         heard = loop.time()
         while True:
-            bell.clear()
+            bell.silence()
             try:
                 told = await self._control.held()
                 if told is None or told["id"] != self.id:
@@ -232,16 +240,7 @@ class Reservation:
                 if self.seconds_left() <= half:
                     await self.extend(self._hold)
                 pause = min(pause, max(self.seconds_left() - half, half / 10))
-            await _rung(bell, pause)
-
-
-async def _rung(bell: asyncio.Event, seconds: float) -> None:
-    """Wait for it, so long at most. Before Python 3.12 `asyncio.wait_for` loses a cancellation now and then."""
-    ring = asyncio.ensure_future(bell.wait())
-    try:
-        await asyncio.wait([ring], timeout=seconds)
-    finally:
-        ring.cancel()
+            await bell.wait(pause)
 
 
 async def _to_its_end(work: Coroutine[Any, Any, _T]) -> _T:

@@ -1,6 +1,6 @@
 """The control port as a consumer in asyncio sees it: what is held, its release, and a bell that rings at every event.
 
-It needs aiohttp and nothing of this project. For commands, which must not wait for aiohttp, there is control_client.py.
+It needs aiohttp, and of this project a bell. For commands, which must not wait for aiohttp, there is control_client.py.
 
 The one rule: an answer is either what was asked for or `Silent`; to wait and try again is the caller's choice.
 """
@@ -16,6 +16,8 @@ from typing import Any
 from urllib.parse import quote
 
 import aiohttp
+
+from nullworker.bell import Bell
 
 log = logging.getLogger(__name__)
 
@@ -63,20 +65,23 @@ class ControlPort:
             raise Silent(f"{self.url}/reservation answers {status}: {told}")
         return told or None
 
+    async def known(self, reservation_id: str) -> dict[str, Any] | None:
+        """A reservation, whether it is held or not; None when the worker does not know it."""
+        _, found = await self._ask("GET", f"/reservations?id={quote(reservation_id)}")
+        named = (found or {}).get("reservations", ())
+        return next((each for each in named if each["id"] == reservation_id), None)  # older ones do not look at `id`
+
     async def fate(self, reservation_id: str) -> str:
         """How a reservation has ended, in words."""
-        _, found = await self._ask("GET", f"/reservations?id={quote(reservation_id)}")
-        for each in (found or {}).get("reservations", ()):
-            if each["id"] == reservation_id:  # an older worker does not look at `id`
-                return f"{each['state']}, {each['reason']}"
-        return "the worker does not hold it any more"
+        known = await self.known(reservation_id)
+        return f"{known['state']}, {known['reason']}" if known else "the worker does not hold it any more"
 
     async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Any command. Raises TypeError or ValueError when the body is no JSON."""
         return await self._ask("POST", path, json.dumps(body, allow_nan=False))
 
-    async def ring(self, bell: asyncio.Event) -> None:
-        """Set the bell at every event, and whenever the stream breaks or begins: something may have been missed."""
+    async def ring(self, bell: Bell) -> None:
+        """Ring the bell at every event, and whenever the stream breaks or begins: something may have been missed."""
         forever = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=ANSWER_SECONDS)
         while True:
             with contextlib.suppress(aiohttp.ClientError, OSError, asyncio.TimeoutError, Silent):
@@ -84,8 +89,8 @@ class ControlPort:
                 after = status["log"]["last_seq"]
                 async with self.http.get(f"{self.url}/events?after={after}", timeout=forever) as stream:
                     async for _ in stream.content.iter_any():
-                        bell.set()
-            bell.set()
+                        bell.ring()
+            bell.ring()
             await asyncio.sleep(RETRY_SECONDS)
 
     async def _ask(self, method: str, path: str, body: str | None = None) -> tuple[int, Any]:

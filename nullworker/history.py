@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from nullworker.clock import from_iso, iso, tidy
+from nullworker.clock import from_shown, iso, tidy
 from nullworker.fsm.table import ENDED, LIVE, Outcome, ending
 
 #: Events that are walked through in one step: about 10 ms.
@@ -37,11 +37,7 @@ class Finished:
     queued_at: float
     held_at: float | None
     ended_at: float
-
-    @property
-    def at_once(self) -> bool:
-        """It was over in the moment in which it began."""
-        return self.held_at is None and self.ended_at == self.queued_at
+    refused_at_once: bool
 
 
 def reservation(conn: sqlite3.Connection, reservation_id: str) -> dict[str, Any] | None:
@@ -76,7 +72,7 @@ def reservations(
             last = found[0] - 1
         else:
             where.append("at < ?")
-            values.append(from_iso(before))
+            values.append(from_shown(before))
     if since is not None:
         where.append("at >= ?")
         values.append(since)
@@ -141,7 +137,7 @@ def finished(conn: sqlite3.Connection, *, after: int, limit: int) -> list[Finish
     """Reservations that have ended, in the order of their ends, from an event on."""
     rows = conn.execute(
         """
-        SELECT e.seq, q.data ->> 'request_idx', e.kind, e.reason, q.at, h.at, e.at
+        SELECT e.seq, q.data ->> 'request_idx', e.kind, e.reason, q.at, h.at, e.at, q.data ->> 'give_up_at'
           FROM events AS e
           JOIN events AS q ON q.reservation_id = e.reservation_id AND q.kind = 'queued'
           LEFT JOIN events AS h ON h.reservation_id = e.reservation_id AND h.kind = 'held'
@@ -152,10 +148,11 @@ def finished(conn: sqlite3.Connection, *, after: int, limit: int) -> list[Finish
         (after, limit),
     )
     done = []
-    for seq, request_idx, state, reason, queued_at, held_at, ended_at in rows:
+    for seq, request_idx, state, reason, queued_at, held_at, ended_at, give_up_at in rows:
         outcome = ending(state, reason, was_held=held_at is not None).outcome
         assert outcome is not None
-        done.append(Finished(seq, request_idx, outcome, queued_at, held_at, ended_at))
+        at_once = held_at is None and give_up_at <= queued_at
+        done.append(Finished(seq, request_idx, outcome, queued_at, held_at, ended_at, at_once))
     return done
 
 

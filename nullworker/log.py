@@ -62,7 +62,10 @@ class EventLog:
         took = stopwatch() - started
         self.last_seq = events[-1][0]
         for listener in self.on_append:
-            listener(len(events), took)
+            try:
+                listener(len(events), took)
+            except Exception:
+                log.exception("listener_failed", seq=self.last_seq)
 
     def live(self) -> Iterator[tuple[int, Event]]:
         """The events of every reservation that has not ended, in order: all that a restart needs.

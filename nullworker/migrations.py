@@ -3,13 +3,15 @@
 A new file is what a cold worker has, and need not wait for sqlite-utils: that would be 30 ms and 2.6 MB of each start.
 Its steps are recorded in sqlite-utils' table all the same, so that a later version knows what to go on from.
 
-The one rule: a released step never changes.
+The one rule: `user_version` is written last, so that a file whose steps were cut off is gone on with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sqlite3
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from nullworker.clock import wall_iso
@@ -42,47 +44,49 @@ def _statements(script: str) -> list[str]:
     return statements
 
 
-#: By name, in order. Triggers and views hold nothing: who changes one gives each file all of them anew, in a new step.
+#: By name, in order: the tables, which hold what is kept. Of a released step nothing is changed; schema.TABLES is that
+#: of the first, and a new column comes by a step of its own.
 STEPS: Final[dict[str, list[str]]] = {
-    "m001_events": [*_statements(TABLES), f"PRAGMA application_id = {APPLICATION_ID}"],
-    "m002_rules_and_views": [
-        *(f"DROP TRIGGER IF EXISTS {name}" for name in re.findall(r"CREATE TRIGGER (\w+)", RULES)),
-        *_statements(RULES),
-        *(f"DROP VIEW IF EXISTS {name}" for name in VIEWS),
-        *(f"CREATE VIEW {name} AS {select}" for name, select in VIEWS.items()),
-        f"PRAGMA user_version = {VERSION}",
-    ],
+    "m001_events": _statements(TABLES),
+    "m002_pruning": ["CREATE TABLE IF NOT EXISTS pruning (reservation_id TEXT PRIMARY KEY) STRICT"],
 }
+#: Triggers and views hold nothing: each file gets all of them anew, when it has today's tables.
+_FINISH: Final = [
+    *(f"DROP TRIGGER IF EXISTS {name}" for name in re.findall(r"CREATE TRIGGER (\w+)", RULES)),
+    *_statements(RULES),
+    *(f"DROP VIEW IF EXISTS {name}" for name in VIEWS),
+    *(f"CREATE VIEW {name} AS {select}" for name, select in VIEWS.items()),
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {VERSION}",
+]
 
 
 def migrate(conn: sqlite3.Connection) -> None:
-    """Bring a file to VERSION.
+    """Bring a file to VERSION. A step that has failed has changed nothing, and is tried again at the next start.
 
     Raises:
-        sqlite3.Error: it cannot be read or written; of a step that has failed nothing is there.
+        sqlite3.Error: it cannot be read or written.
     """
     if conn.execute("PRAGMA user_version").fetchone()[0] == VERSION:
         return
     if conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0:
-        _make(conn)
+        with _transaction(conn):
+            _make_tables(conn)
+            _finish(conn)
     else:
-        _bring_up_to_date(conn)
+        _bring_tables_up_to_date(conn)
+        with _transaction(conn):
+            _finish(conn)
 
 
-def _make(conn: sqlite3.Connection) -> None:
-    conn.execute("BEGIN IMMEDIATE")
-    try:
-        for statement in (*_statements(_RECORD), *(each for step in STEPS.values() for each in step)):
-            conn.execute(statement)
-        record = 'INSERT INTO "_sqlite_migrations" (migration_set, name, applied_at) VALUES (?, ?, ?)'
-        conn.executemany(record, [(_SET, name, wall_iso()) for name in STEPS])
-        conn.execute("COMMIT")
-    except BaseException:
-        conn.execute("ROLLBACK")
-        raise
+def _make_tables(conn: sqlite3.Connection) -> None:
+    for statement in (*_statements(_RECORD), *(each for step in STEPS.values() for each in step)):
+        conn.execute(statement)
+    record = 'INSERT INTO "_sqlite_migrations" (migration_set, name, applied_at) VALUES (?, ?, ?)'
+    conn.executemany(record, [(_SET, name, wall_iso()) for name in STEPS])
 
 
-def _bring_up_to_date(conn: sqlite3.Connection) -> None:
+def _bring_tables_up_to_date(conn: sqlite3.Connection) -> None:
     from sqlite_utils import Database, Migrations
 
     migrations = Migrations(_SET)
@@ -94,3 +98,20 @@ def _bring_up_to_date(conn: sqlite3.Connection) -> None:
                 db.execute(statement)
 
     migrations.apply(Database(conn))
+
+
+def _finish(conn: sqlite3.Connection) -> None:
+    for statement in _FINISH:
+        conn.execute(statement)
+
+
+@contextlib.contextmanager
+def _transaction(conn: sqlite3.Connection) -> Iterator[None]:
+    conn.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        conn.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):  # SQLite itself may have done it, and would hide the cause
+            conn.execute("ROLLBACK")
+        raise

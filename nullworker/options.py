@@ -28,7 +28,7 @@ class Seconds(click.FloatRange):
             seconds = math.nan
         if not (math.isfinite(seconds) and seconds >= 0) or (self.min_open and seconds == 0):
             self.fail(
-                f"{value} is not a number of seconds, {'more than 0' if self.min_open else '0 or more'}", param, ctx
+                f"{value!r} is not a number of seconds, {'more than 0' if self.min_open else '0 or more'}", param, ctx
             )
         return seconds
 

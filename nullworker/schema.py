@@ -12,7 +12,7 @@ Times are stored as epoch seconds and shown by the views as ISO 8601 UTC with mi
 
 What it leaves out: how a file gets this shape (migrations.py).
 
-The one rule: a new shape is a new migration and a higher VERSION.
+The one rule: a new shape has a higher VERSION, and TABLES stay as they were released: see migrations.py.
 """
 
 from __future__ import annotations
@@ -99,9 +99,6 @@ END;
 CREATE TRIGGER callbacks_settled AFTER INSERT ON settled WHEN NEW.name = 'callbacks'
 BEGIN DELETE FROM callbacks WHERE seq = NEW.seq; END;
 
-CREATE TABLE IF NOT EXISTS pruning (
-    reservation_id TEXT PRIMARY KEY  -- to name one here removes it, whole; so the table is always empty
-) STRICT;
 CREATE TRIGGER pruning_only_what_is_done_with BEFORE INSERT ON pruning
 WHEN NOT EXISTS (SELECT 1 FROM done_with WHERE reservation_id = NEW.reservation_id)
 BEGIN SELECT RAISE(ABORT, 'only a reservation that has ended, and of which all have heard, can be pruned'); END;

@@ -153,9 +153,9 @@ def test_outcomes_have_the_sdks_words_and_zero_for_a_time_that_never_came() -> N
     body = delete_requests(
         ME,
         [
-            Finished(3, 1, "Success", 10.0, 11.0, 12.0),
-            Finished(6, 2, "Cancelled", 10.0, 11.0, 12.0),
-            Finished(8, 3, "Rejected", 10.0, None, 12.0),
+            Finished(3, 1, "Success", 10.0, 11.0, 12.0, False),
+            Finished(6, 2, "Cancelled", 10.0, 11.0, 12.0, False),
+            Finished(8, 3, "Rejected", 10.0, None, 12.0, False),
         ],
     )
     times = ("entered_queue_at", "work_started_at", "work_completed_at")
@@ -217,7 +217,7 @@ def test_outcomes_have_the_fields_and_flags_of_the_official_worker() -> None:
     ran = subprocess.run([sys.executable, "-c", OUTCOME], capture_output=True, text=True, check=True)
     theirs = json.loads(ran.stdout)
     ours = delete_requests(
-        ME, [Finished(1, 1, outcome, 1.0, 1.0, 1.0) for outcome in ("Success", "Cancelled", "Rejected")]
+        ME, [Finished(2, 1, outcome, 1.0, 1.0, 1.0, False) for outcome in ("Success", "Cancelled", "Rejected")]
     )
     assert set(theirs) == set(ours)
     for their, our in zip(theirs["requests"], ours["requests"], strict=True):

@@ -225,10 +225,10 @@ async def test_no_command_at_all_shows_the_help_as_it_is() -> None:
     assert await nullworker(code=2) == await nullworker("--help")
 
 
-@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "soon"])
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "soon", ""])
 async def test_what_is_no_number_of_seconds_is_wrong_use(seconds: str) -> None:
     said = await nullworker("extend", "--seconds", seconds, code=2)
-    assert said == f"nullworker: Invalid value for '--seconds': {seconds} is not a number of seconds, 0 or more" + (
+    assert said == f"nullworker: Invalid value for '--seconds': {seconds!r} is not a number of seconds, 0 or more" + (
         " (see nullworker extend --help)\n"
     )
 

@@ -108,10 +108,12 @@ async def test_a_log_that_is_read_is_not_changed(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-async def test_the_time_of_a_row_as_it_was_shown_finds_that_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("at", [1_700_000_000.124, 1_700_000_000.1236, 1_700_000_000.1244])
+async def test_the_time_of_a_row_as_it_was_shown_finds_that_row(tmp_path: Path, at: float) -> None:
+    """Also of one that is finer than it is shown, as in logs of version 1."""
     path = tmp_path / "log.db"
     log = open_log(path)
-    log.append([(1, Event(1_700_000_000.124, "a", "queued", None, Queued("request", 60.0, 1_700_000_030.0)))])
+    log.append([(1, Event(at, "a", "queued", None, Queued("request", 60.0, 1_700_000_030.0)))])
     log.close()
     (row,) = (await nullworker("history", "--json", "--log", str(path))).splitlines()
     shown = json.loads(row)["queued_at"]

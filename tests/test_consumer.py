@@ -219,6 +219,28 @@ async def test_a_release_whose_answer_was_lost_is_known_as_taken(
         await found.aclose()
 
 
+async def test_a_release_of_somebody_else_is_not_taken_for_ours(
+    worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, failed = ControlPort.post, list[str]()
+
+    async def is_late(control: ControlPort, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        if not failed:
+            failed.append(path)
+            await ask(control, path, {})  # an operator's
+            raise Silent("the connection broke")
+        return await ask(control, path, body)
+
+    monkeypatch.setattr(ControlPort, "post", is_late)
+    async with caller(worker):
+        found = reservations(worker.control)
+        async with await first(found) as reservation:
+            reservation.result = "done"
+        assert not reservation.released
+        assert reservation.gone_because == "the reservation has ended: released, explicit"
+        await found.aclose()
+
+
 async def test_how_one_has_ended_is_known_however_many_came_after_it(tmp_path: Path) -> None:
     async with WorkerProcess(tmp_path, NULL_MAX_QUEUE_SECONDS="0") as worker:
         async with caller(worker):

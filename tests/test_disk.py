@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import Answer, WorkerProcess, post, secured, signed
+from programs import run
 from troubles import TROUBLES, FullDisk, SizeLimit, StrangersLock, Trouble, unmount
 
 from nullworker.testing import StandIn
@@ -137,16 +139,17 @@ async def test_what_ends_without_a_log_is_told_as_ended_everywhere(
     late = await post(worker.control + "/extend", {"reservation_id": turned_away, "seconds": 5})
     assert late.status == 409
     listed = (await worker.get("/reservations"))["reservations"]
-    assert [(row["id"], row["state"]) for row in listed] == [(turned_away, "cancelled"), (known_as, "released")]
+    assert [(row["id"], row["state"]) for row in listed] == [(known_as, "released"), (turned_away, "cancelled")]
     assert (await worker.get("/reservations?state=held"))["reservations"] == []
     assert [row["id"] for row in (await worker.get("/reservations?state=released"))["reservations"]] == [known_as]
-    assert [row["id"] for row in (await worker.get("/reservations?limit=1"))["reservations"]] == [turned_away]
-    assert (await worker.get(f"/reservations?id={known_as}"))["reservations"] == listed[1:]
-    (older,) = (await worker.get(f"/reservations?before={listed[0]['queued_at']}"))["reservations"]
-    assert older == listed[1]
+    assert (await worker.get("/reservations?limit=1"))["reservations"] == listed[:1]
+    assert (await worker.get(f"/reservations?limit=1&before={known_as}"))["reservations"] == listed[1:]
+    assert (await worker.get(f"/reservations?before={turned_away}"))["reservations"] == []
+    assert (await worker.get(f"/reservations?before={listed[1]['queued_at']}"))["reservations"] == listed[:1]
+    assert (await worker.get(f"/reservations?id={known_as}"))["reservations"] == listed[:1]
     await trouble.over()
     await worker.line("event_log_recovered")
-    assert (await worker.get("/reservations"))["reservations"] == listed, "and the same when it is written"
+    assert (await worker.get("/reservations"))["reservations"] == listed[::-1], "the same, in the order of the claims"
 
 
 @pytest.mark.parametrize("trouble", ANY, indirect=True)
@@ -234,3 +237,15 @@ async def test_a_worker_that_starts_without_a_log_still_lets_go_what_is_held(
     await trouble.over()
     await worker.line("event_log_recovered")
     assert worker.story()[2:] == [("queued", None), ("cancelled", "log_unavailable"), ("released", "explicit")]
+
+
+async def test_a_disk_that_is_too_full_for_a_new_log_is_said(tmp_path: Path) -> None:
+    serve = f"ulimit -f 40; exec {sys.executable} -m nullworker serve"
+    env = {
+        "UNSECURED": "true",
+        "WORKER_PORT": "0",
+        "NULL_CONTROL_PORT": "0",
+        "NULL_EVENT_LOG": str(tmp_path / "log.db"),
+    }
+    said = await run("bash", "-c", serve, code=1, **env)
+    assert said == f"nullworker: the event log {tmp_path / 'log.db'} cannot be opened: disk I/O error\n"

@@ -14,7 +14,7 @@ from doors import Request
 from nullworker.condition import Condition
 from nullworker.errors import Invalid, Unauthorized, Unavailable
 from nullworker.http import grants
-from nullworker.http.grants import Auth, Gate, Grant, fingerprint
+from nullworker.http.grants import Auth, Gate, Grant, fingerprint, owns
 from nullworker.publickey import PublicKey
 from nullworker.testing.keys import load_or_make, public_pem, sign
 
@@ -170,11 +170,19 @@ def test_a_number_is_the_same_however_it_is_written() -> None:
     assert fingerprint({"cost": 100, "n": [1]}) == fingerprint({"cost": 100.0, "n": [1e0]})
     assert fingerprint({"cost": 100.5}) not in (fingerprint({"cost": 100}), fingerprint({"cost": 101}))
     assert fingerprint({"cost": float("inf")}) != fingerprint({"cost": 0})
+    for auth in ({"cost": 100}, {"cost": 100.0}):
+        assert owns(auth, fingerprint({"cost": 100.0}))
+    assert not owns({"cost": 100.5}, fingerprint({"cost": 100}))
+
+
+def test_a_number_of_many_digits_stays_as_short_as_it_came() -> None:
+    assert fingerprint([1e308]) == "89595af77bcae4a79484c44c6ca9c38cc7f7683acdef9538865b84d8bb607fe2"  # of "[1e+308]"
 
 
 def test_the_fingerprints_in_old_logs_are_those_of_today() -> None:
     """Else the owner of a session could not end it any more after an update."""
     assert fingerprint({"b": [1, 2], "a": "ä"}) == "309c7942c66e9a3ada8068b72db4cbc0cc8518b31220d6b3373e0524df9c048d"
+    assert owns({"cost": 100.0}, "1511b29e455939bfcabf32744c4ca88237146a6b462791741cd474a1a2f4548e")  # of 100.0
 
 
 def test_a_grant_knows_its_number_and_a_bare_one_has_none() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sqlite3
 from pathlib import Path
@@ -13,13 +14,15 @@ from hypothesis import strategies as st
 from test_golden import GOLDEN, rows
 
 from nullworker import history
+from nullworker.autoscaler import Identity
 from nullworker.condition import Condition
-from nullworker.fsm.book import Limits
+from nullworker.fsm.book import Claim, Limits
 from nullworker.fsm.events import from_row
 from nullworker.fsm.table import STATES
 from nullworker.http.control import Control
 from nullworker.log import EventLog, open_log
 from nullworker.metrics.exporter import Exporter, Readings
+from nullworker.metrics.reporter import Reporter
 from nullworker.service import Service
 from nullworker.testing.fakes import FakeClock
 
@@ -29,6 +32,10 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with contextlib.closing(open_log(tmp_path_factory.mktemp("history") / "log.db")) as log:
         log.append([(seq, from_row(tuple(row))) for seq, *row in rows(GOLDEN[-1])])
         yield log
+
+
+def reporter(service: Service, log: EventLog) -> Reporter:
+    return Reporter(Identity(1, "", "", 100), service, log, None, lambda call, result: None)  # type: ignore[arg-type]
 
 
 def ids(conn: sqlite3.Connection, **asked: Any) -> list[str]:
@@ -45,6 +52,40 @@ def test_steps_change_nothing_in_what_is_found(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(history, "STEP", step)
         assert ids(log.conn, **asked, limit=limit) == whole[:limit]
+
+
+def test_what_was_refused_at_once_is_told_from_what_had_waited_for_less_than_a_millisecond(tmp_path: Path) -> None:
+    """Before and after a restart: the second was received by this worker, the first never."""
+    with contextlib.closing(open_log(tmp_path / "log.db")) as log:
+        service = Service(log, FakeClock(), Limits(), Condition(key=None, starting=None))
+        live = reporter(service, log)
+        service.observers.append(live.observe)
+        for _ in range(2):
+            service.claim(Claim())
+        service.claim(Claim(kind="session"))
+        service.drain("told to")
+        service.claim(Claim())
+        restarted = reporter(service, log)
+        restarted.catch_up()
+        assert [each.refused_at_once for each in history.finished(log.conn, after=0, limit=10)] == [True, False, True]
+        assert [(each._load.received, each._load.rejected) for each in (live, restarted)] == [(2, 3), (2, 3)]
+
+
+def test_the_pages_follow_the_order_of_the_claims_also_when_the_clock_was_set_back(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with contextlib.closing(open_log(tmp_path / "log.db")) as log:
+        service = Service(log, clock, Limits(), Condition(key=None, starting=None))
+        made = []
+        for step in (0.0, -3600.0, 0.0, 7200.0):
+            clock.step_wall(step)
+            made.append(service.claim(Claim(duration=0)).id)
+        control = Control(service, log, Exporter(service, Readings(lambda: 0, lambda: 0)), dict)
+        pages, before = list[str](), None
+        for _ in made:
+            (row,) = asyncio.run(control._newest(None, 1, before))
+            before = row["id"]
+            pages.append(before)
+        assert pages == made[::-1]
 
 
 def test_an_empty_log_has_no_history(tmp_path: Path) -> None:

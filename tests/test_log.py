@@ -55,6 +55,17 @@ def test_each_append_is_told_with_its_events_and_its_seconds(log: EventLog) -> N
     assert all(0 < seconds < 10 for _, seconds in told)
 
 
+def test_who_hears_of_an_append_cannot_undo_it(log: EventLog) -> None:
+    heard: list[int] = []
+
+    def fails(*_: object) -> None:
+        raise ValueError("a bug")
+
+    log.on_append += [fails, lambda events, _: heard.append(events)]
+    queue(log, "a")
+    assert (log.last_seq, heard) == (1, [1])
+
+
 def test_a_batch_that_is_refused_leaves_the_log_as_it_was(log: EventLog) -> None:
     queue(log, "a")
     again = Event(100.0, "a", "queued", None, TERMS)

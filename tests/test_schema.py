@@ -229,20 +229,31 @@ def test_a_file_says_whose_it_is_and_of_which_version(log: EventLog) -> None:
     assert log.conn.execute("PRAGMA application_id").fetchone() == (int.from_bytes(b"nulw", "big"),)
     assert log.conn.execute("PRAGMA user_version").fetchone() == (schema.VERSION,)
     steps = log.conn.execute("SELECT migration_set, name FROM _sqlite_migrations").fetchall()
-    assert steps == [("nullworker", "m001_events"), ("nullworker", "m002_rules_and_views")]
+    assert steps == [("nullworker", "m001_events"), ("nullworker", "m002_pruning")]
 
 
-def test_a_file_that_cannot_be_made_has_nothing_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(migrations.STEPS, "m003_fails", ["CREATE TABLE events (seq)"])
+def test_a_file_that_cannot_be_made_has_nothing_in_it_and_says_why(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "new.db", isolation_level=None)) as conn:
-        with pytest.raises(sqlite3.OperationalError, match="exists"):
+        conn.execute("PRAGMA max_page_count = 5")
+        with pytest.raises(sqlite3.OperationalError, match="full"):
             migrations.migrate(conn)
         assert conn.execute("SELECT count(*) FROM sqlite_schema").fetchone() == (0,)
         assert not conn.in_transaction
+
+
+def test_a_file_whose_steps_were_cut_off_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = {**migrations.STEPS, "m003_more": ["ALTER TABLE cursors ADD COLUMN at REAL"]}
+    monkeypatch.setattr(migrations, "STEPS", {**steps, "m004_fails": ["CREATE TABLE events (seq)"]})
     with contextlib.closing(old_log(tmp_path)) as conn:
         with pytest.raises(sqlite3.OperationalError, match="exists"):
             migrations.migrate(conn)
-        assert conn.execute("PRAGMA user_version").fetchone() == (2,), "the steps before stay"
+        assert conn.execute("PRAGMA user_version").fetchone() == (1,)
+        monkeypatch.setattr(migrations, "STEPS", {**steps, "m004_fails": ["ALTER TABLE settled ADD COLUMN by TEXT"]})
+        migrations.migrate(conn)
+        assert conn.execute("PRAGMA user_version").fetchone() == (schema.VERSION,)
+        applied = [name for (name,) in conn.execute("SELECT name FROM _sqlite_migrations ORDER BY id")]
+        assert applied == ["m001_events", "m002_pruning", "m003_more", "m004_fails"]
+        conn.execute("SELECT cursors.at, by FROM cursors, settled, timeline, done_with")
 
 
 def test_a_file_of_version_1_is_brought_up_to_date_with_all_its_events(log: EventLog, tmp_path: Path) -> None:

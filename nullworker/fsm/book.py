@@ -21,7 +21,7 @@ from msgspec import UNSET, UnsetType
 
 from nullworker.errors import IllegalMove
 from nullworker.fsm.events import Ended, Event, Extended, Held, Queued, ReservationKind, SessionTerms
-from nullworker.fsm.table import ENDED, State, step
+from nullworker.fsm.table import ENDED, EventKind, State, step
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -93,25 +93,28 @@ class Book:
         """A new reservation: held at once, queued, or refused. `refusal` is why this worker takes none at all."""
         asked = self.limits.max_reservation_seconds if claim.duration is None else claim.duration
         cap = min(asked, self.limits.max_reservation_seconds)
+        end: tuple[EventKind, str] | None = None
+        if refusal is not None:
+            end = "cancelled", refusal
+        elif self.held is not None and claim.kind == "session":
+            end = "expired", "busy"
+        elif self.held is not None and self.limits.max_queue_seconds == 0:
+            end = "expired", "queue_timeout"
+        elif self.held is not None and len(self.queue) >= self.limits.max_queued:
+            end = "expired", "queue_full"
         terms = Queued(
             kind=claim.kind,
             duration_cap=cap,
-            give_up_at=now + self.limits.max_queue_seconds,
+            give_up_at=now + (self.limits.max_queue_seconds if end is None else 0),
             request_idx=claim.request_idx,
             metadata=claim.metadata,
             session=claim.session,
         )
         events = [Event(now, reservation_id, "queued", None, terms)]
-        if refusal is not None:
-            events.append(Event(now, reservation_id, "cancelled", refusal, Ended()))
+        if end is not None:
+            events.append(Event(now, reservation_id, *end, Ended()))
         elif self.held is None:
             events += _hold(reservation_id, cap, now)
-        elif claim.kind == "session":
-            events.append(Event(now, reservation_id, "expired", "busy", Ended()))
-        elif self.limits.max_queue_seconds == 0:
-            events.append(Event(now, reservation_id, "expired", "queue_timeout", Ended()))
-        elif len(self.queue) >= self.limits.max_queued:
-            events.append(Event(now, reservation_id, "expired", "queue_full", Ended()))
         return events
 
     def release(self, reservation_id: str, reason: str, now: float, result: Any | UnsetType = UNSET) -> list[Event]:

@@ -35,7 +35,7 @@ class Queued(msgspec.Struct, frozen=True, omit_defaults=True):
 
     kind: ReservationKind
     duration_cap: float  # seconds that it may be held
-    give_up_at: float  # epoch seconds at which waiting ends
+    give_up_at: float  # epoch seconds at which waiting ends; of one that is refused at once, those of its claim
     request_idx: int | None = None  # the autoscaler's number for it; None without an envelope
     metadata: dict[str, Any] | None = None
     session: SessionTerms | None = None

@@ -17,7 +17,7 @@ from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
 from nullworker import history
-from nullworker.clock import elapsed
+from nullworker.clock import elapsed, from_shown
 from nullworker.errors import Conflict, Forbidden, Invalid, NotFound
 from nullworker.fsm.table import STATES
 from nullworker.http.bodies import decode, number, read_body, unfit
@@ -174,19 +174,27 @@ class Control:
         return history.reservation(self._log.conn, reservation_id)
 
     async def _newest(self, state: str | None, limit: int, before: str | None) -> list[dict[str, Any]]:
-        """The log's reservations, and in place of them or before them those of which it does not know the end yet."""
-        rows: dict[str, dict[str, Any]] = {}
-        for row in history.reservations(self._log.conn, state=state, limit=limit, before=before):
+        """Those of whose last events the log does not know yet, and then, in the log's order, all others."""
+        unwritten = {commit.reservation.id: commit.reservation for commit in reversed(self._service.unwritten)}
+        first = list(unwritten.values())
+        if before in unwritten:
+            first, before = first[list(unwritten).index(before) + 1 :], None
+        elif before is not None:
+            try:
+                at = from_shown(before)
+            except ValueError:  # it is an id in the log: those in memory came on an earlier page
+                at = 0.0
+            first = [each for each in first if each.queued_at < at]
+        found = [each for each in first if state in (None, each.state)][:limit]
+        rows = [reservation_json(each, self._service.now()) for each in found]
+        for row in history.reservations(self._log.conn, state=state, limit=limit + len(unwritten), before=before):
+            if len(rows) >= limit:
+                break
             if row is None:
                 await asyncio.sleep(0)
-            else:
-                rows[row["id"]] = row
-        now = self._service.now()
-        for waiting in (commit.reservation for commit in self._service.unwritten):
-            if waiting.id in rows or before is None:
-                rows[waiting.id] = reservation_json(waiting, now)
-        newest = sorted(rows.values(), key=lambda row: str(row["queued_at"]), reverse=True)
-        return [row for row in newest if state in (None, row["state"])][:limit]
+            elif row["id"] not in unwritten:
+                rows.append(row)
+        return rows
 
     async def _next_hold(self, seconds: float) -> None:
         with self.watchers.bell() as bell:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import hmac
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -118,18 +119,32 @@ def fingerprint(auth: Any) -> str:
     Raises:
         Invalid: it nests too deep to be compared.
     """
+    return _sha256(auth, _whole_as_int)
+
+
+def owns(auth: Any, auth_sha256: str) -> bool:
+    """Whether this is the auth_data of that fingerprint, also of one from a log in which 100.0 was not 100.
+
+    Raises:
+        Invalid: it nests too deep to be compared.
+    """
+    return any(hmac.compare_digest(auth_sha256, _sha256(auth, form)) for form in (_whole_as_int, lambda auth: auth))
+
+
+def _sha256(auth: Any, form: Callable[[Any], Any]) -> str:
     try:
-        return hashlib.sha256(json.dumps(_one_kind(auth), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(form(auth), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
     except RecursionError:
         raise Invalid("the auth nests too deep") from None
 
 
-def _one_kind(value: Any) -> Any:
+def _whole_as_int(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _one_kind(each) for name, each in value.items()}
+        return {name: _whole_as_int(each) for name, each in value.items()}
     if isinstance(value, list):
-        return [_one_kind(each) for each in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+        return [_whole_as_int(each) for each in value]
+    # above 2**53 a float is not any one whole number, and may have 300 digits
+    return int(value) if isinstance(value, float) and abs(value) < 2**53 and value.is_integer() else value
 
 
 class Gate:

@@ -7,7 +7,6 @@ Ending a session needs the whole auth_data that it was created with; the log kee
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Iterable
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
@@ -21,7 +20,7 @@ from nullworker.fsm.book import Claim, Reservation
 from nullworker.fsm.events import SessionTerms
 from nullworker.fsm.table import ENDED
 from nullworker.http.bodies import check_metadata, decode, read_body, unfit
-from nullworker.http.grants import Gate, fingerprint
+from nullworker.http.grants import Gate, owns
 from nullworker.http.wire import RESERVATION_HEADER, json_response, verdict_response
 from nullworker.service import Service
 from nullworker.settings import is_absolute_http_url
@@ -145,7 +144,7 @@ class Sessions:
     def _check_auth(self, session: Reservation, auth: Any) -> SessionTerms:
         terms = session.terms.session
         assert terms is not None
-        if not hmac.compare_digest(terms.auth_sha256, fingerprint(auth)):
+        if not owns(auth, terms.auth_sha256):
             raise Unauthorized("session_auth is not valid", reason="session")
         return terms
 

@@ -34,7 +34,7 @@ SERVER_NAME: Final = "nullworker"
 
 
 class Counts(Protocol):
-    """What the middleware counts into."""
+    """What answers are counted in."""
 
     def count_request(self, port: str, route: str, status: int, seconds: float | None) -> None:
         """An HTTP request was answered."""

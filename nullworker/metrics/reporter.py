@@ -70,7 +70,7 @@ class Reporter:
         self._load.received = history.count_begun(self._log.conn, after=since)
         for batch in self._finished_since(since):
             for each in batch:
-                self._load.ended(each.outcome, at_once=each.at_once)
+                self._load.ended(each.outcome, at_once=each.refused_at_once)
         self._cursor = self._log.cursor(OUTCOMES)
         self.backlog = history.count_finished(self._log.conn, after=self._cursor)
         if self.backlog:
@@ -83,7 +83,7 @@ class Reporter:
             self._load.begun()
             self._received += 1
         elif commit.event.kind in ENDED:
-            at_once = reservation.held_at is None and reservation.ended_at == reservation.queued_at
+            at_once = reservation.held_at is None and reservation.terms.give_up_at <= reservation.queued_at
             self._load.ended(outcome_of(reservation), at_once=at_once)
             self.backlog += 1
             self._ended.ring()
