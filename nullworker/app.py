@@ -90,8 +90,9 @@ class Worker:
             CannotStart: a port or the certificate cannot be had.
         """
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._told_to_stop, number.name)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores it
+                loop.add_signal_handler(number, self._told_to_stop, number.name)
         self.settings = settings = self.sites.take()
         self._gate = Gate(
             self.service.condition,
@@ -172,7 +173,8 @@ class Worker:
         if self.service.unwritten:
             log.error("events_lost", events=len(self.service.unwritten), why=self.service.condition.log)
         self.log.close()
-        log.info("worker_stopped")
+        if self._tasks:  # it had started
+            log.info("worker_stopped")
 
     # -- inside --------------------------------------------------------------------------------------------------
 

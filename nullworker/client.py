@@ -17,6 +17,7 @@ import click
 from nullworker.holding import LIFETIME_SECONDS, STAND_IN_KEY, WAIT_SECONDS, hold, hold_at, hold_session
 from nullworker.options import SECONDS, Seconds
 from nullworker.sdk import Answer, HoldError, Say
+from nullworker.settings import is_absolute_http_url
 
 __all__ = ["HoldError", "hold", "hold_at", "hold_session", "reserve"]
 
@@ -36,11 +37,11 @@ def json_object(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 @click.command(short_help="Hold a worker until its consumer releases it.")
 @click.option("--endpoint", metavar="NAME", help="The endpoint, by its name at Vast.")
-@click.option("--url", help="An UNSECURED worker's own address, in place of an endpoint.")
+@click.option("--url", help="An UNSECURED worker's own address, as http://HOST:PORT, in place of an endpoint.")
 @click.option("--duration", type=SECONDS, help="Seconds. [default: as long as the worker allows]")
 @click.option("--metadata", metavar="JSON", callback=json_object, help="Handed to the consumer; up to 4 KiB.")
 @click.option("--cost", type=click.IntRange(1), default=100, show_default=True, help="Workload, as NULL_MAX_PERF.")
-@click.option("--session", is_flag=True, help="Hold a session: it survives a lost connection and a restarted worker.")
+@click.option("--session", is_flag=True, help="Hold a session, at an endpoint: it survives a restarted worker.")
 @click.option(
     "--lifetime",
     type=Seconds(more_than_0=True),
@@ -48,7 +49,7 @@ def json_object(ctx: click.Context, param: click.Parameter, value: str | None) -
     show_default=True,
     help="Seconds that a session outlives this client, should it die.",
 )
-@click.option("--autoscaler", metavar="URL", help="A stand-in, in place of Vast.")
+@click.option("--autoscaler", metavar="URL", help="Of the endpoint: a stand-in, in place of Vast.")
 @click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Of your account at Vast.")
 @click.option(
     "--timeout",
@@ -86,6 +87,8 @@ def reserve(
         raise click.UsageError("give either --endpoint NAME or --url URL")
     if url is not None and (session or autoscaler is not None):
         raise click.UsageError("--url goes straight to a worker: --session and --autoscaler need --endpoint")
+    if url is not None and not is_absolute_http_url(url):
+        raise click.UsageError(f"--url must be as http://HOST:PORT, not {url!r}")
     if session and metadata is not None:
         raise click.UsageError("the SDK's sessions carry no --metadata")
     key = api_key or (STAND_IN_KEY if url or autoscaler else "")

@@ -101,6 +101,8 @@ def extend(
     control: Control, *, seconds: float | None, named: float | None, reservation_id: str | None, as_json: bool
 ) -> None:
     """Move the deadline of the held reservation to SECONDS from now, at most MAX_RESERVATION_SECONDS."""
+    if seconds is not None and named is not None:
+        raise click.UsageError("say it once: nullworker extend SECONDS, or --seconds SECONDS")
     seconds = named if seconds is None else seconds
     if seconds is None:
         raise click.UsageError("say for how long: nullworker extend SECONDS")

@@ -45,7 +45,7 @@ class ControlPort:
         silent = False
         while True:
             try:
-                told = await self.held(wait=POLL_SECONDS)
+                told = await self.held(wait=0 if silent else POLL_SECONDS)
             except Silent as error:
                 if not silent:
                     log.warning("%s; trying again until it does", error)

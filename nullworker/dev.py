@@ -73,9 +73,10 @@ def dev(
 ) -> None:
     """A stand-in for Vast Serverless on this machine: real workers, on demand, for your own client and consumer.
 
-    CONSUMER is run beside each worker and finds it by NULL_CONTROL_PORT, for example: nullworker work -- ./job.sh.
-    Workers take their settings from this environment. The endpoint's parameters have Vast's names. It is a tool to try
-    and test against: production scale is Vast's engine. Ctrl-C stops all; a second one lets nothing finish.
+    CONSUMER is run beside each worker, in this folder, and finds it by NULL_CONTROL_PORT, for example: nullworker work
+    -- ./job.sh. HEALTH_PORT is a free port for each, should it serve its health. Workers take their settings from this
+    environment. The endpoint's parameters have Vast's names. It is a tool to try and test against: production scale is
+    Vast's engine. Ctrl-C stops all; a second one lets nothing finish.
     """
     settings = read_settings(
         {**os.environ, **COMMON, "CONTAINER_ID": "1", "WORKER_PORT": "0", "NULL_CONTROL_PORT": "0"}
@@ -101,6 +102,7 @@ def dev(
             perf=settings.null_max_perf,
             drain=settings.null_drain_seconds,
             consumer=consumer,
+            consumer_folder=Path.cwd(),
             first_port=worker_port,
             first_control_port=control_port,
             loading=loading_timeout,

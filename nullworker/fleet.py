@@ -65,7 +65,7 @@ class Fleet:
         try:
             for member in self.members.values():
                 if member.worker is not None:
-                    self._stop(member, "the fleet is stopped", replaced=False)
+                    self._stop(member, "the fleet is stopped", replaced=True)
                 elif member.state == "dead":
                     self._change(member, "cold")
             while any(member.runs for member in self.members.values()):
@@ -108,7 +108,11 @@ class Fleet:
     def _reap(self) -> None:
         """Take note of what has ended."""
         for member in list(self.members.values()):
+            failed = member.consumer_failed
             code = member.reap(self._now())
+            if member.consumer_failed != failed:  # told once, and not at each of its starts
+                why = f"{member.consumer_failed}: see {member.file('consumer')}"
+                self._tell(Change(self._now(), member.number, member.state, why))
             if code is None:
                 if member.state == "gone" and not member.runs:
                     del self.members[member.number]

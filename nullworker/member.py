@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from nullworker.child import Child
+from nullworker.child import Child, how_it_ended
 from nullworker.errors import CannotStart
 from nullworker.lifeline import Lifeline
 from nullworker.ports import listen
@@ -62,7 +62,8 @@ class Plan:
         env: the environment of every worker and consumer; number, ports and addresses are put over it.
         perf: a worker's max_perf.
         drain: a worker's NULL_DRAIN_SECONDS.
-        consumer: a command that runs beside each worker; it finds its worker by NULL_CONTROL_PORT.
+        consumer: a command that runs beside each worker, in `consumer_folder` or `folder`. It finds its worker by
+            NULL_CONTROL_PORT, and HEALTH_PORT is a port of its own, should it serve its health there.
         first_port, first_control_port: of the first worker, the others count up from there; 0: any free ones.
         loading: seconds that a worker may take until it is ready.
     """
@@ -72,6 +73,7 @@ class Plan:
     perf: float = 100.0
     drain: float = 5.0
     consumer: Sequence[str] = ()
+    consumer_folder: Path | None = None
     first_port: int = 0
     first_control_port: int = 0
     loading: float = 60.0
@@ -82,6 +84,7 @@ class Member:
 
     Attributes:
         since: when it got into its state; `started_at`: when its present process was started.
+        consumer_failed: how its consumer has ended by itself, in words, if it has.
         held_by: the request_idx of what it holds, as it last reported; `queued`: how many wait on it.
         was_ready: whether its present process has been ready.
         idle_since: since when it is ready and holds nothing.
@@ -97,6 +100,7 @@ class Member:
         self.held_by: int | None = None
         self.queued = 0
         self.was_ready = self.replaced = False
+        self.consumer_failed = ""
         self.worker: Child | None = None
         self.consumer: Child | None = None
         self._plan, self._lifeline = plan, lifeline
@@ -126,9 +130,10 @@ class Member:
             "WORKER_PORT": str(self.port),
             "NULL_CONTROL_PORT": str(self.control_port),
             "NULL_EVENT_LOG": str(self.log),
+            "HEALTH_PORT": str(free_port(0, (), step=1, host=None)),
             **COMMON,
         }
-        self.worker = self._spawn("worker", (sys.executable, "-m", "nullworker", "serve"))
+        self.worker = self._spawn("worker", (sys.executable, "-m", "nullworker", "serve"), plan.folder)
 
     def stop(self, now: float) -> None:
         """Tell its process to stop; what is held may finish within the drain time."""
@@ -163,18 +168,22 @@ class Member:
         return self._plan.folder / f"{what}-{self.number}.log"
 
     def _tend_consumer(self, now: float) -> None:
-        if self.consumer is not None and self.consumer.poll(now) is not None:
+        if self.consumer is not None and (code := self.consumer.poll(now)) is not None:
+            if not self.consumer.ending:
+                self.consumer_failed = f"its consumer has ended, {how_it_ended(code)}, and is started again"
             self.consumer, self._consumer_at = None, now + CONSUMER_PAUSE_SECONDS
         if self.worker is None:
             self._consumer_at = 0.0
             if self.consumer is not None and not self.consumer.ending and self.state != "dead":
                 self.consumer.end(now + self._patience)
         elif self.consumer is None and self._plan.consumer and now >= self._consumer_at and not self.worker.ending:
-            self.consumer = self._spawn("consumer", self._plan.consumer)
+            self.consumer = self._spawn(
+                "consumer", self._plan.consumer, self._plan.consumer_folder or self._plan.folder
+            )
 
-    def _spawn(self, what: str, command: Sequence[str]) -> Child:
+    def _spawn(self, what: str, command: Sequence[str], folder: Path) -> Child:
         try:
-            return Child(command, env=self._env, cwd=self._plan.folder, out=self.file(what), lifeline=self._lifeline)
+            return Child(command, env=self._env, cwd=folder, out=self.file(what), lifeline=self._lifeline)
         except OSError as error:
             raise CannotStart(f"{command[0]} cannot be started: {error.strerror}") from error
 

@@ -18,7 +18,7 @@ import click
 from nullworker.clock import SystemClock, iso
 from nullworker.errors import CannotStart
 from nullworker.log import EventLog, open_for_reading, open_log
-from nullworker.retention import expendable
+from nullworker.retention import ended_before, expendable
 from nullworker.settings import read_age, read_settings
 
 
@@ -51,10 +51,12 @@ def prune(keep: float, *, dry_run: bool, as_json: bool, path: str | None) -> Non
     if not file.exists():
         raise CannotStart(f"there is no event log {file.absolute()}: give --log PATH or NULL_EVENT_LOG")
     before = SystemClock().now() - keep
+    open_for_reading(file).close()  # what is no log gets no lock beside it
     with contextlib.closing(open_for_reading(file) if dry_run else open_log(file, mend=False)) as log:
         size = log.size()
         try:
             gone = [each for ids in expendable(log.conn, before) for each in ids]
+            kept = ended_before(log.conn, before) - len(gone)
             if not dry_run:
                 _remove(log, gone, quiet=as_json)
         except sqlite3.Error as error:
@@ -63,6 +65,7 @@ def prune(keep: float, *, dry_run: bool, as_json: bool, path: str | None) -> Non
         "log": str(log.path),
         "before": iso(before),
         "reservations": len(gone),
+        "kept": kept,
         "dry_run": dry_run,
         "bytes_before": size,
         "bytes": log.size(),
@@ -82,6 +85,8 @@ def _remove(log: EventLog, gone: list[str], *, quiet: bool) -> None:
 def _sentence(told: dict[str, Any]) -> str:
     would = "would go" if told["dry_run"] else "are gone"
     sizes = f"{told['bytes_before'] / 1e6:.1f} MB" + ("" if told["dry_run"] else f", now {told['bytes'] / 1e6:.1f} MB")
-    return (
-        f"{told['reservations']} reservations that ended before {told['before']} {would} from {told['log']} ({sizes})"
+    kept = (
+        f"; {told['kept']} more stay: not acknowledged, a callback owed, or the last of the log" if told["kept"] else ""
     )
+    ended = f"{told['reservations']} reservations that ended before {told['before']}"
+    return f"{ended} {would} from {told['log']} ({sizes}){kept}"

@@ -48,6 +48,12 @@ def expendable(conn: sqlite3.Connection, before: float) -> Iterator[list[str]]:
             yield [reservation_id for (reservation_id,) in found]
 
 
+def ended_before(conn: sqlite3.Connection, before: float) -> int:
+    """How many reservations ended before a time, in epoch seconds. It reads all that is older."""
+    query = "SELECT count(*) FROM events WHERE kind IN ('released', 'expired', 'cancelled') AND at < ?"
+    return int(conn.execute(query, (before,)).fetchone()[0])
+
+
 async def prune_gently(event_log: EventLog, before: float) -> None:
     """Prune the log of a worker that goes on working. What fails is tried again the next day."""
     pruned = 0

@@ -32,7 +32,7 @@ NEWS_SECONDS = 10.0  # between two lines that say no more than that it still wai
 
 ADVICE = {
     401: "the worker takes its grants from another autoscaler: check its REPORT_ADDR",
-    404: "there is no nullworker at this address: check the endpoint's template",
+    404: "this is not the external port of a nullworker: check --url, or the endpoint's template",
     422: "correct what it names",
     429: "every worker is taken: try later, or raise the endpoint's max_workers",
     503: "the worker is stopping or cannot work: try again, or look at its /readyz",

@@ -9,6 +9,7 @@ The one rule: nothing else in the worker reads the environment; the consumer's c
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -46,7 +47,8 @@ def _number(low: float, high: float, *, unit: str = "", whole: bool = False, abo
         return value
 
     what = "a whole number" if whole else "a number"
-    bounds = f"above {low:g} and at most {high:.10g}" if above else f"from {low:g} to {high:.10g}"
+    most = str(high) if isinstance(high, int) else f"{high:.10g}"
+    bounds = f"above {low:g} and at most {most}" if above else f"from {low:g} to {most}"
     return Kind(read, f"{what}{' of ' + unit if unit else ''} {bounds}")
 
 
@@ -255,14 +257,16 @@ def _check(settings: Settings) -> None:
     if settings.standalone and not settings.unsecured:
         raise BadSettings(
             "CONTAINER_ID is unset, so there is no autoscaler to take the signing key from: set CONTAINER_ID as "
-            "Vast's template does, or UNSECURED=true to accept unsigned requests on this machine alone"
+            "Vast's template does, or UNSECURED=true to accept unsigned requests from whoever reaches WORKER_PORT"
         )
     if (settings.null_metrics_host is None) != (settings.null_metrics_port is None):
         unset = "NULL_METRICS_HOST" if settings.null_metrics_host is None else "NULL_METRICS_PORT"
         raise BadSettings(f"{unset} is unset, and a metrics site needs both: set it, or unset the other")
-    ports = [p for p in (settings.worker_port, settings.null_control_port, settings.worker_http_port) if p]
-    if len(ports) != len(set(ports)):
-        raise BadSettings(
-            f"WORKER_PORT={settings.worker_port}, NULL_CONTROL_PORT={settings.null_control_port} and "
-            f"WORKER_HTTP_PORT={settings.worker_http_port} must differ"
-        )
+    ports = {
+        "WORKER_PORT": settings.worker_port,
+        "NULL_CONTROL_PORT": settings.null_control_port,
+        "WORKER_HTTP_PORT": settings.worker_http_port,
+    }
+    for (name, port), (other, same) in itertools.combinations(ports.items(), 2):
+        if port and port == same:
+            raise BadSettings(f"{name}={port} and {other}={same} must differ: two ports cannot be one")

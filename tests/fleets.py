@@ -46,7 +46,11 @@ class Dev:
 
     async def __aenter__(self) -> Dev:
         self.process = await asyncio.create_subprocess_exec(
-            *self._command, env=self._env, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+            *self._command,
+            cwd=self.folder,
+            env=self._env,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
         )
         self._reader = asyncio.ensure_future(self._read())
         self.url = (await self.line("a stand-in for Vast Serverless")).rpartition(" ")[2]

@@ -275,6 +275,7 @@ async def test_without_the_sdk_it_says_what_to_install(vast: StandIn, tmp_path: 
         ((), "give either --endpoint NAME or --url URL"),
         (("--endpoint", "a", "--url", "http://b"), "give either --endpoint NAME or --url URL"),
         (("--url", "http://b", "--session"), "need --endpoint"),
+        (("--url", "nope"), "--url must be as http://HOST:PORT, not 'nope'"),
         (("--endpoint", "a"), "no API key: set VAST_API_KEY, or give --api-key"),
         (("--endpoint", "a", "--duration", "nan"), "'nan' is not a number of seconds, 0 or more"),
         (("--endpoint", "a", "--duration", "-1"), "'-1' is not a number of seconds, 0 or more"),

@@ -233,6 +233,10 @@ async def test_what_is_no_number_of_seconds_is_wrong_use(seconds: str) -> None:
     )
 
 
+async def test_a_deadline_is_said_once() -> None:
+    assert "say it once" in await nullworker("extend", "5", "--seconds", "90", code=2)
+
+
 async def test_every_command_is_in_the_help() -> None:
     listed = await nullworker("--help")
     for name in COMMANDS_HERE:

@@ -139,11 +139,24 @@ async def test_a_worker_that_cannot_start_is_replaced_and_said_where_to_look(tmp
         await dev.line("worker 2: ready")
 
 
-async def test_a_consumer_that_ends_by_itself_is_started_again(tmp_path: Path) -> None:
-    starts = tmp_path / "starts"
-    async with Dev(tmp_path, "--min-load", "100", "--", "/bin/sh", "-c", f"echo $NULL_CONTROL_PORT >> {starts}"):
-        await until(lambda: starts.exists() and len(starts.read_text().split()) >= 2)
-    assert len(set(starts.read_text().split())) == 1
+async def test_a_consumer_that_ends_by_itself_is_started_again_and_that_is_said_once(tmp_path: Path) -> None:
+    starts, script = tmp_path / "starts", "echo $NULL_CONTROL_PORT $HEALTH_PORT >> starts; exit 3"
+    async with Dev(tmp_path, "--min-load", "100", "--", "/bin/sh", "-c", script) as dev:
+        await until(lambda: starts.exists() and len(starts.read_text().splitlines()) >= 3)
+        said = [line for line in dev.lines if "consumer" in line and "worker 1" in line]
+    (ports,) = set(starts.read_text().splitlines())
+    assert len(set(map(int, ports.split()))) == 2
+    log = tmp_path / "logs" / "consumer-1.log"
+    (once,) = [line.partition("(")[2] for line in said]
+    assert once == f"its consumer has ended, exit code 3, and is started again: see {log})"
+
+
+async def test_a_consumer_is_found_from_where_dev_was_called(tmp_path: Path) -> None:
+    (tmp_path / "job.sh").write_text("#!/bin/sh\n")
+    (tmp_path / "job.sh").chmod(0o755)
+    work = (sys.executable, "-m", "nullworker", "work", "--", "./job.sh")
+    async with Dev(tmp_path, "--", *work) as dev, official(dev) as endpoint:
+        assert (await reserve(endpoint))["released"] == "consumer_exit"
 
 
 # ---- the end ----

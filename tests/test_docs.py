@@ -61,7 +61,7 @@ async def test_commands_of_the_readme_run_as_written(tmp_path: Path) -> None:
     assert log.startswith("sqlite3")
     external, control, session_end = free_port(), free_port(), free_port()
     script = "\n".join((*first, "wait %2", log, page_end))
-    script = script.replace(".venv/bin/nullworker", f"{sys.executable} -m nullworker")
+    script = script.replace("nullworker serve", f"{sys.executable} -m nullworker serve")
     script = script.replace(":3000/", f":{external}/").replace(":18999/", f":{control}/")
     # what a person waits for, however long this machine takes for it
     waits = {"sleep 2": f"127.0.0.1:{control}/readyz", "sleep 1": f"127.0.0.1:{control}/reservation?wait=20"}

@@ -130,6 +130,7 @@ def test_two_ports_that_are_one_are_refused(run: Run, name: str) -> None:
     code, _, err = run(**{name: "18999"}, **STANDALONE)
     assert (code, err.count("\n")) == (2, 1)
     assert f"{name}=18999" in err
+    assert "None" not in err
 
 
 def test_a_secret_is_in_no_text_about_settings() -> None:
