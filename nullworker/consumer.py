@@ -164,8 +164,9 @@ class Reservation:
                 status, answer = await asyncio.wait_for(self._control.post("/release", self._farewell), left)
                 taken = status == 200 and (answer["released"] or await self._was_taken())
             except (Silent, asyncio.TimeoutError) as error:
+                if not self._unanswered:  # once: it is tried twice a second
+                    log.warning("reservation %s is not released yet: %s", self.id, str(error) or "no answer")
                 self._unanswered = True
-                log.warning("reservation %s is not released yet: %s", self.id, str(error) or "no answer")
                 await asyncio.sleep(RETRY_SECONDS)
             except (TypeError, ValueError) as error:
                 await self._refused(f"the result is no JSON: {error}")

@@ -99,7 +99,8 @@ class ControlPort:
                 text = await answer.text()
                 told = json.loads(text) if text else None
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError) as error:
-            raise Silent(f"no worker answers on {self.url} ({str(error) or type(error).__name__})") from error
+            why = str(error).replace(" ssl:default", "") or type(error).__name__
+            raise Silent(f"no worker answers on {self.url} ({why})") from error
         if answer.status >= 500:
             raise Silent(f"{self.url}{path} answers {answer.status}: {told}")
         return answer.status, told

@@ -43,7 +43,8 @@ class HoldError(NullworkerError):
     """It was refused, broke off, or nobody took it. `answer` is the worker's body, if it gave one."""
 
     def __init__(self, message: str, answer: Answer | None = None) -> None:
-        super().__init__(" ".join(message.split()))
+        # aiohttp tells a TLS setting with each address, as a Python object even
+        super().__init__(" ".join(re.sub(r" ssl:(default|True|False|<[^>]*>)", "", message).split()))
         self.answer = answer
 
 
