@@ -226,26 +226,36 @@ async def test_those_who_wait_and_those_who_come_are_sent_away_at_once(worker: W
     assert await vast.wait_for(lambda: vast.statuses[-1]["cur_load"] == 0)
 
 
-async def test_a_terminal_that_is_closed_is_a_stop_in_order(worker: WorkerProcess, vast: StandIn) -> None:
-    held = await reserve(worker, vast)
-    worker.process.send_signal(signal.SIGHUP)
-    assert (await worker.line("stopping"))["signal"] == "SIGHUP"
-    await worker.release()
-    assert (await held.answer()).status == 200
-    assert await worker.exit_code() == 0
+@contextmanager
+def inherited(disposition: signal.Handlers) -> Iterator[None]:
+    """What a child started meanwhile does at SIGHUP, unless it says otherwise."""
+    before = signal.signal(signal.SIGHUP, disposition)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+async def test_a_terminal_that_is_closed_is_a_stop_in_order(tmp_path: Path, vast: StandIn) -> None:
+    with inherited(signal.SIG_DFL):
+        async with secured(tmp_path, vast) as worker:
+            await worker.line("key_loaded")
+            held = await reserve(worker, vast)
+            worker.process.send_signal(signal.SIGHUP)
+            assert (await worker.line("stopping"))["signal"] == "SIGHUP"
+            await worker.release()
+            assert (await held.answer()).status == 200
+            assert await worker.exit_code() == 0
 
 
 async def test_under_nohup_a_closed_terminal_is_nothing(tmp_path: Path) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a child inherits
-    try:
+    with inherited(signal.SIG_IGN):
         async with WorkerProcess(tmp_path) as worker:
             worker.process.send_signal(signal.SIGHUP)
             assert (await worker.get("/readyz"))["ready"] is True
             worker.process.send_signal(signal.SIGTERM)
             assert (await worker.line("stopping"))["signal"] == "SIGTERM"
             assert await worker.exit_code() == 0
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 async def test_a_second_signal_ends_what_is_held(worker: WorkerProcess, vast: StandIn) -> None:
