@@ -29,7 +29,7 @@ from typing import Any
 import aiohttp
 import psutil
 
-from nullworker.http.server import raise_fd_limit
+from nullworker.ports import raise_fd_limit
 from nullworker.testing import StandIn
 
 #: Connections that are made at once, so that no listening queue overflows.

@@ -1,8 +1,10 @@
-"""Listening sockets and TLS: everything that can fail about them fails here, before anything else has begun."""
+"""Listening sockets, TLS, and how many connections there may be: what can fail about them fails here, at the start."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import resource
 import socket
 import ssl
 from pathlib import Path
@@ -20,6 +22,27 @@ BACKLOG: Final = 4096
 #: A peer that vanished without a word is noticed after idle + interval * count = 60 s: what is held for it is held for
 #: nobody. Accepted sockets inherit these (Linux, tcp(7)); the kernel's own default is two hours.
 KEEPALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
+
+#: Connections of the external port beside those in the queue, and of a port on 127.0.0.1.
+SPARE_CONNECTIONS: Final = 4096
+LOCAL_CONNECTIONS: Final = 1024
+
+
+def raise_fd_limit() -> int:
+    """As many open files as this process may have. Returns how many."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    return 2**31 if soft == resource.RLIM_INFINITY else soft
+
+
+def shares(files: int, max_queued: int) -> tuple[int, int]:
+    """Most connections of the external port, and of each other one, so that some files are left for the worker itself.
+
+    Where there are few files, a third of them is kept from the external port; where there are many, 4096.
+    """
+    return min(max_queued + SPARE_CONNECTIONS, files - min(files * 3 // 8, 4096)), min(LOCAL_CONNECTIONS, files // 16)
 
 
 def listen(port: int, *, host: str | None, variable: str) -> socket.socket:

@@ -278,9 +278,7 @@ class Service:
 
     def _log_failed(self, error: LogUnavailable) -> None:
         if self.condition.log is None:
-            log.error(
-                "event_log_unavailable", error=str(error), message="new reservations are refused until it is back"
-            )
+            log.error("event_log_unavailable", error=str(error), message="no new reservations until it is back")
         self._retry_at = self.now() + RETRY_SECONDS
         self.condition.log = str(error)
 
@@ -291,9 +289,7 @@ class Service:
 
     def _follow_the_wall_clock(self) -> None:
         """If it was set, and nothing is held, neither here nor in a log that still waits for its end."""
-        if self.book.held is not None or self.unwritten:
-            return
-        if (anchor := self._clock.settle()) is None:
+        if self.book.held is not None or self.unwritten or (anchor := self._clock.settle()) is None:
             return
         log.warning("clock_moved", message="the wall clock was set; the worker follows it now that nothing is held")
         self._retry_at = 0.0  # it was a time of the old clock

@@ -15,13 +15,13 @@ from nullworker.errors import CannotStart, Unauthorized
 from nullworker.http.control import Control, Status, control_app
 from nullworker.http.external import External, external_app, session_end_app
 from nullworker.http.grants import Gate
-from nullworker.http.server import Port, raise_fd_limit, shares
+from nullworker.http.server import Port
 from nullworker.http.sessions import Sessions
 from nullworker.http.wire import make_app, same_secret
 from nullworker.log import EventLog
 from nullworker.logs import get_log
 from nullworker.metrics.exporter import Exporter
-from nullworker.ports import listen, tls
+from nullworker.ports import listen, raise_fd_limit, shares, tls
 from nullworker.service import Service
 from nullworker.settings import Settings
 

@@ -14,6 +14,7 @@ import pytest
 import trustme
 from doors import EMPTY, HEAD, HOLD, Door
 
+from nullworker import ports
 from nullworker.http import server
 from nullworker.ports import KEEPALIVE
 
@@ -229,7 +230,7 @@ async def test_a_machine_without_descriptors_accepts_again_when_it_has_some(
 def test_a_worker_may_open_as_many_files_as_the_machine_lets_it() -> None:
     script = (
         "import resource as r; _, hard = r.getrlimit(r.RLIMIT_NOFILE); r.setrlimit(r.RLIMIT_NOFILE, (256, hard));"
-        "from nullworker.http.server import raise_fd_limit; "
+        "from nullworker.ports import raise_fd_limit; "
         "print(raise_fd_limit() == r.getrlimit(r.RLIMIT_NOFILE)[0] == hard)"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout == b"True\n"
@@ -237,6 +238,6 @@ def test_a_worker_may_open_as_many_files_as_the_machine_lets_it() -> None:
 
 @pytest.mark.parametrize("files", [1024, 4096, 20_000, 65_536, 2**31])
 def test_connections_never_take_the_files_that_the_worker_itself_needs(files: int) -> None:
-    external, local = server.shares(files, 1_000_000)
+    external, local = ports.shares(files, 1_000_000)
     assert files - external - 3 * local >= min(files // 6, 1000)
-    assert server.shares(2**20, 1000) == (1000 + server.SPARE_CONNECTIONS, server.LOCAL_CONNECTIONS)
+    assert ports.shares(2**20, 1000) == (1000 + ports.SPARE_CONNECTIONS, ports.LOCAL_CONNECTIONS)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import resource
 import socket
 import ssl
 from typing import Any, Final, cast
@@ -52,27 +51,6 @@ AT_ONCE: Final = 64
 EXHAUSTED_SECONDS: Final = 1.0
 #: Seconds between two log lines that say that a port is full.
 FULL_LINE_SECONDS: Final = 60.0
-
-#: Connections of the external port beside those in the queue, and of a port on 127.0.0.1.
-SPARE_CONNECTIONS: Final = 4096
-LOCAL_CONNECTIONS: Final = 1024
-
-
-def raise_fd_limit() -> int:
-    """As many open files as this process may have. Returns how many."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        soft = hard
-    return 2**31 if soft == resource.RLIM_INFINITY else soft
-
-
-def shares(files: int, max_queued: int) -> tuple[int, int]:
-    """Most connections of the external port, and of each other one, so that some files are left for the worker itself.
-
-    Where there are few files, a third of them is kept from the external port; where there are many, 4096.
-    """
-    return min(max_queued + SPARE_CONNECTIONS, files - min(files * 3 // 8, 4096)), min(LOCAL_CONNECTIONS, files // 16)
 
 
 class Connection(web.RequestHandler):
