@@ -27,6 +27,7 @@ from nullworker.control_client import Control, NoWorker, with_control
 from nullworker.errors import BadSettings, CannotStart
 from nullworker.fsm.table import EVENT_KINDS, STATES
 from nullworker.log import open_for_reading
+from nullworker.transaction import transaction
 
 #: Seconds between two looks at a log that is followed.
 LOOK_SECONDS: Final = 0.2
@@ -110,7 +111,7 @@ def history(control: Control, asked: Asked) -> None:
     """The reservations, newest first; with --follow oldest first, and then each again when something happens to it."""
     with _opened(control, asked.log) as conn:
         last = _last(conn)
-        with _at_one_moment(conn):
+        with transaction(conn, "DEFERRED"):  # rows of one moment, whatever the worker appends meanwhile
             found = log_queries.reservations(conn, state=asked.state, since=asked.since, limit=asked.limit)
             rows = [row for row in found if row is not None]
         printer = _Printer(_RESERVATION, as_json=asked.as_json)
@@ -143,16 +144,6 @@ def _opened(control: Control, log: str | None) -> Iterator[sqlite3.Connection]:
         raise CannotStart(f"the event log {opened.path} cannot be read: {error}") from error
     finally:
         opened.close()
-
-
-@contextlib.contextmanager
-def _at_one_moment(conn: sqlite3.Connection) -> Iterator[None]:
-    """Several queries see the same log, whatever its worker appends meanwhile."""
-    conn.execute("BEGIN")
-    try:
-        yield
-    finally:
-        conn.execute("COMMIT")
 
 
 def _find(control: Control) -> Path:

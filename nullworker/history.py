@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from nullworker.clock import from_shown, iso, tidy
+from nullworker.fsm.book import refused_at_once
 from nullworker.fsm.table import ENDED, LIVE, Outcome, ending
 
 #: Events that are walked through in one step: about 10 ms.
@@ -151,7 +152,7 @@ def finished(conn: sqlite3.Connection, *, after: int, limit: int) -> list[Finish
     for seq, request_idx, state, reason, queued_at, held_at, ended_at, give_up_at in rows:
         outcome = ending(state, reason, was_held=held_at is not None).outcome
         assert outcome is not None
-        at_once = held_at is None and give_up_at <= queued_at
+        at_once = refused_at_once(queued_at, held_at, give_up_at)
         done.append(Finished(seq, request_idx, outcome, queued_at, held_at, ended_at, at_once))
     return done
 

@@ -24,6 +24,7 @@ from nullworker.errors import CannotStart, LogUnavailable
 from nullworker.fsm.events import Event, from_row, to_row
 from nullworker.logs import get_log
 from nullworker.migrations import migrate
+from nullworker.transaction import transaction
 
 log = get_log(__name__)
 
@@ -172,13 +173,9 @@ class EventLog:
         if not self._is_there():  # SQLite would go on in a file that has no name any more
             raise LogUnavailable(f"{self.path} was moved or removed; restart the worker to begin a new one")
         try:
-            self.conn.execute("BEGIN IMMEDIATE")
-            self.conn.executemany(statement, rows)
-            self.conn.execute("COMMIT")
+            with transaction(self.conn):
+                self.conn.executemany(statement, rows)
         except (sqlite3.Error, UnicodeDecodeError) as error:  # the second: a sentence about damage, quoting it
-            with contextlib.suppress(sqlite3.Error):
-                if self.conn.in_transaction:
-                    self.conn.execute("ROLLBACK")
             if rehearsal.is_damage(error):
                 with contextlib.suppress(OSError):
                     _suspicion(self.path).touch()

@@ -8,14 +8,13 @@ The one rule: `user_version` is written last, so that a file whose steps were cu
 
 from __future__ import annotations
 
-import contextlib
 import re
 import sqlite3
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final
 
 from nullworker.clock import wall_iso
 from nullworker.schema import APPLICATION_ID, RULES, TABLES, VERSION, VIEWS
+from nullworker.transaction import transaction
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
@@ -70,12 +69,12 @@ def migrate(conn: sqlite3.Connection) -> None:
     if conn.execute("PRAGMA user_version").fetchone()[0] == VERSION:
         return
     if conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0:
-        with _transaction(conn):
+        with transaction(conn):
             _make_tables(conn)
             _finish(conn)
     else:
         _bring_tables_up_to_date(conn)
-        with _transaction(conn):
+        with transaction(conn):
             _finish(conn)
 
 
@@ -103,15 +102,3 @@ def _bring_tables_up_to_date(conn: sqlite3.Connection) -> None:
 def _finish(conn: sqlite3.Connection) -> None:
     for statement in _FINISH:
         conn.execute(statement)
-
-
-@contextlib.contextmanager
-def _transaction(conn: sqlite3.Connection) -> Iterator[None]:
-    conn.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        conn.execute("COMMIT")
-    except BaseException:
-        with contextlib.suppress(sqlite3.Error):  # SQLite itself may have done it, and would hide the cause
-            conn.execute("ROLLBACK")
-        raise

@@ -22,6 +22,7 @@ RANKS = (
         "journal",
         "migrations",
         "schema",
+        "transaction",
         "log",
         "rehearsal",
         "history",

@@ -56,6 +56,11 @@ class Reservation(msgspec.Struct):
     result: Any | UnsetType = UNSET
 
 
+def refused_at_once(queued_at: float, held_at: float | None, give_up_at: float) -> bool:
+    """Whether a claim that has ended was refused in the commit in which it was made: it was given no time to wait."""
+    return held_at is None and give_up_at <= queued_at
+
+
 class Book:
     """The live reservations of one worker."""
 

@@ -70,31 +70,23 @@ async def stream_reservation(
             return verdict_response(reservation)
         with _cut_off_by_errors(request):
             response = await _begin(request, {RESERVATION_HEADER: reservation.id})
-            event_log.on_append.append(bell.ring)  # what waits for the log is in the stream when it is written
             await _follow(response, event_log, bell, 0, reservation.id, until=lambda: reservation.state in ENDED)
             await response.write(_data(verdict(reservation)[1]))
             await response.write_eof()
             return response
     finally:
         service.unwatch(reservation.id, bell.ring)
-        with contextlib.suppress(ValueError):
-            event_log.on_append.remove(bell.ring)
 
 
 async def stream_events(
     request: web.Request, event_log: EventLog, after: int, watchers: Watchers
 ) -> web.StreamResponse:
     """Every event after a seq, and every one to come, until the reader goes or the worker stops."""
-    with watchers.bell() as bell:
-        event_log.on_append.append(bell.ring)
-        try:
-            with _cut_off_by_errors(request):
-                response = await _begin(request)
-                await _follow(response, event_log, bell, after, None, until=lambda: watchers.dismissed)
-                await response.write_eof()
-                return response
-        finally:
-            event_log.on_append.remove(bell.ring)
+    with watchers.bell() as bell, _cut_off_by_errors(request):
+        response = await _begin(request)
+        await _follow(response, event_log, bell, after, None, until=lambda: watchers.dismissed)
+        await response.write_eof()
+        return response
 
 
 @contextlib.contextmanager
@@ -128,15 +120,19 @@ async def _follow(
     *,
     until: Callable[[], bool],
 ) -> None:
-    while True:
-        over = until()  # asked before the log is read, so that the last events are not missed
-        while batch := history.events(event_log.conn, after=after, limit=BATCH, reservation_id=reservation_id):
-            after = batch[-1]["seq"]
-            await response.write(b"".join(b"id: %d\n" % event["seq"] + _data(event) for event in batch))
-        if over:
-            return
-        if not await bell.wait(KEEPALIVE_SECONDS):
-            await response.write(b": keepalive\n\n")
+    event_log.on_append.append(bell.ring)  # what has waited for the log comes when it is written
+    try:
+        while True:
+            over = until()  # asked before the log is read, so that the last events are not missed
+            while batch := history.events(event_log.conn, after=after, limit=BATCH, reservation_id=reservation_id):
+                after = batch[-1]["seq"]
+                await response.write(b"".join(b"id: %d\n" % event["seq"] + _data(event) for event in batch))
+            if over:
+                return
+            if not await bell.wait(KEEPALIVE_SECONDS):
+                await response.write(b": keepalive\n\n")
+    finally:
+        event_log.on_append.remove(bell.ring)
 
 
 def _data(data: Any) -> bytes:

@@ -21,6 +21,7 @@ from nullworker import history
 from nullworker.autoscaler import OUTCOMES_PATH, STATUS_PATH, Identity, Load, delete_requests, outcome_of, worker_status
 from nullworker.bell import Bell
 from nullworker.errors import LogUnavailable
+from nullworker.fsm.book import refused_at_once
 from nullworker.fsm.table import ENDED
 from nullworker.link import CALL_SECONDS, Delivery, Link, Pause
 from nullworker.log import EventLog
@@ -83,7 +84,7 @@ class Reporter:
             self._load.begun()
             self._received += 1
         elif commit.event.kind in ENDED:
-            at_once = reservation.held_at is None and reservation.terms.give_up_at <= reservation.queued_at
+            at_once = refused_at_once(reservation.queued_at, reservation.held_at, reservation.terms.give_up_at)
             self._load.ended(outcome_of(reservation), at_once=at_once)
             self.backlog += 1
             self._ended.ring()
