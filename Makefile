@@ -8,7 +8,7 @@ KILLS ?= 300
 MINUTES ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools demo test lint oldest simulate crash soak bench clean
+.PHONY: help install tools demo test quick lint oldest stress simulate crash soak bench clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -21,6 +21,9 @@ demo: install  ## see it work: a fleet of workers on this machine, no account ne
 test: tools install  ## run all tests; what they need is installed first, or not with TOOLS=no
 	$(BIN)/python -m pytest -n 3 --dist loadfile
 
+quick: install  ## the tests that need no servers and no browser, in seconds: for the edit loop
+	$(BIN)/python -m pytest -n 3 --dist loadfile -q tests/unit tests/eventlog
+
 lint: install  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,14 +32,16 @@ lint: install  ## ruff and mypy
 oldest: $(VENV)-3.10/.installed  ## run the core of the tests on Python 3.10, which Vast's template has
 	$(VENV)-3.10/bin/python -m pytest -n 3 --dist loadfile -m "not slow"
 
+stress: simulate crash soak  ## what takes hours: simulation, kills, soak; the suite has a short form of each
+
 simulate: install  ## play STEPS reservations from SEED on, with crashes and faults, in simulated time
-	$(BIN)/python tests/simulation.py --seed $(SEED) --steps $(STEPS)
+	$(BIN)/python -m stress.simulation --seed $(SEED) --steps $(STEPS)
 
 crash: install  ## kill a real worker KILLS times under load, and check that nothing is lost
-	$(BIN)/python -m bench.crash --kills $(KILLS)
+	$(BIN)/python -m stress.crash --kills $(KILLS)
 
 soak: install  ## run a worker for MINUTES under everything at once, and check that nothing grows or is lost
-	$(BIN)/python -m bench.soak --minutes $(MINUTES)
+	$(BIN)/python -m stress.soak --minutes $(MINUTES)
 
 bench: install  ## compare speed and memory with a worker on the official SDK
 	$(BIN)/python -m bench

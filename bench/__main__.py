@@ -24,17 +24,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 from bench.peers import Peer
-from nullworker.testing import StandIn
+from nullworker.testing import FakeAutoscaler
 
 Figures = dict[str, float]
-Measure = Callable[[str, StandIn, Path], Awaitable[Figures]]
+Measure = Callable[[str, FakeAutoscaler, Path], Awaitable[Figures]]
 
 CYCLES, QUEUED, FORGED = 400, 1000, 4000
 PAGES = 16 * 1024  # bytes of a commit
 _LENGTH = re.compile(rb"(?i)\r\ncontent-length: (\d+)")
 
 
-async def cycles(name: str, vast: StandIn, folder: Path) -> Figures:
+async def cycles(name: str, vast: FakeAutoscaler, folder: Path) -> Figures:
     """Start, then one client and one consumer, one after the other."""
     async with Peer(name, vast, folder) as peer:
         figures = {
@@ -87,7 +87,7 @@ def _stamp(answered: asyncio.Future[float], _: asyncio.Future[int]) -> None:
     answered.set_result(time.perf_counter())
 
 
-async def queue(name: str, vast: StandIn, folder: Path, queued: int = QUEUED) -> Figures:
+async def queue(name: str, vast: FakeAutoscaler, folder: Path, queued: int = QUEUED) -> Figures:
     """Many wait; each release hands the slot on."""
     async with Peer(name, vast, folder) as peer:
         before = peer.memory()
@@ -106,12 +106,12 @@ async def queue(name: str, vast: StandIn, folder: Path, queued: int = QUEUED) ->
     return {f"hand-over with {queued} queued, ms": seconds}
 
 
-async def long_queue(name: str, vast: StandIn, folder: Path) -> Figures:
+async def long_queue(name: str, vast: FakeAutoscaler, folder: Path) -> Figures:
     """Ten times as many."""
     return await queue(name, vast, folder, 10 * QUEUED) if name == "nullworker" else {}
 
 
-async def forged(name: str, vast: StandIn, folder: Path) -> Figures:
+async def forged(name: str, vast: FakeAutoscaler, folder: Path) -> Figures:
     """Requests with a signature that is nobody's, from eight connections that write and read bytes, and no more."""
     if name in ("floor", "normal"):
         return {}
@@ -145,7 +145,7 @@ def raw_post(path: str, body: object) -> bytes:
     return head.encode() + content
 
 
-async def command(name: str, vast: StandIn, folder: Path) -> Figures:
+async def command(name: str, vast: FakeAutoscaler, folder: Path) -> Figures:
     """`nullworker release` as a whole process, and Python's own start."""
     if name != "nullworker":
         return {}
@@ -190,7 +190,7 @@ async def run(rounds: int, names: list[str]) -> dict[str, dict[str, list[float]]
     """All figures of all rounds: figure, peer, values."""
     table: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     peers = ["nullworker", "normal", "SDK", "floor"]
-    async with StandIn() as vast:
+    async with FakeAutoscaler() as vast:
         for number in range(rounds):
             for measure in names:
                 for peer in peers[number % 4 :] + peers[: number % 4]:

@@ -18,9 +18,9 @@ from pathlib import Path
 import aiohttp
 
 from bench.peers import Peer
+from nullworker.eventlog.opening import open_log
 from nullworker.fsm.events import Ended, Event, Held, Queued, to_row
-from nullworker.log import open_log
-from nullworker.testing import StandIn
+from nullworker.testing import FakeAutoscaler
 
 ASKED = ("/metrics", "/status", "/reservations?limit=50", "/reservations?limit=50&state=cancelled")
 
@@ -66,7 +66,7 @@ def make(path: Path, events: int) -> None:
     print()
 
 
-async def measure(vast: StandIn, path: Path, folder: Path, asks: int) -> dict[str, float]:
+async def measure(vast: FakeAutoscaler, path: Path, folder: Path, asks: int) -> dict[str, float]:
     """One start on that log, and each question some times."""
     async with Peer("nullworker", vast, folder, NULL_EVENT_LOG=str(path)) as peer:
         figures = {
@@ -92,7 +92,7 @@ async def run(events: int, keep: Path | None, rounds: int) -> None:
         long_log = keep or folder / "long.db"
         make(long_log, events)
         table: dict[str, dict[str, list[float]]] = {}
-        async with StandIn() as vast:
+        async with FakeAutoscaler() as vast:
             for number in range(rounds):
                 for label, path in (("long", long_log), ("empty", folder / f"empty{number}.db")):
                     make(path, 3)

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import psutil
 
-from nullworker.testing import StandIn
+from nullworker.testing import FakeAutoscaler
 
 ROOT = Path(__file__).parent.parent
 COMMANDS = {
@@ -28,7 +28,7 @@ COMMANDS = {
 class Peer:
     """One running worker. `seconds_to_port` and `seconds_to_ready` are counted from its start."""
 
-    def __init__(self, name: str, vast: StandIn, folder: Path, **env: str) -> None:
+    def __init__(self, name: str, vast: FakeAutoscaler, folder: Path, **env: str) -> None:
         self.name = name
         self.vast = vast
         self.folder = folder

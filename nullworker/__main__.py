@@ -1,6 +1,6 @@
 """`python -m nullworker`."""
 
-from nullworker.cli import main
+from nullworker.cli.commands import main
 
 if __name__ == "__main__":
     main()

@@ -6,6 +6,7 @@
     ├── IllegalMove                 the rule book forbids it; nothing has changed
     ├── LogUnavailable              503  the event log cannot be written
     ├── LogDamaged                  the event log cannot be read; it is set aside at the next start
+    ├── WorkerUnreachable           no worker answers on a control port
     └── RequestError                an answer to whoever asked, as JSON
         ├── Unauthorized            401
         ├── Forbidden               403
@@ -17,7 +18,7 @@
         ├── Invalid                 422  each wrong field by its name
         └── Unavailable             503  with Retry-After
 
-What it leaves out: the refusals of a claim (429, 503, 499): those are ends of a reservation, see fsm/table.py.
+A refused claim (429, 503, 499) is no error: it is the end of a reservation, see fsm/table.py.
 """
 
 from __future__ import annotations
@@ -61,6 +62,10 @@ class LogUnavailable(NullworkerError):
 
 class LogDamaged(NullworkerError):
     """The file is no readable event log of this project."""
+
+
+class WorkerUnreachable(NullworkerError):
+    """Nothing answers on the control port, or it is no worker, or it fails: try again, or see whether it runs."""
 
 
 class RequestError(NullworkerError):

@@ -7,9 +7,7 @@ observers hear of it.
 When the log cannot be written, new claims are refused; but what is held can end, so those events wait in memory, in
 order, and are written as soon as the log can be. That is the one case in which an effect is seen before its commit.
 
-What it leaves out: timers (alarm.py rings `tick`), HTTP, and what an observer does with what it hears.
-
-The one rule: no `await` in this file, but for the waiting in `ended`.
+Nothing in this file awaits, except `ended`, which only waits.
 """
 
 from __future__ import annotations
@@ -17,26 +15,52 @@ from __future__ import annotations
 import asyncio
 import base64
 import secrets
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple, Protocol
 
 from msgspec import UNSET, UnsetType
 
-from nullworker.clock import Clock, to_ms
-from nullworker.condition import Condition
+from nullworker.clock import Anchor, Clock, to_ms
 from nullworker.errors import LogUnavailable
 from nullworker.fsm.book import Book, Claim, Limits, Reservation
 from nullworker.fsm.events import Event
 from nullworker.fsm.table import ENDED
-from nullworker.journal import Journal
 from nullworker.logs import get_log
+from nullworker.readiness import Readiness
 
 log = get_log(__name__)
 
 #: Seconds between two tries of a log that cannot be written.
-RETRY_SECONDS = 0.25
+RETRY_SECONDS: Final = 0.25
 #: Events that may wait in memory for the log. Beyond it a claim is refused without a trace but a log line.
 MAX_UNWRITTEN = 10_000
+#: Seconds by which the same deadline may come out differently: the worker's time is told to the millisecond.
+SAME_SECONDS: Final = 0.002
+
+
+class Journal(Protocol):
+    """Where events are kept: the log, or a fake that passes the same contract (nullworker.testing.fakes)."""
+
+    @property
+    def last_seq(self) -> int:
+        """The seq of the last event that is written."""
+        ...
+
+    def append(self, events: Sequence[tuple[int, Event]]) -> None:
+        """All or none. Raises LogUnavailable."""
+        ...
+
+    def live(self) -> Iterator[tuple[int, Event]]:
+        """The events of what has not ended."""
+        ...
+
+    def store_anchor(self, anchor: Anchor) -> None:
+        """Keep the clock's anchor. Raises LogUnavailable."""
+        ...
+
+    def probe(self) -> None:
+        """Write something that does not matter. Raises LogUnavailable."""
+        ...
 
 
 class Commit(NamedTuple):
@@ -56,20 +80,20 @@ def new_id() -> str:
 
 
 class Service:
-    """The reservations of one worker.
+    """The reservations of one worker, beginning with what is open in its journal.
 
     Attributes:
         book: what is live; read it, and change it only through the commands here.
-        condition: whether claims are taken at all.
+        readiness: whether claims are taken at all.
         observers: called with every commit, in order; what they raise is logged and goes no further.
         unwritten: what has become true and still waits for the log, in order.
     """
 
     def __init__(
-        self, journal: Journal, clock: Clock, limits: Limits, condition: Condition, make_id: Callable[[], str] = new_id
+        self, journal: Journal, clock: Clock, limits: Limits, readiness: Readiness, make_id: Callable[[], str] = new_id
     ) -> None:
         self.book = Book(limits)
-        self.condition = condition
+        self.readiness = readiness
         self.observers: list[Observer] = []
         self.unwritten: list[Commit] = []
         self._journal = journal
@@ -78,6 +102,8 @@ class Service:
         self._watchers: dict[str, list[Observer]] = {}
         self._seq = journal.last_seq
         self._retry_at = 0.0
+        for _, event in journal.live():
+            self.book.apply(event)
 
     @property
     def seq(self) -> int:
@@ -93,16 +119,6 @@ class Service:
         waiting = (each.reservation for each in self.unwritten if each.event.reservation_id == reservation_id)
         return self.book.get(reservation_id) or next(waiting, None)
 
-    def restore(self) -> None:
-        """Go on after a restart: replay what is open, end the requests whose connections died, expire what is over.
-
-        Call it once, before anything else; observers added before hear of the ends, not of the replay.
-        """
-        for _, event in self._journal.live():
-            self.book.apply(event)
-        self._commit(self.book.cancel_requests("worker_restart", self.now()))
-        self.tick()
-
     # -- commands ------------------------------------------------------------------------------------------------
 
     def claim(self, claim: Claim) -> Reservation:
@@ -113,17 +129,17 @@ class Service:
         """
         self._follow_the_wall_clock()
         now, reservation_id = self.now(), self._make_id()
-        if self.condition.log:
+        if self.readiness.log:
             self._flush(now)
-        if self.condition.refusal is None:
+        if self.readiness.refusal is None:
             try:
                 commits = self._commit(self.book.claim(reservation_id, claim, now), must=False)
                 return commits[-1].reservation
             except LogUnavailable:
-                pass  # the condition says so now, and the refusal below is for the log when it is back
+                pass  # the readiness says so now, and the refusal below is for the log when it is back
         if len(self.unwritten) >= MAX_UNWRITTEN:
-            raise LogUnavailable(f"{self.condition.log}; {len(self.unwritten)} events wait in memory")
-        return self._commit(self.book.claim(reservation_id, claim, now, self.condition.refusal))[-1].reservation
+            raise LogUnavailable(f"{self.readiness.log}; {len(self.unwritten)} events wait in memory")
+        return self._commit(self.book.claim(reservation_id, claim, now, self.readiness.refusal))[-1].reservation
 
     def release(self, reservation_id: str, *, reason: str = "explicit", result: Any | UnsetType = UNSET) -> Reservation:
         """End the held reservation as released, and hold the next.
@@ -159,24 +175,29 @@ class Service:
 
     def consumer_unhealthy(self, cause: str, *, cancel_held: bool) -> None:
         """The consumer does not work: those who wait are sent away, and the held one too if the operator wants so."""
-        self.condition.unhealthy = cause
+        self.readiness.consumer_is_unhealthy(cause)
         self._commit(self.book.cancel_queued("errored", self.now()))
         if cancel_held and self.book.held is not None:
             self.cancel(self.book.held.id, "consumer_unhealthy")
 
     def drain(self, why: str) -> None:
         """Take nothing more and send away those who wait; what is held stays."""
-        self.condition.draining = why
+        self.readiness.drain(why)
         self._commit(self.book.cancel_queued("draining", self.now()))
 
     def end_drain(self) -> None:
         """The time for a held request to finish is over. A session stays open: it goes on after the restart."""
         self._commit(self.book.cancel_requests("draining", self.now()))
 
+    def resume(self) -> None:
+        """After a restart: end the requests, whose connections have died with the process, and what is over by now."""
+        self._commit(self.book.cancel_requests("worker_restart", self.now()))
+        self.tick()
+
     def tick(self) -> None:
         """Everything that time has brought. Ring it at `next_deadline`."""
         now = self.now()
-        if self.condition.log:
+        if self.readiness.log:
             self._flush(now)
         self._commit(self.book.due(now))
 
@@ -192,7 +213,7 @@ class Service:
 
     def next_deadline(self) -> float | None:
         """When to call `tick`: epoch seconds, or None while nothing can become due."""
-        deadlines = [self.book.next_deadline(), self._retry_at if self.condition.log else None]
+        deadlines = [self.book.next_deadline(), self._retry_at if self.readiness.log else None]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     # -- hearing of it -------------------------------------------------------------------------------------------
@@ -234,7 +255,7 @@ class Service:
         numbered = list(enumerate(events, self._seq + 1))
         stored = self._store(numbered)
         if not stored and not must:
-            raise LogUnavailable(self.condition.log or "the event log cannot be written")
+            raise LogUnavailable(self.readiness.log or "the event log cannot be written")
         self._seq += len(events)
         commits = [Commit(seq, event, self.book.apply(event)) for seq, event in numbered]
         if not stored:
@@ -277,15 +298,15 @@ class Service:
         return True
 
     def _log_failed(self, error: LogUnavailable) -> None:
-        if self.condition.log is None:
+        if self.readiness.log is None:
             log.error("event_log_unavailable", error=str(error), message="no new reservations until it is back")
         self._retry_at = self.now() + RETRY_SECONDS
-        self.condition.log = str(error)
+        self.readiness.log_has_failed(str(error))
 
     def _log_works(self) -> None:
-        if self.condition.log is not None:
+        if self.readiness.log is not None:
             log.warning("event_log_recovered", message="the event log can be written again, nothing is missing in it")
-            self.condition.log = None
+            self.readiness.log_works()
 
     def _follow_the_wall_clock(self) -> None:
         """If it was set, and nothing is held, neither here nor in a log that still waits for its end."""
@@ -297,3 +318,40 @@ class Service:
             self._journal.store_anchor(anchor)
         except LogUnavailable as error:
             self._log_failed(error)
+
+
+class DeadlineTimer:
+    """Calls `tick` at the service's next deadline. `set` is an observer: each commit may move that deadline.
+
+    Timers are compared by the loop's time: the worker's own may jump to the wall clock's while a timer runs
+    (`Clock.settle`).
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set(self, _: Commit | None = None) -> None:
+        """Run at the next deadline."""
+        deadline = self._service.next_deadline()
+        if deadline is None:
+            return
+        loop = asyncio.get_running_loop()
+        due = loop.time() + max(deadline - self._service.now(), 0.0)
+        if self._timer is not None:
+            if self._timer.when() < due + SAME_SECONDS:
+                return
+            self._timer.cancel()
+        self._timer = loop.call_at(due, self._run)
+
+    def _run(self) -> None:
+        self._timer = None
+        try:
+            self._service.tick()
+        finally:
+            self.set()
+
+    def stop(self) -> None:
+        """Run no more."""
+        if self._timer is not None:
+            self._timer.cancel()

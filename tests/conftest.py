@@ -13,18 +13,19 @@ import pytest
 from harness import WorkerProcess, secured
 
 from nullworker import logs
-from nullworker.log import EventLog, open_log
-from nullworker.testing import StandIn
+from nullworker.eventlog.log import EventLog
+from nullworker.eventlog.opening import open_log
+from nullworker.testing import FakeAutoscaler
 
 
 @pytest.fixture
-async def vast() -> AsyncIterator[StandIn]:
-    async with StandIn() as vast:
+async def vast() -> AsyncIterator[FakeAutoscaler]:
+    async with FakeAutoscaler() as vast:
         yield vast
 
 
 @pytest.fixture
-async def worker(vast: StandIn, tmp_path: Path) -> AsyncIterator[WorkerProcess]:
+async def worker(vast: FakeAutoscaler, tmp_path: Path) -> AsyncIterator[WorkerProcess]:
     """A worker with the settings that it has by itself; it takes signed claims."""
     async with secured(tmp_path, vast) as worker:
         await worker.line("key_loaded")

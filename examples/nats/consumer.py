@@ -19,7 +19,7 @@ from nats.errors import TimeoutError as NothingCame
 from nats.js.api import ConsumerConfig, RetentionPolicy
 from nats.js.client import JetStreamContext
 
-from nullworker.consumer import health_endpoint, reservations, run
+from nullworker.consumer.reservations import health_endpoint, reservations, run
 
 ACK_WAIT = float(os.environ.get("ACK_WAIT_SECONDS", "30"))
 #: Seconds for which a job is waited for.

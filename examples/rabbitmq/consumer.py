@@ -16,7 +16,7 @@ import aio_pika
 import aiohttp
 from aio_pika.abc import AbstractIncomingMessage, AbstractQueue
 
-from nullworker.consumer import health_endpoint, reservations, run
+from nullworker.consumer.reservations import health_endpoint, reservations, run
 
 #: Seconds for which a job is waited for, and between two looks.
 WAIT, LOOK = 5.0, 0.25

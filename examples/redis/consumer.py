@@ -18,7 +18,7 @@ import aiohttp
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from nullworker.consumer import health_endpoint, reservations, run
+from nullworker.consumer.reservations import health_endpoint, reservations, run
 
 JOBS, FAILED, GROUP = "jobs", "jobs:failed", "workers"
 NAME = os.environ.get("CONTAINER_ID") or socket.gethostname()

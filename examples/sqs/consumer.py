@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import boto3  # type: ignore[import-untyped]
 
-from nullworker.consumer import health_endpoint, reservations, run
+from nullworker.consumer.reservations import health_endpoint, reservations, run
 
 QUEUE = os.environ["SQS_QUEUE_URL"]
 VISIBILITY = int(os.environ.get("VISIBILITY_SECONDS", "60"))

@@ -1,4 +1,1 @@
-"""The state machine: pure, no I/O, no clock, no asyncio, no randomness.
-
-table.py has the rules as data, events.py the words of the log, book.py what is live and the decisions.
-"""
+"""The state machine of a reservation, pure: the table of transitions, the events, and the book of what is live."""

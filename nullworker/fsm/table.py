@@ -32,7 +32,7 @@ from nullworker.errors import IllegalMove
 
 State = Literal["queued", "held", "released", "expired", "cancelled"]
 EventKind = Literal["queued", "held", "extended", "released", "expired", "cancelled"]
-Outcome = Literal["Success", "Rejected", "Cancelled"]  # the words of `delete_requests`
+Outcome = Literal["Success", "Rejected", "Cancelled", "Error"]  # the words of `delete_requests`
 
 STATES: Final[tuple[State, ...]] = ("queued", "held", "released", "expired", "cancelled")
 LIVE: Final[frozenset[State]] = frozenset(("queued", "held"))
@@ -83,6 +83,8 @@ EDGES: Final[tuple[Edge, ...]] = (
     Edge("held", "cancelled", "consumer_unhealthy", "cancelled", 503, "Cancelled", "the consumer became unhealthy"),
     Edge("queued", "cancelled", "worker_restart", "cancelled", 503, "Cancelled", "the worker was restarted"),
     Edge("held", "cancelled", "worker_restart", "cancelled", 503, "Cancelled", "the worker was restarted"),
+    Edge("queued", "cancelled", "worker_error", "cancelled", 500, "Error", "a fault of the worker; see its log"),
+    Edge("held", "cancelled", "worker_error", "cancelled", 500, "Error", "a fault of the worker; see its log"),
 )
 
 _BY_MOVE: Final = {(edge.source, edge.event, edge.reason): edge for edge in EDGES}

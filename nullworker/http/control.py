@@ -6,8 +6,6 @@ same machine, or a host name rebound to 127.0.0.1, gets 403.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
@@ -16,15 +14,16 @@ import msgspec
 from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
-from nullworker import history
-from nullworker.clock import elapsed, from_shown
 from nullworker.errors import Conflict, Forbidden, Invalid, NotFound
+from nullworker.eventlog.log import EventLog
+from nullworker.eventlog.queries import ReservationJson
 from nullworker.fsm.table import STATES
 from nullworker.http.bodies import decode, number, read_body, unfit
 from nullworker.http.page import add_page
-from nullworker.http.stream import Watchers, stream_events
-from nullworker.http.wire import HELD, Handler, json_response, make_app, reservation_json
-from nullworker.log import EventLog
+from nullworker.http.reservations import find, newest, reservation_json
+from nullworker.http.responses import HELD, Handler, json_response, make_app
+from nullworker.http.sse import Watchers, stream_events
+from nullworker.http.status import Status
 from nullworker.metrics.exporter import Exporter
 from nullworker.service import Commit, Service
 
@@ -34,8 +33,6 @@ MAX_PAGE: Final = 1000
 #: Both ports, for tools: OpenAPI 3.1. Read once, so that it describes the worker that runs.
 OPENAPI: Final = Path(__file__).with_name("openapi.json").read_bytes()
 _LOCAL_NAMES: Final = frozenset(("127.0.0.1", "localhost", "::1"))
-
-Status = Callable[[], dict[str, Any]]
 
 
 class ReleaseBody(msgspec.Struct):
@@ -53,8 +50,8 @@ class ExtendBody(msgspec.Struct):
     reservation_id: str | None = None
 
 
-class Control:
-    """The handlers of the control port. `status` gives what /status adds to the reservations."""
+class ControlHandlers:
+    """The handlers of the control port."""
 
     def __init__(self, service: Service, event_log: EventLog, exporter: Exporter, status: Status) -> None:
         self._service = service
@@ -90,7 +87,7 @@ class Control:
             self._exporter.extensions.labels("none").inc()
             raise Conflict("nothing is held")
         if asked.reservation_id not in (None, held.id):
-            known = self._known(asked.reservation_id)
+            known = find(self._service, self._log, asked.reservation_id)
             self._exporter.extensions.labels("unknown" if known is None else "stale").inc()
             if known is None:
                 raise NotFound(f"there is no reservation {asked.reservation_id}")
@@ -119,38 +116,25 @@ class Control:
             raise Invalid("state is wrong", state=f"must be one of {', '.join(STATES)}")
         limit = int(number(request, "limit", 50, MAX_PAGE))
         if one := request.query.get("id"):
-            known = self._known(one)
+            known = find(self._service, self._log, one)
             return json_response({"reservations": [] if known is None else [known]})
         before = request.query.get("before") or None
         try:
-            found = await self._newest(state, limit, before)
+            found = await newest(self._service, self._log, state=state, limit=limit, before=before)
         except ValueError:
             raise Invalid("before is wrong", before="must be the id of a reservation or an ISO 8601 time") from None
         return json_response({"reservations": found})
 
     async def readyz(self, request: web.Request) -> web.Response:
         """Whether this worker takes reservations, and each check with why it fails."""
-        condition = self._service.condition
-        ready = condition.state == "ready"
-        checks = {name: {"ok": check.ok, "why": check.why} for name, check in condition.checks().items()}
-        return json_response({"ready": ready, "state": condition.state, "checks": checks}, 200 if ready else 503)
+        readiness = self._service.readiness
+        ready = readiness.state == "ready"
+        checks = {name: {"ok": check.ok, "why": check.why} for name, check in readiness.checks().items()}
+        return json_response({"ready": ready, "state": readiness.state, "checks": checks}, 200 if ready else 503)
 
     async def status(self, request: web.Request) -> web.Response:
         """All that this worker knows of itself now."""
-        book, now = self._service.book, self._service.now()
-        head = next(iter(book.queue.values()), None)
-        return json_response(
-            {
-                "state": self._service.condition.state,
-                "held": None if book.held is None else reservation_json(book.held, now),
-                "queue": {
-                    "length": len(book.queue),
-                    "limit": book.limits.max_queued,
-                    "oldest_seconds": None if head is None else elapsed(head.queued_at, now),
-                },
-                **self._status(),
-            }
-        )
+        return json_response(self._status.document())
 
     async def events(self, request: web.Request) -> web.StreamResponse:
         """Every event, live; after a seq, or where a reader that lost its connection left off."""
@@ -160,52 +144,23 @@ class Control:
         return await stream_events(request, self._log, int(resume), self.watchers)
 
     def _not_held(self, reservation_id: str) -> web.Response:
-        known = self._known(reservation_id)
+        known = find(self._service, self._log, reservation_id)
         if known is None:
             self._exporter.releases.labels("unknown").inc()
             raise NotFound(f"there is no reservation {reservation_id}")
         self._exporter.releases.labels("stale").inc()
         return json_response({"released": False, "reason": _fate(known), "state": known["state"]})
 
-    def _known(self, reservation_id: str) -> dict[str, Any] | None:
-        found = self._service.find(reservation_id)
-        if found is not None:
-            return reservation_json(found, self._service.now())
-        return history.reservation(self._log.conn, reservation_id)
-
-    async def _newest(self, state: str | None, limit: int, before: str | None) -> list[dict[str, Any]]:
-        """Those of whose last events the log does not know yet, and then, in the log's order, all others."""
-        unwritten = {commit.reservation.id: commit.reservation for commit in reversed(self._service.unwritten)}
-        first = list(unwritten.values())
-        if before in unwritten:
-            first, before = first[list(unwritten).index(before) + 1 :], None
-        elif before is not None:
-            try:
-                at = from_shown(before)
-            except ValueError:  # it is an id in the log: those in memory came on an earlier page
-                at = 0.0
-            first = [each for each in first if each.queued_at < at]
-        found = [each for each in first if state in (None, each.state)][:limit]
-        rows = [reservation_json(each, self._service.now()) for each in found]
-        for row in history.reservations(self._log.conn, state=state, limit=limit + len(unwritten), before=before):
-            if len(rows) >= limit:
-                break
-            if row is None:
-                await asyncio.sleep(0)
-            elif row["id"] not in unwritten:
-                rows.append(row)
-        return rows
-
     async def _next_hold(self, seconds: float) -> None:
-        with self.watchers.bell() as bell:
+        with self.watchers.wakeup() as wakeup:
 
             def observer(commit: Commit) -> None:
                 if commit.event.kind == "held":
-                    bell.ring()
+                    wakeup.set()
 
             self._service.observers.append(observer)
             try:
-                await bell.wait(seconds)
+                await wakeup.wait(seconds)
             finally:
                 self._service.observers.remove(observer)
 
@@ -217,7 +172,7 @@ async def health(request: web.Request) -> web.Response:
 
 async def openapi(request: web.Request) -> web.Response:
     """What can be asked of this worker, for tools."""
-    return web.Response(body=OPENAPI, content_type="application/json", headers={"Cache-Control": "no-cache"})
+    return web.Response(body=OPENAPI, content_type="application/json", headers={"Cache-ControlHandlers": "no-cache"})
 
 
 def local_only(request: web.Request) -> None:
@@ -234,7 +189,9 @@ def local_only(request: web.Request) -> None:
         raise Forbidden("the control port answers only to pages of its own; the Origin header names another")
 
 
-def control_app(control: Control, exporter: Exporter, metrics: Handler, *, stub_health: bool) -> web.Application:
+def control_app(
+    control: ControlHandlers, exporter: Exporter, metrics: Handler, *, stub_health: bool
+) -> web.Application:
     """The app of NULL_CONTROL_PORT."""
     app = make_app("control", exporter, guard=local_only)
     app.on_shutdown.append(control.watchers.dismiss)
@@ -260,7 +217,7 @@ def _hostname(url: str) -> str | None:
         return None
 
 
-def _fate(known: dict[str, Any]) -> str:
+def _fate(known: ReservationJson) -> str:
     if known["ended_at"] is None:
         return f"the reservation is {known['state']}"
     return f"the reservation has ended: {known['state']}, {known['reason']}"

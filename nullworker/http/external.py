@@ -7,6 +7,7 @@ The one rule: nothing of the control port can be reached here.
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -15,14 +16,15 @@ from aiohttp import web
 from msgspec import Meta
 
 from nullworker.errors import Gone, Unauthorized
+from nullworker.eventlog.log import EventLog
 from nullworker.fsm.book import Claim, Reservation
 from nullworker.fsm.table import ENDED
-from nullworker.http.bodies import check_metadata
-from nullworker.http.grants import Gate
-from nullworker.http.sessions import Sessions
-from nullworker.http.stream import stream_reservation
-from nullworker.http.wire import HELD, Counts, json_response, make_app, same_secret, verdict_response
-from nullworker.log import EventLog
+from nullworker.http.auth import Authenticator, Grant
+from nullworker.http.bodies import check_metadata, read_body
+from nullworker.http.reservations import verdict_response
+from nullworker.http.responses import HELD, Counts, json_response, make_app, same_secret
+from nullworker.http.sessions import SessionHandlers
+from nullworker.http.sse import stream_reservation
 from nullworker.logs import get_log
 from nullworker.service import Service
 
@@ -40,28 +42,26 @@ class ReservePayload(msgspec.Struct):
     stream: bool | None = None
 
 
-class External:
+class ExternalHandlers:
     """The handlers of the external port."""
 
-    def __init__(self, service: Service, event_log: EventLog, gate: Gate, *, master_token: str) -> None:
+    def __init__(
+        self, service: Service, event_log: EventLog, authenticator: Authenticator, *, master_token: str
+    ) -> None:
         self._service = service
         self._log = event_log
-        self._gate = gate
+        self._authenticator = authenticator
         self._token = master_token
 
     async def reserve(self, request: web.Request) -> web.StreamResponse:
-        """Claim the slot, or wait for the end of a session."""
-        reservation, stream = await self._admit(request)  # the grant is not kept while it waits: 1 kB for each caller
-        if reservation.state not in ENDED:
-            request[HELD] = True
-        try:
-            if stream:  # from the moment in which it is held
-                return await stream_reservation(request, self._service, self._log, reservation)
-            return verdict_response(await self._service.ended(reservation))
-        except BaseException:  # whatever it was, nobody waits for the end any more
-            if reservation.terms.kind == "request":  # a session stays, whoever waits for its end
-                self._service.cancel(reservation.id, "client_disconnect")
-            raise
+        """Claim the slot, or wait for the end of a session; answers when the reservation has ended."""
+        body = await read_body(request)
+        grant = await self._authenticator.authenticate(body)
+        payload = grant.read(ReservePayload)
+        reservation = self._claim(grant, payload)
+        stream = bool(payload.stream)
+        del body, grant, payload  # each caller that waits would keep 1 kB of them
+        return await self._verdict(request, reservation, stream)
 
     async def update(self, request: web.Request) -> web.Response:
         """Vast's rolling update: leave the mark for which the start script looks."""
@@ -75,22 +75,34 @@ class External:
             return json_response({"error": f"{FORCE_UPDATE} cannot be written: {error.strerror}"}, 500)
         return json_response({"ok": True})
 
-    async def _admit(self, request: web.Request) -> tuple[Reservation, bool]:
-        """The reservation that a request is for, and whether it wants a stream."""
-        grant = await self._gate.open(request)
-        payload = grant.read(ReservePayload)
+    def _claim(self, grant: Grant, payload: ReservePayload) -> Reservation:
+        """A new reservation; or with a session_id the session that is held."""
         check_metadata(payload.metadata)
-        stream = bool(payload.stream)
         if grant.session_id is None:
-            claim = Claim(duration=payload.duration, request_idx=grant.request_idx, metadata=payload.metadata)
-            return self._service.claim(claim), stream
+            return self._service.claim(
+                Claim(duration=payload.duration, request_idx=grant.request_idx, metadata=payload.metadata)
+            )
         session = self._service.book.held
         if session is None or session.terms.session is None or session.id != grant.session_id:
             raise Gone(f"there is no session {grant.session_id}")
-        return session, stream
+        return session
+
+    async def _verdict(self, request: web.Request, reservation: Reservation, stream: bool) -> web.StreamResponse:
+        """How the reservation has ended, once it has. A request ends when its caller is gone, or we fail him."""
+        if reservation.state not in ENDED:
+            request[HELD] = True
+        try:
+            if stream:
+                return await stream_reservation(request, self._service, self._log, reservation)
+            return verdict_response(await self._service.ended(reservation))
+        except BaseException as error:
+            hung_up = isinstance(error, (asyncio.CancelledError, ConnectionError))
+            if reservation.terms.kind == "request":  # a session stays, whoever waits for its end
+                self._service.cancel(reservation.id, "client_disconnect" if hung_up else "worker_error")
+            raise
 
 
-def external_app(external: External, sessions: Sessions, counts: Counts) -> web.Application:
+def external_app(external: ExternalHandlers, sessions: SessionHandlers, counts: Counts) -> web.Application:
     """The app of WORKER_PORT."""
     app = make_app("external", counts)
     app.router.add_post("/reserve", external.reserve)
@@ -103,7 +115,7 @@ def external_app(external: External, sessions: Sessions, counts: Counts) -> web.
     return app
 
 
-def session_end_app(sessions: Sessions, counts: Counts) -> web.Application:
+def session_end_app(sessions: SessionHandlers, counts: Counts) -> web.Application:
     """The app of WORKER_HTTP_PORT: plain http on 127.0.0.1, where a consumer may end its session."""
     app = make_app("session_end", counts)
     app.router.add_post("/session/end", sessions.end)

@@ -25,8 +25,9 @@ from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 
 from nullworker.clock import stopwatch
+from nullworker.control_client import SERVER_NAME
 from nullworker.errors import SlowBody
-from nullworker.http.wire import ANSWERS, SERVER_NAME, json_response
+from nullworker.http.responses import ANSWERS, json_response
 from nullworker.logs import get_log
 
 log = get_log(__name__)
@@ -58,7 +59,7 @@ class Connection(web.RequestHandler):
 
     __slots__ = ("_port", "busy", "line")
 
-    def __init__(self, port: Port, server: web.Server, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, port: Server, server: web.Server, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
             server,
             loop=loop,
@@ -101,7 +102,7 @@ class Connection(web.RequestHandler):
             if isinstance(exc, LineTooLong) or message == _TOO_MANY_HEADERS:
                 status = 431
             error = f"the request is no valid HTTP: {' '.join((message or '').split())[:200]}"
-        else:  # outside of `Port._handle`, so a bug
+        else:  # outside of `Server._handle`, so a bug
             log.exception("bug", route=request.path, method=request.method)
             error = "a bug in nullworker; its log has the details"
         self._port.answers.count_unreadable(status)
@@ -131,22 +132,22 @@ class Connection(web.RequestHandler):
             self.line.abort()
 
 
-class Port:
-    """One app on one listening socket, with `most` connections at most."""
+class Server:
+    """One app on one listening socket, with `max_connections` connections at most."""
 
     def __init__(
         self,
         app: web.Application,
         listener: socket.socket,
         *,
-        most: int,
+        max_connections: int,
         tls: ssl.SSLContext | None = None,
         shutdown_seconds: float = 1.0,
     ) -> None:
         self.answers = app[ANSWERS]
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=shutdown_seconds)
         self._listener = listener
-        self._most = most
+        self._max_connections = max_connections
         self._tls: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": PATIENCE_SECONDS}
         self.stopping = False
         self._open = 0
@@ -242,7 +243,7 @@ class Port:
                 self._loop.remove_reader(self._listener)
                 self._loop.call_later(EXHAUSTED_SECONDS, self._listen)
                 return
-            if self._open + len(self._greeting) >= self._most and not self._make_room():
+            if self._open + len(self._greeting) >= self._max_connections and not self._make_room():
                 sock.close()
                 continue
             sock.setblocking(False)

@@ -1,4 +1,4 @@
-"""Sessions: reservations that live without a connection, until they are ended or their lifetime passes.
+"""SessionHandlers: reservations that live without a connection, until they are ended or their lifetime passes.
 
 The answers are those that the official client expects (vastai 1.9.1, client/client.py, client/session.py), and the
 statuses those of its own worker (server/lib/backend.py), but for one thing: /session/create checks the signature.
@@ -19,9 +19,10 @@ from nullworker.errors import Gone, Invalid, RequestError, Unauthorized
 from nullworker.fsm.book import Claim, Reservation
 from nullworker.fsm.events import SessionTerms
 from nullworker.fsm.table import ENDED
+from nullworker.http.auth import Authenticator, owns
 from nullworker.http.bodies import check_metadata, decode, read_body, unfit
-from nullworker.http.grants import Gate, owns
-from nullworker.http.wire import RESERVATION_HEADER, json_response, verdict_response
+from nullworker.http.reservations import verdict_response
+from nullworker.http.responses import RESERVATION_HEADER, json_response
 from nullworker.service import Service
 from nullworker.settings import is_absolute_http_url
 
@@ -46,17 +47,19 @@ class Named(msgspec.Struct):
     session_auth: Any = None
 
 
-class Sessions:
+class SessionHandlers:
     """The handlers for sessions. `own_addresses` are the worker's own ports, to which no callback may go."""
 
-    def __init__(self, service: Service, gate: Gate, *, own_addresses: Iterable[tuple[str, int]]) -> None:
+    def __init__(
+        self, service: Service, authenticator: Authenticator, *, own_addresses: Iterable[tuple[str, int]]
+    ) -> None:
         self._service = service
-        self._gate = gate
+        self._authenticator = authenticator
         self._own = frozenset(own_addresses)
 
     async def create(self, request: web.Request) -> web.Response:
         """Claim the slot for a session, at once or not at all."""
-        grant = await self._gate.open(request)
+        grant = await self._authenticator.authenticate(await read_body(request))
         payload = grant.read(CreatePayload)
         check_metadata(payload.metadata)
         for name in ("on_close_route", "on_close_payload"):
@@ -125,7 +128,7 @@ class Sessions:
 
     async def ping(self, request: web.Request) -> web.Response:
         """Renew a session: it lives for its lifetime from now, and never less long than before."""
-        grant = await self._gate.open(request)
+        grant = await self._authenticator.authenticate(await read_body(request))
         if grant.session_id is None:
             raise Invalid("session_id is missing: a ping renews a session", session_id="missing parameter")
         session = self._find(grant.session_id)

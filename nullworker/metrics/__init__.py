@@ -1,1 +1,1 @@
-"""Those who watch committed events: the exporter for Prometheus, the reporter to the autoscaler."""
+"""What Prometheus and the log lines show of a worker."""

@@ -24,9 +24,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from nullworker import __version__
-from nullworker.condition import WORKER_STATES
 from nullworker.fsm.book import Reservation
 from nullworker.fsm.table import EDGES, ENDED
+from nullworker.readiness import WORKER_STATES
 from nullworker.service import Commit, Service
 
 #: A second to a day: a wait in the queue ends after seconds, a hold after minutes or hours.
@@ -185,7 +185,7 @@ class _BookCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         """All gauges, and the counters that are kept elsewhere."""
         service, now = self._service, self._service.now()
-        book, condition, held = service.book, service.condition, service.book.held
+        book, readiness, held = service.book, service.readiness, service.book.held
 
         ended = CounterMetricFamily(
             "nullworker_reservations", "Reservations that have ended, by how.", labels=("kind", "state", "reason")
@@ -219,11 +219,11 @@ class _BookCollector(Collector):
         yield GaugeMetricFamily(
             "nullworker_consumer_healthy",
             "1 when the consumer's last health answers were good, or none is asked for.",
-            0 if condition.starting or condition.unhealthy else 1,
+            0 if readiness.consumer else 1,
         )
         states = GaugeMetricFamily("nullworker_worker_state", "1 for the state of the worker.", labels=("state",))
         for state in WORKER_STATES:
-            states.add_metric((state,), 1 if state == condition.state else 0)
+            states.add_metric((state,), 1 if state == readiness.state else 0)
         yield states
         yield GaugeMetricFamily("nullworker_event_log_bytes", "Size of the event log.", self._readings.log_bytes())
         yield GaugeMetricFamily(

@@ -1,12 +1,12 @@
-"""What nullworker is tested with, shipped so that you can test your own template the same way: no account, no GPU.
+"""What nullworker is tested with, for tests of your own template or client: no account, no GPU.
 
-Here: the stand-in autoscaler, as a class and as a process (`python -m nullworker.testing`). Not here: a fake worker;
-start the real one. One rule: nothing in the worker imports from here.
+The fake autoscaler is a class and a process (`python -m nullworker.testing`). There is no fake worker: start the real
+one.
 """
 
+from nullworker.testing.fake_autoscaler import FakeAutoscaler
 from nullworker.testing.faults import Fault
-from nullworker.testing.inbox import Seen, Totals
+from nullworker.testing.recorder import Seen, Totals
 from nullworker.testing.routing import Parameters
-from nullworker.testing.standin import StandIn
 
-__all__ = ["Fault", "Parameters", "Seen", "StandIn", "Totals"]
+__all__ = ["FakeAutoscaler", "Fault", "Parameters", "Seen", "Totals"]

@@ -1,6 +1,6 @@
 """`python -m nullworker.testing`: the stand-in autoscaler as a process, until SIGINT or SIGTERM.
 
-Left out: anything StandIn cannot do by itself. One rule: the first line on stdout says where it listens.
+Left out: anything FakeAutoscaler cannot do by itself. One rule: the first line on stdout says where it listens.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from nullworker.testing.standin import StandIn
+from nullworker.testing.fake_autoscaler import FakeAutoscaler
 
 
 @click.command(context_settings={"show_default": True})
@@ -39,7 +39,7 @@ def main(port: int, endpoint: str, key: Path | None, mtoken: str | None, record:
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         with ExitStack() as stack:
             file = stack.enter_context(record.open("a", encoding="utf-8")) if record else None
-            async with StandIn(port, endpoint=endpoint, key=key, mtoken=mtoken, record=file, tell=tell) as vast:
+            async with FakeAutoscaler(port, endpoint=endpoint, key=key, mtoken=mtoken, record=file, tell=tell) as vast:
                 print(f"stand-in autoscaler for endpoint {endpoint!r} listens on {vast.url}", flush=True)
                 await stop.wait()
 

@@ -11,7 +11,7 @@ from nullworker.clock import Anchor
 from nullworker.errors import LogUnavailable
 from nullworker.fsm.events import Ended, Event, Held, Queued, from_row, to_row
 from nullworker.fsm.table import ENDED
-from nullworker.journal import Journal
+from nullworker.service import Journal
 
 
 class FakeClock:

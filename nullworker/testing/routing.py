@@ -31,7 +31,7 @@ class Parameters:
 
 
 @dataclass
-class Machine:
+class ReportedWorker:
     """One worker, as its reports tell."""
 
     status: Mapping[str, Any]
@@ -52,11 +52,11 @@ class Machine:
 
 
 @dataclass
-class Fleet:
+class Router:
     """Every worker that has reported, by its id."""
 
     parameters: Parameters
-    machines: dict[int | str, Machine] = field(default_factory=dict)
+    machines: dict[int | str, ReportedWorker] = field(default_factory=dict)
     retired: set[int | str] = field(default_factory=set)  # workers that get no more requests, whatever they report
 
     def report(self, status: Mapping[str, Any], now: float) -> None:
@@ -64,7 +64,7 @@ class Fleet:
         before = self.machines.get(status["id"])
         shown = set(status["working_request_idxs"])
         granted = {} if before is None else {i: grant for i, grant in before.granted.items() if i not in shown}
-        self.machines[status["id"]] = Machine(status, now, granted=granted)
+        self.machines[status["id"]] = ReportedWorker(status, now, granted=granted)
 
     def end(self, worker_id: int | str, request_idx: int) -> None:
         """Takes in one outcome: what has ended is no load, whatever the last report said."""
@@ -86,7 +86,7 @@ class Fleet:
         best.granted[request_idx] = (cost, now)
         return str(best.status["url"])
 
-    def ready(self, now: float) -> list[Machine]:
+    def ready(self, now: float) -> list[ReportedWorker]:
         """The workers that are ready, have reported lately and are not retired, busy or not."""
         return [
             machine
@@ -94,6 +94,6 @@ class Fleet:
             if machine.ready and now < machine.reported_at + FRESH_SECONDS and number not in self.retired
         ]
 
-    def _takes(self, machine: Machine, cost: float, now: float) -> bool:
+    def _takes(self, machine: ReportedWorker, cost: float, now: float) -> bool:
         load = machine.load(now)
         return load == 0 or (load + cost) / machine.status["max_perf"] <= self.parameters.max_queue_time

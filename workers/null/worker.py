@@ -2,7 +2,7 @@
 
 import sys
 
-from nullworker.cli import main
+from nullworker.cli.commands import main
 
 if __name__ == "__main__":
     main(["serve", *sys.argv[1:]])

@@ -1,0 +1,120 @@
+"""asyncio, where its own parts do not fit: an event that resets, a time limit that keeps cancellations, a backoff.
+
+`asyncio.wait_for`, before Python 3.12, loses a cancellation that arrives together with the result: a caller's hang-up
+would be missed, and a task that was told to end would go on. Nothing in this project uses it where that matters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, Final, TypeVar
+
+T = TypeVar("T")
+
+#: What ends a process in order. SIGHUP is left alone where it is ignored, as under nohup.
+STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class AutoResetEvent:
+    """An event for one waiter, cleared by the `wait` that sees it."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def set(self, *_: object) -> None:
+        """Wake the waiter. Arguments are ignored, so that this can be an observer."""
+        self._event.set()
+
+    def clear(self) -> None:
+        """Forget that it was set."""
+        self._event.clear()
+
+    async def wait(self, seconds: float | None = None) -> bool:
+        """Wait until it is set, for `seconds` at most. Returns whether it was."""
+        loop = asyncio.get_running_loop()
+        timer = None if seconds is None else loop.call_later(seconds, self._event.set)
+        try:
+            await self._event.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
+        self._event.clear()
+        return timer is None or loop.time() < timer.when()
+
+
+class Backoff:
+    """Seconds to wait after each failure in a row: `first`, doubled each time, at most `longest`."""
+
+    def __init__(self, first: float = 1.0, longest: float = 10.0) -> None:
+        self._first, self._longest = first, longest
+        self._next = first
+
+    def failed(self) -> float:
+        """The wait after one more failure, in seconds."""
+        seconds, self._next = self._next, min(self._next * 2, self._longest)
+        return seconds
+
+    def worked(self) -> None:
+        """Start again at `first`."""
+        self._next = self._first
+
+
+async def wait_for(awaitable: Awaitable[T], seconds: float) -> T:
+    """The result of `awaitable`, which is cancelled when it takes longer.
+
+    Raises:
+        asyncio.TimeoutError: it took longer.
+    """
+    task = asyncio.ensure_future(awaitable)
+    try:
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if not done:
+            raise asyncio.TimeoutError
+        return task.result()
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # retrieved, or asyncio logs that nobody did
+
+
+def on_signals(handler: Callable[[signal.Signals], None], signals: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
+    """Call `handler` with each signal that arrives, in the running loop."""
+    loop = asyncio.get_running_loop()
+    for number in signals:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            loop.add_signal_handler(number, handler, number)
+
+
+class Interrupted(Exception):
+    """A signal came while `run_until_signalled` ran; the message says what its end did."""
+
+    def __init__(self, message: str, number: signal.Signals) -> None:
+        super().__init__(message)
+        self.signal = number
+
+
+async def run_until_signalled(
+    work: Coroutine[Any, Any, T], signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGINT)
+) -> T:
+    """The result of `work`. A signal cancels it, each time one comes.
+
+    Raises:
+        Interrupted: a signal came, with the message of the cancellation that came out of `work`.
+    """
+    came: list[signal.Signals] = []
+    task = asyncio.ensure_future(work)
+
+    def stop(number: signal.Signals) -> None:
+        came.append(number)
+        task.cancel()
+
+    on_signals(stop, signals)
+    try:
+        return await task
+    except asyncio.CancelledError as error:
+        if not came:
+            raise
+        raise Interrupted(str(error) or "interrupted", came[0]) from None

@@ -1,0 +1,103 @@
+"""The wire to the autoscaler: the key, and the two calls, to the first REPORT_ADDR that answers.
+
+What it leaves out: what is said (autoscaler.py) and when (metrics/reporter.py).
+
+The one rule: what is sent may be secret, so nothing of a body, a query or a header is ever logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import aiohttp
+import msgspec
+
+from nullworker.autoscaler.messages import KEY_PATH
+from nullworker.logs import get_log
+from nullworker.outgoing import describe_failure
+
+if TYPE_CHECKING:
+    from nullworker.autoscaler.signature import PublicKey
+
+log = get_log(__name__)
+
+#: Seconds that one call may take; the SDK's own figure (vastai 1.9.1, server/lib/metrics.py).
+CALL_SECONDS = 10.0
+#: Bytes of a key file that are read at most.
+MAX_KEY_BYTES = 64 * 1024
+#: 4xx answers that speak of the moment and not of the body.
+_NOT_FOR_GOOD = frozenset((401, 403, 404, 405, 407, 408, 421, 423, 425, 429))
+
+Delivery = Literal["ok", "refused", "failed"]
+
+
+class AutoscalerClient:
+    """The autoscaler behind a list of addresses.
+
+    Attributes:
+        trouble: why the last call did not arrive; None after one that did.
+    """
+
+    def __init__(self, addresses: Sequence[str]) -> None:
+        self.addresses = tuple(addresses)
+        self.trouble: str | None = "no call has been answered yet"
+        self._session: aiohttp.ClientSession | None = None
+
+    async def post(self, path: str, body: dict[str, Any], *, seconds: float = CALL_SECONDS) -> Delivery:
+        """POST to one address after the other until one takes it.
+
+        "refused": an address says that this body is wrong (a 4xx for good), and none took it.
+        """
+        refused = False
+        data = msgspec.json.encode(body)
+        for address in self.addresses:
+            try:
+                async with self._http().post(
+                    address + path,
+                    data=data,
+                    headers={"Content-Type": "application/json"},
+                    timeout=aiohttp.ClientTimeout(total=seconds),
+                    allow_redirects=False,
+                ) as answer:
+                    if 200 <= answer.status < 300:
+                        self.trouble = None
+                        return "ok"
+                    self.trouble = f"{address}{path} answered {answer.status}"
+                    refused |= 400 <= answer.status < 500 and answer.status not in _NOT_FOR_GOOD
+            except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+                self.trouble = f"{address}{path} cannot be reached: {describe_failure(error)}"
+        return "refused" if refused else "failed"
+
+    async def fetch_key(self) -> PublicKey | None:
+        """The key, from the first address that has one. None: none has; `trouble` says why."""
+        from nullworker.autoscaler.signature import PublicKey  # heavy, and needed by now
+
+        for address in self.addresses:
+            try:
+                async with self._http().get(
+                    address + KEY_PATH, timeout=aiohttp.ClientTimeout(total=CALL_SECONDS)
+                ) as answer:
+                    if answer.status != 200:
+                        self.trouble = f"{address}{KEY_PATH} answered {answer.status}"
+                        continue
+                    pem = b""
+                    while more := await answer.content.read(MAX_KEY_BYTES - len(pem)):  # each call gives what is there
+                        pem += more
+                    return PublicKey(pem)
+            except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+                self.trouble = f"{address}{KEY_PATH} cannot be reached: {describe_failure(error)}"
+            except ValueError:
+                self.trouble = f"{address}{KEY_PATH} answered something that is no RSA key in PEM"
+        return None
+
+    async def close(self) -> None:
+        """Close its connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    def _http(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(trust_env=True)
+        return self._session

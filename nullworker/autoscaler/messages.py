@@ -1,0 +1,157 @@
+"""All that Vast sees: `worker_status`, `delete_requests`. Pure: no I/O, no clock. What it signs is in publickey.py.
+
+Each fact here was read in the source of vastai 1.9.1 (server/lib/backend.py, metrics.py, data_types.py) and seen on
+the wire of its own worker. The figures that are "since the last report" are counts of reservations that are set back
+only by what was delivered.
+
+The one rule: nothing that is not authenticated is ever counted here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from nullworker.eventlog.queries import Finished
+from nullworker.fsm.book import Reservation
+from nullworker.fsm.table import Outcome, ending
+
+#: What the SDK's own worker calls its protocol (server/lib/backend.py, VERSION).
+PROTOCOL_VERSION: Final = "1.1.0"
+STATUS_PATH: Final = "/worker_status/"
+OUTCOMES_PATH: Final = "/delete_requests/"
+KEY_PATH: Final = "/pubkey/"
+
+#: The SDK reports a cancelled request as a success (server/lib/metrics.py, _request_canceled).
+_SUCCESS: Final[dict[Outcome, bool]] = {"Success": True, "Cancelled": True, "Rejected": False, "Error": False}
+
+
+def outcome_of(reservation: Reservation) -> Outcome:
+    """What the autoscaler is told of a reservation that has ended."""
+    edge = ending(reservation.state, reservation.reason, was_held=reservation.held_at is not None)
+    assert edge.outcome is not None
+    return edge.outcome
+
+
+@dataclass
+class Load:
+    """Counts of reservations since the last delivered report.
+
+    `received` are those that were taken: one that is refused at once is only `rejected`, as with the SDK's worker.
+    """
+
+    received: int = 0
+    cancelled: int = 0
+    rejected: int = 0
+    served: int = 0
+
+    def begun(self) -> None:
+        """A claim was made."""
+        self.received += 1
+
+    def ended(self, outcome: Outcome, *, at_once: bool) -> None:
+        """A claim is over; `at_once` in the very moment in which it was made."""
+        if outcome == "Success":
+            self.served += 1
+        elif outcome == "Cancelled":
+            self.cancelled += 1
+        elif outcome == "Rejected":
+            self.rejected += 1
+            if at_once:
+                self.received -= 1
+        # an error is neither: the SDK's worker counts it in `workload_errored`, which it does not report
+
+    def copy(self) -> Load:
+        """As it stands now, for a report."""
+        return Load(self.received, self.cancelled, self.rejected, self.served)
+
+    def set_back(self, delivered: Load) -> None:
+        """A report with these figures has arrived; what came in the meantime stays."""
+        self.received -= delivered.received
+        self.cancelled -= delivered.cancelled
+        self.rejected -= delivered.rejected
+        self.served -= delivered.served
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Who reports. `perf` is max_perf and the workload of one reservation."""
+
+    worker_id: int
+    mtoken: str
+    url: str
+    perf: float
+
+    def __repr__(self) -> str:
+        return f"Identity(worker_id={self.worker_id}, url={self.url!r})"
+
+
+def worker_status(
+    me: Identity,
+    *,
+    load: Load,
+    live: Iterable[Reservation],
+    requests_received: int,
+    loaded: bool,
+    load_seconds: float,
+    error_msg: str,
+    disk_gb: float,
+    disk_added_gb: float,
+) -> dict[str, Any]:
+    """The body of POST /worker_status/ (server/lib/data_types.py, WorkerStatusData; the spelling is theirs)."""
+    working = list(live)
+    return {
+        "id": me.worker_id,
+        "mtoken": me.mtoken,
+        "version": PROTOCOL_VERSION,
+        "loadtime": load_seconds if loaded else 0.0,
+        "cur_load": len(working) * me.perf,
+        "rej_load": load.rejected * me.perf,
+        "new_load": max(load.received - load.cancelled, 0) * me.perf,
+        "error_msg": error_msg,
+        "max_perf": me.perf if loaded else 0.0,
+        "cur_perf": load.served * me.perf,
+        "cur_capacity": 0,
+        "max_capacity": 0,
+        "num_requests_working": len(working),
+        "num_requests_recieved": requests_received,
+        "additional_disk_usage": disk_added_gb,
+        "disk_usage": disk_gb,
+        "working_request_idxs": [r.terms.request_idx for r in working if r.terms.request_idx is not None],
+        "url": me.url,
+    }
+
+
+def failed_start(me: Identity, error_msg: str) -> dict[str, Any]:
+    """The body of a /worker_status/ that says why there will be no worker."""
+    return worker_status(
+        me,
+        load=Load(),
+        live=(),
+        requests_received=0,
+        loaded=False,
+        load_seconds=0.0,
+        error_msg=error_msg,
+        disk_gb=0.0,
+        disk_added_gb=0.0,
+    )
+
+
+def delete_requests(me: Identity, finished: Iterable[Finished]) -> dict[str, Any]:
+    """The body of POST /delete_requests/ (server/lib/metrics.py). A time that never came is 0."""
+    return {
+        "worker_id": me.worker_id,
+        "mtoken": me.mtoken,
+        "requests": [
+            {
+                "request_idx": each.request_idx,
+                "success": _SUCCESS[each.outcome],
+                "status": each.outcome,
+                "entered_queue_at": each.queued_at,
+                "work_started_at": each.held_at or 0,
+                "work_completed_at": each.ended_at if each.outcome == "Success" else 0,
+            }
+            for each in finished
+        ],
+    }

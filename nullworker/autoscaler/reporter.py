@@ -1,0 +1,263 @@
+"""Tells the autoscaler how loaded this worker is, and how each request has ended.
+
+A report's figures are counted as events are committed, and at a start read off the log from a cursor on; the outcomes
+that are owed are the ends after another. A cursor moves only when the autoscaler has said yes, so everything arrives at
+least once and in order, also over a restart or an outage of hours; the backlog costs no memory.
+
+What it leaves out: the messages (autoscaler.py), the addresses (autoscaler.py).
+
+The one rule: what was not delivered is still owed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from nullworker import aio
+from nullworker.aio import AutoResetEvent, Backoff
+from nullworker.autoscaler.connection import CALL_SECONDS, AutoscalerClient, Delivery
+from nullworker.autoscaler.messages import (
+    OUTCOMES_PATH,
+    STATUS_PATH,
+    Identity,
+    Load,
+    delete_requests,
+    outcome_of,
+    worker_status,
+)
+from nullworker.errors import LogUnavailable
+from nullworker.eventlog import queries
+from nullworker.eventlog.log import EventLog
+from nullworker.fsm.book import refused_at_once
+from nullworker.fsm.table import ENDED
+from nullworker.logs import get_log
+from nullworker.service import Commit, Service
+
+log = get_log(__name__)
+
+#: Seconds between two reports when something has changed, and when nothing has (vastai 1.9.1, server/lib/metrics.py).
+CHANGED_SECONDS, IDLE_SECONDS = 1.0, 10.0
+#: Outcomes in one call.
+BATCH = 200
+
+STATUS, OUTCOMES = "worker_status", "delete_requests"  # names of the cursors, and of the calls in the metrics
+
+Count = Callable[[str, str], None]  # call, result
+
+
+class Reporter:
+    """Reports on one worker. Add `observe` to the service's observers and `changed` to the readiness's listeners.
+
+    Attributes:
+        backlog: outcomes that the autoscaler has not acknowledged.
+    """
+
+    def __init__(
+        self, me: Identity, service: Service, event_log: EventLog, autoscaler: AutoscalerClient, count: Count
+    ) -> None:
+        self.backlog = 0
+        self._me = me
+        self._service = service
+        self._log = event_log
+        self._autoscaler = autoscaler
+        self._count = count
+        self._load = Load()
+        self._received = 0
+        self._started_at = service.now()
+        self._loaded_after: float | None = None
+        self._disk_gb = self._disk_reported_gb = _disk_gb()
+        self._one_status, self._one_batch = asyncio.Lock(), asyncio.Lock()  # one call under way, so in order
+        self._changed = AutoResetEvent()
+        self._urgent = AutoResetEvent()
+        self._ended = AutoResetEvent()
+        since = event_log.cursor(STATUS)
+        self._load.received = queries.count_begun(event_log.conn, after=since)
+        for batch in self._finished_since(since):
+            for each in batch:
+                self._load.ended(each.outcome, at_once=each.refused_at_once)
+        self._cursor = event_log.cursor(OUTCOMES)
+        self.backlog = queries.count_finished(event_log.conn, after=self._cursor)
+        if self.backlog:
+            self._ended.set()
+
+    def observe(self, commit: Commit) -> None:
+        """An event was committed."""
+        reservation = commit.reservation
+        if commit.event.kind == "queued":
+            self._load.begun()
+            self._received += 1
+        elif commit.event.kind in ENDED:
+            at_once = refused_at_once(reservation.queued_at, reservation.held_at, reservation.terms.give_up_at)
+            self._load.ended(outcome_of(reservation), at_once=at_once)
+            self.backlog += 1
+            self._ended.set()
+        self._changed.set()
+
+    def changed(self) -> None:
+        """The readiness of the worker has changed; that it is ready is reported at once."""
+        self._changed.set()
+        if self._loaded_after is None and self._service.readiness.loaded:
+            self._urgent.set()
+
+    async def run(self) -> None:
+        """Report for as long as the worker lives."""
+        await asyncio.gather(self._report_status(), self._report_outcomes())
+
+    async def flush(self, seconds: float) -> None:
+        """The last reports, in `seconds` at most: the outcomes, then the status.
+
+        Call it while `run` runs: a call that is under way is waited for and not cut off, else it would arrive twice.
+        """
+        try:
+            await aio.wait_for(self._flush(), seconds)
+        except asyncio.TimeoutError:
+            log.warning("last_reports_unsent", owed=self.backlog, message="they are in the log, for the next start")
+
+    # -- worker_status -------------------------------------------------------------------------------------------
+
+    async def _report_status(self) -> None:
+        backoff = Backoff()
+        while True:
+            self._changed.clear()
+            self._urgent.clear()
+            if await self._send_status(CALL_SECONDS) == "ok":
+                backoff.worked()
+                await self._urgent.wait(CHANGED_SECONDS)
+                await self._changed.wait(IDLE_SECONDS - CHANGED_SECONDS)
+            else:
+                await asyncio.sleep(backoff.failed())
+
+    async def _send_status(self, seconds: float) -> Delivery:
+        async with self._one_status:
+            return await self._send_status_now(seconds)
+
+    async def _send_status_now(self, seconds: float) -> Delivery:
+        readiness, sent, seq = self._service.readiness, self._load.copy(), self._service.seq
+        if self._loaded_after is None and readiness.loaded:
+            self._loaded_after = self._service.now() - self._started_at
+        self._disk_gb = _disk_gb()
+        body = worker_status(
+            self._me,
+            load=sent,
+            live=self._service.book.live(),
+            requests_received=self._received,
+            loaded=self._loaded_after is not None,
+            load_seconds=self._loaded_after or 0.0,
+            error_msg=readiness.error_msg,
+            disk_gb=self._disk_gb,
+            disk_added_gb=self._disk_gb - self._disk_reported_gb,
+        )
+        delivery = await self._autoscaler.post(STATUS_PATH, body, seconds=seconds)
+        self._count(STATUS, delivery)
+        if delivery == "ok":
+            self._load.set_back(sent)
+            self._disk_reported_gb = self._disk_gb
+            self._move(STATUS, seq)
+        else:
+            log.warning("report_not_delivered", call=STATUS, why=self._autoscaler.trouble, message="it is sent again")
+        return delivery
+
+    # -- delete_requests -----------------------------------------------------------------------------------------
+
+    async def _report_outcomes(self) -> None:
+        backoff = Backoff()
+        size = BATCH
+        while True:
+            await self._ended.wait()
+            owed = True
+            while owed:
+                delivery, owed = await self._send_outcomes(size, CALL_SECONDS)
+                if delivery == "failed":
+                    await asyncio.sleep(backoff.failed())
+                    continue
+                backoff.worked()
+                # one outcome that is refused must not take the others of its batch with it
+                size = 1 if delivery == "refused" else BATCH
+            if self._service.unwritten:  # an end that waits for the log is owed only when it is written
+                self._ended.set()
+            await asyncio.sleep(CHANGED_SECONDS)
+
+    async def _send_outcomes(self, size: int, seconds: float) -> tuple[Delivery, bool]:
+        """Send a batch. Returns how that went, and whether more is owed."""
+        async with self._one_batch:
+            return await self._send_outcomes_now(size, seconds)
+
+    async def _send_outcomes_now(self, size: int, seconds: float) -> tuple[Delivery, bool]:
+        try:
+            batch = queries.finished(self._log.conn, after=self._cursor, limit=size)
+        except sqlite3.Error as error:
+            log.error("outcomes_not_read", error=str(error), message="the event log cannot be read; it is tried again")
+            return "failed", True
+        if not batch:
+            return "ok", False
+        last = batch[-1].seq
+        told = [each for each in batch if each.request_idx is not None]
+        delivery: Delivery = "ok"
+        if told:
+            delivery = await self._autoscaler.post(OUTCOMES_PATH, delete_requests(self._me, told), seconds=seconds)
+            self._count(OUTCOMES, delivery)
+        if delivery == "failed":
+            log.warning("report_not_delivered", call=OUTCOMES, why=self._autoscaler.trouble, owed=self.backlog)
+            return delivery, True
+        if delivery == "refused":
+            if len(told) > 1:
+                return delivery, True
+            if not self._set_aside(told[0].seq):
+                return "failed", True
+        self._cursor = last
+        self.backlog = max(self.backlog - len(batch), 0)
+        self._move(OUTCOMES, last)
+        return delivery, len(batch) == size  # fewer: that was all, and what has ended since may wait for company
+
+    def _set_aside(self, seq: int) -> bool:
+        """Keep what is refused for good, for people; False: it could not be kept, so it is sent again."""
+        try:
+            self._log.settle(OUTCOMES, [seq], self._service.now(), "refused", self._autoscaler.trouble)
+        except LogUnavailable:
+            return False
+        log.error(
+            "outcome_refused",
+            seq=seq,
+            why=self._autoscaler.trouble,
+            message="the autoscaler refuses this outcome for good; it is kept in the table `settled`, the rest goes on",
+        )
+        return True
+
+    def _move(self, name: str, seq: int) -> None:
+        with _best_effort():
+            if seq > self._log.cursor(name):
+                self._log.move_cursor(name, seq)
+
+    async def _flush(self) -> None:
+        # calls of the usual length: one that ended together with the whole could swallow its cancellation
+        owed = True
+        size = BATCH
+        while owed:
+            delivery, owed = await self._send_outcomes(size, CALL_SECONDS)
+            size = 1 if delivery == "refused" else BATCH
+            if delivery == "failed":
+                break
+        await self._send_status(CALL_SECONDS)
+
+    def _finished_since(self, seq: int) -> Iterator[list[queries.Finished]]:
+        while batch := queries.finished(self._log.conn, after=seq, limit=1000):
+            yield batch
+            seq = batch[-1].seq
+
+
+@contextmanager
+def _best_effort() -> Iterator[None]:
+    """A cursor that cannot be moved means that something is sent twice after a restart: at least once, as promised."""
+    try:
+        yield
+    except (LogUnavailable, sqlite3.Error) as error:
+        log.warning("cursor_not_moved", error=str(error), message="what was delivered is sent again after a restart")
+
+
+def _disk_gb() -> float:
+    """Used on `/`, in GiB, as the SDK's worker measures it."""
+    return shutil.disk_usage("/").used / 2**30

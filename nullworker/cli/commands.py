@@ -1,0 +1,86 @@
+"""The command line. Each command imports only what it needs: `nullworker release` must not pay for a web server.
+
+Errors are one line on stderr that says what to do; exit codes: 0 done, 1 failed, 2 wrong use or settings.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Final
+
+import click
+
+from nullworker import __version__
+from nullworker.errors import BadSettings, NullworkerError
+
+#: Command, its line in `nullworker --help`, and where it is.
+COMMANDS: Final[dict[str, tuple[str, str]]] = {
+    "serve": ("Run the worker.", "nullworker.cli.serve:serve"),
+    "reserve": ("Reserve a worker, with the official vastai client.", "nullworker.cli.reserve:reserve"),
+    "work": ("Run a command once for each reservation.", "nullworker.cli.work:work"),
+    "status": ("What the worker knows of itself now.", "nullworker.cli.control:status"),
+    "release": ("End the held reservation.", "nullworker.cli.control:release"),
+    "extend": ("Move the deadline of the held reservation.", "nullworker.cli.control:extend"),
+    "wait": ("Wait until a reservation is held.", "nullworker.cli.control:wait"),
+    "history": ("The reservations in the log.", "nullworker.cli.history:history"),
+    "events": ("The events in the log.", "nullworker.cli.history:events"),
+    "prune": ("Remove old reservations from the log.", "nullworker.cli.prune:prune"),
+    "demo": ("See the whole story on this machine.", "nullworker.cli.demo:demo"),
+    "dev": ("A stand-in for Vast Serverless on this machine.", "nullworker.cli.dev:dev"),
+    "doctor": ("Check this machine, and an endpoint's parameters.", "nullworker.cli.doctor:doctor"),
+}
+
+
+class _Commands(click.Group):
+    """Commands that are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, name = COMMANDS[cmd_name][1].partition(":")
+        command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (text, _) in COMMANDS.items()])
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="nullworker")
+def cli() -> None:
+    """A Vast.ai Serverless worker for people with their own job queue.
+
+    A request comes in and you get a worker; release, and it scales back down.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The entry point of every door. Never returns."""
+    try:
+        sys.exit(cli.main(arguments, prog_name="nullworker", standalone_mode=False) or 0)
+    except click.exceptions.Exit as done:
+        sys.exit(done.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        if not (arguments or sys.argv[1:]):
+            click.echo(cli.get_help(click.Context(cli, info_name="nullworker")), err=True)
+            sys.exit(error.exit_code)
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "nullworker"
+        _fail(f"{error.format_message()} (see {command} --help)", error.exit_code)
+    except BadSettings as error:
+        _fail(str(error), 2)
+    except NullworkerError as error:
+        _fail(str(error), 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"nullworker: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

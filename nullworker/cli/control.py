@@ -1,0 +1,169 @@
+"""`nullworker status, release, extend, wait`: the control port, for people and for scripts.
+
+A table for people, with --json what the worker answered, on one line. Exit code 1 when what was asked for has not been
+done, also when that is nobody's fault: a script can see it without reading.
+
+What it leaves out: the log (commands_log.py). The one rule: no import that `nullworker release` does not need.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any, Final
+
+import click
+
+from nullworker.cli.options import SECONDS, with_control
+from nullworker.clock import stopwatch
+from nullworker.control_client import ANSWER_SECONDS, ControlClient, Refused
+from nullworker.errors import NullworkerError, WorkerUnreachable
+
+#: Seconds of one long poll; the worker allows 60.
+POLL_SECONDS: Final = 30.0
+#: Seconds between two tries of a worker that has stopped to answer.
+RETRY_SECONDS: Final = 1.0
+
+as_json = click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
+reservation_id = click.option(
+    "--reservation-id",
+    "--id",
+    metavar="ID",
+    envvar="NULLWORKER_RESERVATION_ID",
+    show_envvar=True,
+    help="Only this reservation, never another one that is held by now.",
+)
+
+
+class NotDone(NullworkerError):
+    """The worker has answered, and what was asked for is not so."""
+
+
+@click.command()
+@with_control
+@as_json
+def status(control: ControlClient, *, as_json: bool) -> None:
+    """What the worker knows of itself now."""
+    told = control.ask("GET", "/status")
+    if as_json:
+        click.echo(json.dumps(told))
+        return
+    consumer, autoscaler, log, queue = told["consumer"], told["autoscaler"], told["log"], told["queue"]
+    waits = "" if queue["oldest_seconds"] is None else f", the oldest for {queue['oldest_seconds']} s"
+    reports = ", ".join(autoscaler["reports_to"] or ()) or "nobody (standalone)"
+    facts = {
+        "worker": f"{told['state']}, {told['url']}, version {told['version']}",
+        "held": _in_short(told["held"]),
+        "queue": f"{queue['length']} of {queue['limit']}{waits}",
+        "consumer": consumer["why"] or _healthy(consumer),
+        "reports to": f"{reports}; {autoscaler['trouble'] or 'all well'}, {autoscaler['backlog']} outcomes owed",
+        "log": f"{log['path']}: {log['why'] or 'writable'}, {log['bytes']} bytes, the last event is {log['last_seq']}",
+    }
+    show(facts)
+
+
+@click.command()
+@click.argument("reservation", metavar="[ID]", required=False)
+@reservation_id
+@click.option("--result", metavar="JSON", help="Handed to the caller of /reserve, up to 64 KiB.")
+@with_control
+@as_json
+def release(
+    control: ControlClient, *, reservation: str | None, reservation_id: str | None, result: str | None, as_json: bool
+) -> None:
+    """End the held reservation: its work is done.
+
+    Give its id: without one, a consumer that is late ends the reservation of somebody else.
+    """
+    body: dict[str, Any] = {}
+    if reservation or reservation_id:
+        body["reservation_id"] = reservation or reservation_id
+    if result is not None:
+        try:
+            body["result"] = json.loads(result)
+        except ValueError as error:
+            raise click.BadParameter(f"it is not JSON: {error}", param_hint="--result") from None
+    told = _ask(control, "/release", body, as_json)
+    if not told["released"]:
+        raise NotDone(f"nothing was released: {told.get('reason', 'the worker does not say why')}")
+    if not as_json:
+        click.echo(f"released {told['reservation_id']}" if "reservation_id" in told else "released")
+
+
+@click.command()
+@click.argument("seconds", metavar="SECONDS", required=False, type=SECONDS)
+@click.option("--seconds", "named", metavar="SECONDS", type=SECONDS, help="The same, by name.")
+@reservation_id
+@with_control
+@as_json
+def extend(
+    control: ControlClient, *, seconds: float | None, named: float | None, reservation_id: str | None, as_json: bool
+) -> None:
+    """Move the deadline of the held reservation to SECONDS from now, at most MAX_RESERVATION_SECONDS."""
+    if seconds is not None and named is not None:
+        raise click.UsageError("say it once: nullworker extend SECONDS, or --seconds SECONDS")
+    seconds = named if seconds is None else seconds
+    if seconds is None:
+        raise click.UsageError("say for how long: nullworker extend SECONDS")
+    body = {"seconds": seconds, **({"reservation_id": reservation_id} if reservation_id else {})}
+    told = _ask(control, "/extend", body, as_json)
+    if not as_json:
+        click.echo(f"{told['reservation_id']} ends at {told['ends_at']}")
+
+
+@click.command()
+@click.option("--timeout", metavar="SECONDS", type=SECONDS, help="Then exit with 1. [default: never]")
+@with_control
+@as_json
+def wait(control: ControlClient, *, timeout: float | None, as_json: bool) -> None:
+    """Wait until a reservation is held, and show it. A restart of the worker meanwhile is waited for, too."""
+    until = None if timeout is None else stopwatch() + timeout
+    held = control.ask("GET", "/reservation")  # a wrong address should not look like a long wait
+    while held is None:
+        left = POLL_SECONDS if until is None else min(until - stopwatch(), POLL_SECONDS)
+        if left <= 0:
+            raise NotDone(f"no reservation came within {timeout:g} s")
+        try:
+            held = control.ask("GET", f"/reservation?wait={left:g}", seconds=left + ANSWER_SECONDS)
+        except WorkerUnreachable:
+            time.sleep(RETRY_SECONDS)
+    if as_json:
+        click.echo(json.dumps(held))
+    else:
+        show({name: value for name, value in held.items() if value is not None})
+
+
+def show(facts: dict[str, Any]) -> None:
+    """A table with a line for each fact."""
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        click.echo(f"{click.style(name.ljust(width), bold=True)}  {text}")
+
+
+def _ask(control: ControlClient, path: str, body: dict[str, Any], as_json: bool) -> Any:
+    """The answer, which --json shows whether it is yes or no."""
+    try:
+        told = control.ask("POST", path, body)
+    except Refused as error:
+        if as_json:
+            click.echo(json.dumps(error.answer))
+            sys.stdout.flush()
+        raise
+    if as_json:
+        click.echo(json.dumps(told))
+    return told
+
+
+def _in_short(held: dict[str, Any] | None) -> str:
+    if held is None:
+        return "nothing"
+    return f"{held['id']}, a {held['kind']}, for {held['held_seconds']} s, ends at {held['ends_at']}"
+
+
+def _healthy(consumer: dict[str, Any]) -> str:
+    if not consumer["url"]:
+        return "not asked, no url is set"
+    lately = "" if consumer["last"] in (None, "healthy") else f", but at the last look: {consumer['last']}"
+    return f"healthy, {consumer['url']}{lately}"

@@ -1,0 +1,29 @@
+"""`nullworker demo`: the whole story on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from pathlib import Path
+
+import click
+
+from nullworker.local.demo import run
+
+
+@click.command()
+@click.option("--keep", is_flag=True, help="Keep the folder with the workers' event logs and output.")
+def demo(*, keep: bool) -> None:
+    """See the whole story on this machine: no account, no GPU, half a minute.
+
+    A stand-in for Vast Serverless, three reservations, workers that are started and stopped on demand, consumers that
+    release, and the event logs. All of it is real processes; only the autoscaler is a stand-in.
+    """
+    with contextlib.ExitStack() as stack:
+        if keep:
+            folder = Path(tempfile.mkdtemp(prefix="nullworker-demo-"))
+            stack.callback(click.echo, f"\nThe logs are in {folder}: sqlite3 {folder}/nullworker-1.db")
+        else:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nullworker-demo-")))
+        asyncio.run(run(folder))

@@ -1,0 +1,97 @@
+"""`nullworker dev`: a stand-in for Vast Serverless on this machine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import click
+
+from nullworker.cli.options import SECONDS
+from nullworker.local.dev import run
+from nullworker.local.fleet_worker import COMMON, Plan
+from nullworker.settings import read_settings
+from nullworker.testing import Parameters
+
+
+@click.command(context_settings={"show_default": True, "allow_interspersed_args": False})
+@click.argument("consumer", metavar="[-- CONSUMER [ARG]...]", nargs=-1, type=click.UNPROCESSED)
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="Of the stand-in, on 127.0.0.1; 0: any.")
+@click.option("--endpoint", default="null", metavar="NAME", help="The name of its one endpoint.")
+@click.option("--max-workers", type=click.IntRange(1), default=5, help="Never more processes than this.")
+@click.option(
+    "--min-load", type=click.FloatRange(min=0), default=0.0, help="Load for which workers are always there; 100 is one."
+)
+@click.option("--cold-workers", type=click.IntRange(0), default=0, help="Stopped workers that keep number and log.")
+@click.option("--target-util", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Share of use aimed at.")
+@click.option("--max-queue-time", type=SECONDS, default=1.0, help="Seconds of load that one worker may have.")
+@click.option("--target-queue-time", type=SECONDS, default=0.5, help="Seconds of load above which workers are added.")
+@click.option(
+    "--inactivity-timeout", "--inactivity", type=float, default=10.0, help="Seconds until an idle worker is stopped."
+)
+@click.option("--loading-timeout", type=SECONDS, default=60.0, help="Seconds until one that is not ready is replaced.")
+@click.option("--worker-port", type=click.IntRange(0, 65535), default=3000, help="Of the first worker; 0: any.")
+@click.option("--control-port", type=click.IntRange(0, 65535), default=18999, help="Of the first worker; 0: any.")
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Keep the event logs and the output of workers here. [default: a temporary folder, removed at the end]",
+)
+def dev(
+    *,
+    consumer: tuple[str, ...],
+    port: int,
+    endpoint: str,
+    max_workers: int,
+    min_load: float,
+    cold_workers: int,
+    target_util: float,
+    max_queue_time: float,
+    target_queue_time: float,
+    inactivity_timeout: float,
+    loading_timeout: float,
+    worker_port: int,
+    control_port: int,
+    folder: Path | None,
+) -> None:
+    """A stand-in for Vast Serverless on this machine: real workers, on demand, for your own client and consumer.
+
+    CONSUMER is run beside each worker, in this folder, and finds it by NULL_CONTROL_PORT, for example: nullworker work
+    -- ./job.sh. HEALTH_PORT is a free port for each, should it serve its health. Workers take their settings from this
+    environment. The endpoint's parameters have Vast's names. It is a tool to try and test against: production scale is
+    Vast's engine. Ctrl-C stops all; a second one lets nothing finish.
+    """
+    settings = read_settings(
+        {**os.environ, **COMMON, "CONTAINER_ID": "1", "WORKER_PORT": "0", "NULL_CONTROL_PORT": "0"}
+    )
+    if consumer and shutil.which(consumer[0]) is None:
+        raise click.UsageError(f"there is no command {consumer[0]!r}: give a path, or set PATH")
+    parameters = Parameters(
+        min_load=min_load,
+        max_workers=max_workers,
+        cold_workers=cold_workers,
+        target_util=target_util,
+        max_queue_time=max_queue_time,
+        target_queue_time=target_queue_time,
+        inactivity_timeout=inactivity_timeout,
+    )
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nullworker-dev-")))
+        folder.mkdir(parents=True, exist_ok=True)
+        plan = Plan(
+            folder.absolute(),
+            os.environ,
+            perf=settings.null_max_perf,
+            drain=settings.null_drain_seconds,
+            consumer=consumer,
+            consumer_folder=Path.cwd(),
+            first_port=worker_port,
+            first_control_port=control_port,
+            loading=loading_timeout,
+        )
+        asyncio.run(run(port, endpoint, parameters, plan))

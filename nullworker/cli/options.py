@@ -1,0 +1,75 @@
+"""What options of several commands have in common."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import click
+
+from nullworker.control_client import ControlClient
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds from 0 up; `inf` and `nan`, which float() takes, are none."""
+
+    name = "seconds"
+
+    def __init__(self, *, more_than_0: bool = False) -> None:
+        super().__init__(min=0, min_open=more_than_0)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number.
+
+        Raises:
+            click.BadParameter: it is none.
+        """
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not (math.isfinite(seconds) and seconds >= 0) or (self.min_open and seconds == 0):
+            self.fail(
+                f"{value!r} is not a number of seconds, {'more than 0' if self.min_open else '0 or more'}", param, ctx
+            )
+        return seconds
+
+
+SECONDS = Seconds()
+
+
+def _url(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
+    """A control port is spoken to in plain HTTP, and its address is a host and a port."""
+    if text is None:
+        return None
+    try:
+        parts = urlsplit(text if "//" in text else f"http://{text}")
+        port = parts.port
+    except ValueError:
+        port = None
+    if port is None or parts.scheme != "http" or not parts.hostname or parts.path.strip("/"):
+        raise click.BadParameter(f"{text!r} must be http://HOST:PORT")
+    return f"http://{parts.netloc}"
+
+
+def with_control(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say where the worker is; the command gets `control`."""
+
+    @click.option("--control-url", metavar="URL", callback=_url, help="The control port, as http://HOST:PORT.")
+    @click.option(
+        "--control-port",
+        envvar="NULL_CONTROL_PORT",
+        show_envvar=True,
+        type=click.IntRange(1, 65535),
+        default=18999,
+        show_default=True,
+        help="The control port, on 127.0.0.1.",
+    )
+    @functools.wraps(command)
+    def wrapped(control_url: str | None, control_port: int, **options: Any) -> None:
+        command(control=ControlClient(control_url or f"http://127.0.0.1:{control_port}"), **options)
+
+    return wrapped

@@ -1,0 +1,93 @@
+"""`nullworker prune`: old reservations leave the log of a worker that does not run, all of them or none.
+
+A running worker has the lock, and prunes by itself when NULL_LOG_KEEP is set; --dry-run asks its log as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nullworker.clock import SystemClock, iso
+from nullworker.errors import CannotStart
+from nullworker.eventlog.log import EventLog
+from nullworker.eventlog.opening import open_for_reading, open_log
+from nullworker.eventlog.retention import ended_before, expendable
+from nullworker.settings import read_age, read_settings
+
+
+def _age(_: click.Context, __: click.Parameter, text: str) -> float:
+    try:
+        return read_age(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} must be an age as 90s, 15m, 6h or 30d") from None
+
+
+@click.command()
+@click.option("--keep", required=True, metavar="AGE", callback=_age, help="Keep what ended since then: 30d, 12h, 15m.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go; also while the worker runs.")
+@click.option("--json", "as_json", is_flag=True, help="JSON.")
+@click.option(
+    "--log",
+    "path",
+    metavar="PATH",
+    envvar="NULL_EVENT_LOG",
+    show_envvar=True,
+    help="This log.  [default: that of a worker started here]",
+)
+def prune(keep: float, *, dry_run: bool, as_json: bool, path: str | None) -> None:
+    """Remove the reservations that ended before AGE, with all their events, in one transaction.
+
+    Those stay that are queued or held, that the autoscaler has not acknowledged, or whose callback is still owed. The
+    worker must not run: set NULL_LOG_KEEP, and it does this by itself, daily.
+    """
+    file = Path(path) if path else read_settings({**os.environ, "UNSECURED": "true"}).event_log
+    if not file.exists():
+        raise CannotStart(f"there is no event log {file.absolute()}: give --log PATH or NULL_EVENT_LOG")
+    before = SystemClock().now() - keep
+    open_for_reading(file).close()  # what is no log gets no lock beside it
+    with contextlib.closing(open_for_reading(file) if dry_run else open_log(file, fix=False)) as log:
+        size = log.size()
+        try:
+            gone = [each for ids in expendable(log.conn, before) for each in ids]
+            kept = ended_before(log.conn, before) - len(gone)
+            if not dry_run:
+                _remove(log, gone, quiet=as_json)
+        except sqlite3.Error as error:
+            raise CannotStart(f"the event log {log.path} cannot be pruned: {error}") from error
+    told = {  # after the close, which folds the write-ahead log into the file
+        "log": str(log.path),
+        "before": iso(before),
+        "reservations": len(gone),
+        "kept": kept,
+        "dry_run": dry_run,
+        "bytes_before": size,
+        "bytes": log.size(),
+    }
+    click.echo(json.dumps(told) if as_json else _sentence(told))
+
+
+def _remove(log: EventLog, gone: list[str], *, quiet: bool) -> None:
+    if quiet or not sys.stderr.isatty():
+        log.prune(gone)
+    else:
+        with click.progressbar(gone, label="pruning", file=sys.stderr) as shown:
+            log.prune(shown)
+    log.give_back(0)
+
+
+def _sentence(told: dict[str, Any]) -> str:
+    would = "would go" if told["dry_run"] else "are gone"
+    sizes = f"{told['bytes_before'] / 1e6:.1f} MB" + ("" if told["dry_run"] else f", now {told['bytes'] / 1e6:.1f} MB")
+    kept = (
+        f"; {told['kept']} more stay: not acknowledged, a callback owed, or the last of the log" if told["kept"] else ""
+    )
+    ended = f"{told['reservations']} reservations that ended before {told['before']}"
+    return f"{ended} {would} from {told['log']} ({sizes}){kept}"

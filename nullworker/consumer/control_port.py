@@ -1,0 +1,102 @@
+"""The control port for a consumer in asyncio: what is held, its release, and a wake-up at every event.
+
+An answer is either what was asked for or `WorkerUnreachable`; to wait and try again is the caller's choice. Commands,
+which must not wait for the import of aiohttp, use `nullworker.control_client`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+from typing import Any
+from urllib.parse import quote
+
+import aiohttp
+
+from nullworker.aio import AutoResetEvent
+from nullworker.errors import WorkerUnreachable
+
+log = logging.getLogger(__name__)
+
+#: Seconds between two tries of a worker that does not answer.
+RETRY_SECONDS = 0.5
+#: Seconds of one long poll for the next reservation; the worker allows 60.
+POLL_SECONDS = 30.0
+#: Seconds for any other answer; two keepalives of the event stream (15 s each) fit into it.
+ANSWER_SECONDS = 35.0
+
+
+class AsyncControlClient:
+    """The control port of one worker; `url` None is the one that NULL_CONTROL_PORT names on this machine."""
+
+    def __init__(self, url: str | None) -> None:
+        self.url = (url or f"http://127.0.0.1:{os.environ.get('NULL_CONTROL_PORT') or 18999}").rstrip("/")
+        self.http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS, sock_connect=5))
+
+    async def next(self) -> dict[str, Any]:
+        """The held reservation, once there is one."""
+        silent = False
+        while True:
+            try:
+                told = await self.held(wait=0 if silent else POLL_SECONDS)
+            except WorkerUnreachable as error:
+                if not silent:
+                    log.warning("%s; trying again until it does", error)
+                silent = True
+                await asyncio.sleep(RETRY_SECONDS)
+                continue
+            if silent:
+                log.warning("the worker on %s answers", self.url)
+            silent = False
+            if told is not None:
+                return told
+
+    async def held(self, *, wait: float = 0) -> dict[str, Any] | None:
+        """What is held now, or within `wait` seconds."""
+        status, told = await self._ask("GET", f"/reservation?wait={wait:g}")
+        if status not in (200, 204):
+            raise WorkerUnreachable(f"{self.url}/reservation answers {status}: {told}")
+        return told or None
+
+    async def known(self, reservation_id: str) -> dict[str, Any] | None:
+        """A reservation, whether it is held or not; None when the worker does not know it."""
+        _, found = await self._ask("GET", f"/reservations?id={quote(reservation_id)}")
+        named = (found or {}).get("reservations", ())
+        return next((each for each in named if each["id"] == reservation_id), None)  # older ones do not look at `id`
+
+    async def fate(self, reservation_id: str) -> str:
+        """How a reservation has ended, in words."""
+        known = await self.known(reservation_id)
+        return f"{known['state']}, {known['reason']}" if known else "the worker does not hold it any more"
+
+    async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        """Any command. Raises TypeError or ValueError when the body is no JSON."""
+        return await self._ask("POST", path, json.dumps(body, allow_nan=False))
+
+    async def ring(self, wakeup: AutoResetEvent) -> None:
+        """Set `wakeup` at every event, and whenever the stream breaks or begins: something may have been missed."""
+        forever = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=ANSWER_SECONDS)
+        while True:
+            with contextlib.suppress(aiohttp.ClientError, OSError, asyncio.TimeoutError, WorkerUnreachable):
+                _, status = await self._ask("GET", "/status")
+                after = status["log"]["last_seq"]
+                async with self.http.get(f"{self.url}/events?after={after}", timeout=forever) as stream:
+                    async for _ in stream.content.iter_any():
+                        wakeup.set()
+            wakeup.set()
+            await asyncio.sleep(RETRY_SECONDS)
+
+    async def _ask(self, method: str, path: str, body: str | None = None) -> tuple[int, Any]:
+        try:
+            async with self.http.request(method, self.url + path, data=body) as answer:
+                text = await answer.text()
+                told = json.loads(text) if text else None
+        except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError) as error:
+            why = str(error).replace(" ssl:default", "") or type(error).__name__
+            raise WorkerUnreachable(f"no worker answers on {self.url} ({why})") from error
+        if answer.status >= 500:
+            raise WorkerUnreachable(f"{self.url}{path} answers {answer.status}: {told}")
+        return answer.status, told

@@ -1,0 +1,167 @@
+"""`nullworker work -- CMD ...`: a consumer in any language, as one command for each reservation.
+
+CMD is started when a reservation is held, and its end is the end of the reservation, with the exit code as the result.
+When the reservation ends first, CMD and all of its process group get SIGTERM, and SIGKILL after --kill-after. Either
+way nothing of CMD runs any more when the next reservation is taken, and no reservation is held for nobody.
+
+What it leaves out: how a reservation is had, watched and released (consumer.py), and how processes end (group.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Awaitable
+from typing import Any
+from urllib.parse import urlsplit
+
+from nullworker.clock import stopwatch
+from nullworker.consumer.reservations import Reservation, health_endpoint, reservations
+from nullworker.errors import CannotStart
+from nullworker.logs import get_log
+from nullworker.processes import OrphanGuard, ProcessGroup
+
+log = get_log(__name__)
+
+#: A command that fails within this many seconds has done no work.
+AT_ONCE_SECONDS = 2.0
+#: So many failures at once in a row may be bad luck; from the next on there is a pause before the next reservation.
+PATIENT_FAILURES = 2
+#: Seconds of the first pause, which doubles, and of the longest.
+FIRST_PAUSE_SECONDS = 1.0
+LONGEST_PAUSE_SECONDS = 60.0
+#: What shells answer for a command that cannot be run, and for one that is not there.
+CANNOT_RUN, NOT_FOUND = 126, 127
+
+
+class Work:
+    """Runs a command for each reservation, until told to stop."""
+
+    def __init__(self, command: tuple[str, ...], url: str, *, kill_after: float, extend: bool, patience: float) -> None:
+        self._command = command
+        self._url = url
+        self._kill_after = kill_after
+        self._extend, self._patience = extend, patience
+        self._failures = 0
+        self._busy = False
+        self._stop, self._hurry = asyncio.Event(), asyncio.Event()
+        self._guard: OrphanGuard
+        self._group: ProcessGroup | None = None
+
+    def trouble(self) -> str | None:
+        """For the health endpoint: why it should get no reservation now."""
+        if self._stop.is_set():
+            return "it was told to stop"
+        if self._failures > PATIENT_FAILURES:
+            return f"{self._command[0]} failed at once {self._failures} times in a row"
+        return None
+
+    def told_to_stop(self) -> None:
+        """The first time CMD may end by itself; the second time it may not."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    def child_ended(self) -> None:
+        """At SIGCHLD: the command, or a process that it has left behind, at any time."""
+        if self._group is not None:
+            self._group.reap()
+
+    async def run(self) -> None:
+        """Work until told to stop."""
+        self._guard = OrphanGuard(signal.SIGKILL)  # nobody is left who could wait for an end in order
+        serving = asyncio.ensure_future(self._serve())
+        try:
+            await _first_of(serving, self._stop.wait())
+            if not self._busy:
+                serving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await serving
+        finally:
+            self._guard.close()
+
+    async def _serve(self) -> None:
+        found = reservations(
+            self._url, extend=self._extend, cancel=False, reason="consumer_exit", patience=self._patience
+        )
+        async for reservation in found:
+            self._busy = True
+            async with reservation:
+                code = await self._one(reservation)
+            self._busy = False
+            fields = {"reservation_id": reservation.id, "exit_code": code}
+            if reservation.released:
+                log.info("work_done", **fields)
+            else:
+                log.warning("work_ended_late", **fields, why=reservation.gone_because or "the worker does not answer")
+            if self._stop.is_set():
+                return
+            await self._pause()
+
+    async def _one(self, reservation: Reservation) -> int:
+        """CMD for one reservation, to the end of its last process. Its exit code."""
+        started, by_itself = stopwatch(), True
+        try:
+            group = self._group = ProcessGroup(self._command, self._environment(reservation), self._guard)
+        except OSError as error:
+            log.error("work_cannot_start", command=self._command[0], why=str(error))
+            code = NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_RUN
+        else:
+            log.info("work_started", reservation_id=reservation.id, pid=group.pid, ends_at=reservation.ends_at)
+            await _first_of(group.ended.wait(), reservation.gone.wait(), self._stop.wait())
+            by_itself = group.ended.is_set()
+            if not by_itself:
+                log.warning("work_stops", reservation_id=reservation.id, why=reservation.gone_because or "told to stop")
+            code = await group.end(self._kill_after, self._hurry)
+        reservation.result = {"exit_code": code}
+        at_once = by_itself and code != 0 and stopwatch() - started < AT_ONCE_SECONDS
+        self._failures = self._failures + 1 if at_once else 0
+        return code
+
+    async def _pause(self) -> None:
+        """A command that cannot work should not burn reservation after reservation."""
+        if self._failures > PATIENT_FAILURES:
+            doublings = min(self._failures - PATIENT_FAILURES - 1, 10)
+            seconds = min(FIRST_PAUSE_SECONDS * 2**doublings, LONGEST_PAUSE_SECONDS)
+            log.error("work_fails", why=self.trouble(), pause_seconds=seconds)
+            await asyncio.sleep(seconds)
+
+    def _environment(self, reservation: Reservation) -> dict[str, str]:
+        return {
+            **os.environ,
+            "NULL_CONTROL_PORT": str(urlsplit(self._url).port),  # so that `nullworker extend` finds the worker
+            "NULLWORKER_RESERVATION_ID": reservation.id,
+            "NULLWORKER_RESERVATION_DEADLINE": reservation.ends_at,
+            "NULLWORKER_RESERVATION_METADATA": json.dumps(reservation.metadata),
+        }
+
+
+async def _first_of(*waits: Awaitable[Any]) -> None:
+    """Wait for the first; those of the others that are no tasks of the caller's are given up."""
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task, wait in zip(tasks, waits, strict=True):
+            if task is not wait:
+                task.cancel()
+
+
+async def run(work: Work, health_port: int | None) -> None:
+    """Run `work` until a signal stops it, with a health endpoint on `health_port` (0: any free one; None: none)."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        loop.add_signal_handler(number, work.told_to_stop)
+    loop.add_signal_handler(signal.SIGCHLD, work.child_ended)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])  # whoever has started this may have blocked it
+    async with contextlib.AsyncExitStack() as stack:
+        if health_port is not None:
+            try:
+                port = await stack.enter_async_context(health_endpoint(health_port, work.trouble))
+            except OSError as error:
+                raise CannotStart(f"--health-port {health_port} cannot be had: {error.strerror}") from error
+            log.info("health_endpoint", url=f"http://127.0.0.1:{port}/health")
+        await work.run()

@@ -1,0 +1,89 @@
+"""Asks the consumer's health endpoint how it is, and says so to the service.
+
+A worker is ready after the first success; from then on NULL_HEALTH_FAILURES failures in a row mark it errored, and one
+success ends that: a single bad answer must not cost a worker for good.
+
+What it leaves out: what an errored worker does (readiness.py, service.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import aiohttp
+
+from nullworker.logs import get_log
+from nullworker.outgoing import describe_failure
+from nullworker.service import Service
+
+log = get_log(__name__)
+
+
+#: Seconds between two looks at most, until the first success.
+FIRST_LOOKS_SECONDS = 1.0
+
+
+class HealthPoll:
+    """Polls one URL.
+
+    Attributes:
+        last: what the last look saw, in words.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        service: Service,
+        *,
+        interval: float,
+        timeout: float,
+        failures: int,
+        cancel_held: bool,
+    ) -> None:
+        self.last = "not asked yet"
+        self.url = url
+        self._service = service
+        self._interval = interval
+        self._timeout = aiohttp.ClientTimeout(total=timeout)
+        self._failures = failures
+        self._cancel_held = cancel_held
+        self._failed = 0
+
+    async def run(self) -> None:
+        """Look for as long as the worker lives."""
+        async with aiohttp.ClientSession(timeout=self._timeout) as http:
+            while True:
+                self.saw(await self._look(http))
+                # a worker that waits for its consumer costs money and does nothing: the first success is looked for
+                starting = self._service.readiness.starting
+                await asyncio.sleep(min(self._interval, FIRST_LOOKS_SECONDS) if starting else self._interval)
+
+    def saw(self, trouble: str | None) -> None:
+        """One look: None when all is well, else what was wrong."""
+        readiness = self._service.readiness
+        before = (readiness.starting, readiness.unhealthy)
+        self.last = trouble or "healthy"
+        if trouble is None:
+            self._failed = 0
+            readiness.consumer_is_healthy()
+            if any(before):
+                log.info("consumer_healthy", url=self.url)
+        elif readiness.starting:
+            readiness.consumer_is_starting(f"the consumer has not been healthy yet: {trouble}")
+        else:
+            self._failed += 1
+            if self._failed >= self._failures:
+                cause = f"the consumer is unhealthy: {trouble}"
+                if not readiness.unhealthy:
+                    log.error("consumer_unhealthy", url=self.url, why=trouble, failures=self._failed)
+                    self._service.consumer_unhealthy(cause, cancel_held=self._cancel_held)
+                readiness.consumer_is_unhealthy(cause)
+
+    async def _look(self, http: aiohttp.ClientSession) -> str | None:
+        try:
+            async with http.get(self.url, allow_redirects=False) as answer:
+                return None if answer.status == 200 else f"{self.url} answered {answer.status}"
+        except asyncio.TimeoutError:
+            return f"{self.url} did not answer in {self._timeout.total:g} s"
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return f"{self.url} cannot be reached: {describe_failure(error)}"

@@ -1,0 +1,158 @@
+"""What `nullworker doctor` asks: the certificate, the autoscaler and its key, the clock, the consumer.
+
+The one rule: nothing is sent but GET requests without any secret in them.
+"""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from email.utils import parsedate_to_datetime
+from http.client import HTTPException, HTTPMessage
+from typing import Final
+
+from nullworker.autoscaler.messages import KEY_PATH
+from nullworker.doctor.finding import Finding, ok, warning, wrong
+from nullworker.doctor.machine import Host
+from nullworker.settings import Settings
+
+#: Seconds for an answer.
+ANSWER_SECONDS: Final = 10.0
+#: Days before its end in which a certificate should be renewed.
+RENEW_DAYS: Final = 7
+#: Seconds by which the clock may differ; the Date of an HTTP answer is to the second, and some time under way.
+CLOCK_SECONDS: Final = 5.0
+
+
+def look_at_certificate(host: Host, settings: Settings) -> Iterator[Finding]:
+    """With USE_SSL: both files, whether they belong together, who has signed, and until when."""
+    if not settings.use_ssl:
+        if not settings.standalone:
+            yield warning(
+                "certificate",
+                "USE_SSL is not true",
+                why="grants and reservations travel in the clear, and the url that is reported begins with http",
+                fix="set USE_SSL=true in the template's environment",
+            )
+        return
+    from cryptography import x509
+    from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
+
+    renew = "restart the instance: Vast's start script makes a new pair and has it signed"
+    try:
+        certificate = x509.load_pem_x509_certificate(host.certificate.read_bytes())
+        key = load_pem_private_key(host.private_key.read_bytes(), password=None)
+    except (OSError, ValueError, TypeError) as error:
+        what = f"{host.certificate} and {host.private_key} cannot be read: {error}"
+        yield wrong("certificate", what, why="the worker exits with code 1", fix=renew)
+        return
+    form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    now = datetime.fromtimestamp(host.now(), tz=timezone.utc)
+    if certificate.public_key().public_bytes(*form) != key.public_key().public_bytes(*form):
+        what = f"{host.certificate} does not belong to {host.private_key}"
+        yield wrong("certificate", what, why="the worker exits with code 1", fix=renew)
+    elif certificate.issuer == certificate.subject or host.self_signed_mark.exists():
+        yield wrong(
+            "certificate",
+            f"{host.certificate} is self-signed",
+            why="the official client trusts Vast's own root alone: every one of its calls fails",
+            fix=f"{renew}; if it does so each time, look at its output in /workspace/debug.log",
+        )
+    elif not begins <= now < ends:
+        what = f"{host.certificate} is valid from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}, and not today"
+        yield wrong("certificate", what, why="every client refuses it", fix=renew)
+    elif ends - now < timedelta(days=RENEW_DAYS):
+        what = f"{host.certificate} ends on {ends:%Y-%m-%d}"
+        yield warning("certificate", what, why="from then on every client refuses it", fix=renew)
+    else:
+        yield ok("certificate", f"{host.certificate} is signed, and valid until {ends:%Y-%m-%d}")
+
+
+def look_at_network(host: Host, settings: Settings) -> Iterator[Finding]:
+    """Each REPORT_ADDR and its key; and what they say of the time."""
+    if settings.standalone:
+        yield ok("autoscaler", "none: CONTAINER_ID is unset, so this worker would report to nobody")
+        return
+    from nullworker.autoscaler.signature import PublicKey
+
+    dates: list[str] = []
+    failed: list[str] = []
+    for address in settings.report_addr:
+        try:
+            body, headers = _get(address + KEY_PATH)
+            PublicKey(body)
+        except (OSError, HTTPException, ValueError) as error:
+            failed.append(f"{address}{KEY_PATH}: {error}")
+        else:
+            yield ok("autoscaler", f"{address} has a key for signatures")
+            dates += [headers["Date"]] if headers["Date"] else []
+    for what in failed:
+        alone = len(failed) == len(settings.report_addr)
+        yield (wrong if alone else warning)(
+            "autoscaler",
+            what,
+            why="without the key no request can be verified, and nobody is told that this worker is ready"
+            if alone
+            else "the worker goes on with the others",
+            fix=f"curl -v {what.partition(': ')[0]}; REPORT_ADDR must be what Vast's template sets",
+        )
+    if dates:
+        yield _clock(host, dates[0])
+
+
+def _clock(host: Host, date: str) -> Finding:
+    ahead = host.now() - parsedate_to_datetime(date).timestamp()
+    if abs(ahead) <= CLOCK_SECONDS:
+        return ok("clock", "as the autoscaler's")
+    return wrong(
+        "clock",
+        f"it is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the autoscaler's",
+        why="the times in the log and in what the autoscaler is told are wrong, and certificates may seem invalid",
+        fix="a container cannot set it: rent another machine; on a machine of your own: timedatectl set-ntp true",
+    )
+
+
+def look_at_consumer(settings: Settings) -> Iterator[Finding]:
+    """BACKEND_HEALTH_URL, as the worker would ask it."""
+    url = settings.backend_health_url
+    if url is None:
+        yield warning(
+            "consumer",
+            "BACKEND_HEALTH_URL is unset",
+            why="the worker takes reservations also while the consumer is dead, and each is held until its deadline",
+            fix="nullworker work --health-port 18998 -- CMD, and BACKEND_HEALTH_URL=http://127.0.0.1:18998/health",
+        )
+        return
+    try:
+        _get(url, timeout=settings.null_health_timeout)
+    except (OSError, HTTPException) as error:
+        yield wrong(
+            "consumer",
+            f"{url}: {error}",
+            why="the worker gets ready only after the first 200, and is errored when they cease",
+            fix=f"start the consumer, and see what it answers with: curl -i {url}",
+        )
+    else:
+        yield ok("consumer", f"{url} answers 200")
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """The worker follows none either."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+def _get(url: str, *, timeout: float = ANSWER_SECONDS) -> tuple[bytes, HTTPMessage]:
+    """The body and headers of a 200.
+
+    Raises:
+        OSError: nobody answers, or with another status.
+    """
+    with urllib.request.build_opener(_NoRedirect).open(url, timeout=timeout) as answer:
+        if answer.status != 200:
+            raise urllib.error.URLError(f"it answers {answer.status}")
+        return answer.read(64 * 1024), answer.headers

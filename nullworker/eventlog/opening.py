@@ -1,0 +1,181 @@
+"""Opens an event log: takes its lock, makes or migrates it, verifies it, and sets a damaged one aside.
+
+A damaged file is renamed, never deleted. The lock is an flock on a file beside the log: it ends with the process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from pathlib import Path
+from typing import Final
+
+from nullworker.clock import iso, wall_iso
+from nullworker.errors import CannotStart, IllegalMove, LogDamaged
+from nullworker.eventlog import queries, schema
+from nullworker.eventlog.log import EventLog, suspicion
+from nullworker.eventlog.sqlite import UNREADABLE, is_damage
+from nullworker.fsm.book import Book, Limits
+from nullworker.logs import get_log
+
+log = get_log(__name__)
+
+#: Milliseconds that an append waits for a stranger's write lock. The whole worker waits with it, so it is short.
+BUSY_MILLISECONDS = 100
+#: Bytes that the write-ahead log keeps on disk after a checkpoint.
+WAL_BYTES = 4 * 1024 * 1024
+#: The cursors of the two that read along: metrics/reporter.py.
+READERS: Final = ("worker_status", "delete_requests")
+
+
+def open_log(path: Path, *, sync: str = "full", fix: bool = True) -> EventLog:
+    """Open the log for writing, make it if there is none; with `fix`, set a damaged one aside.
+
+    Raises:
+        CannotStart: another worker has it, it is of a newer version or another program, or the folder is not writable.
+    """
+    path = path.resolve()  # a link to another worker's log is that log
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
+        lock = _take_lock(path)
+    except OSError as error:
+        raise CannotStart(f"the event log {path} cannot be made: {error.strerror}; set NULL_EVENT_LOG") from error
+    try:
+        opened = _open(path, sync, lock, fix=fix) or _open(path, sync, lock, fix=False)
+    except BaseException:
+        os.close(lock)
+        raise
+    assert opened is not None
+    return opened
+
+
+def open_for_reading(path: Path) -> EventLog:
+    """Open a log that another process may be writing to, or none.
+
+    Raises:
+        CannotStart: there is no such log, or it is not one of this version.
+    """
+    try:
+        conn = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=5)
+        try:
+            schema.check_version(path, conn)
+            return EventLog(path, conn, None)
+        except BaseException:
+            conn.close()
+            raise
+    except sqlite3.Error as error:
+        raise CannotStart(f"there is no event log to read at {path}: {error}") from error
+
+
+def _open(path: Path, sync: str, lock: int, *, fix: bool) -> EventLog | None:
+    """The log; None: it was damaged, and is set aside."""
+    conn = sqlite3.connect(path, isolation_level=None, timeout=BUSY_MILLISECONDS / 1000, cached_statements=64)
+    try:
+        return _prepare(conn, path, sync, lock)
+    except UNREADABLE as error:
+        if not is_damage(error):
+            conn.close()
+            raise CannotStart(f"the event log {path} cannot be opened: {error}") from error
+        if not fix:
+            conn.close()
+            raise CannotStart(f"{path} is damaged: {error}; the next start of its worker sets it aside") from error
+        aside = _set_aside(path)  # before the close, which could fold the -wal into the damaged file
+        conn.close()
+        log.error("event_log_damaged", path=str(path), set_aside=str(aside), error=str(error))
+        return None
+    except BaseException:
+        conn.close()
+        raise
+
+
+def _prepare(conn: sqlite3.Connection, path: Path, sync: str, lock: int) -> EventLog:
+    schema.check_version(path, conn)
+    if conn.execute("PRAGMA page_count").fetchone() == (0,):
+        conn.execute("PRAGMA auto_vacuum = INCREMENTAL")  # what is pruned can be given back
+    conn.execute("PRAGMA journal_mode = WAL")
+    conn.execute(f"PRAGMA synchronous = {sync}")
+    conn.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+    conn.execute("PRAGMA recursive_triggers = ON")
+    schema.migrate(conn)
+    if suspicion(path).exists():
+        verify_integrity(conn)
+        suspicion(path).unlink()
+    opened = EventLog(path, conn, lock)
+    verify_replay(opened)
+    return opened
+
+
+def _take_lock(path: Path) -> int:
+    """An flock beside the log: it ends with the process, however that ends. The file says who holds it."""
+    lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+        os.close(lock)
+        raise CannotStart(
+            f"the event log {path} belongs to a worker that is running: {holder}; stop that one, or set NULL_EVENT_LOG",
+            tell=False,
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"pid {os.getpid()}, since {wall_iso()}\n".encode(), 0)
+    return lock
+
+
+def _set_aside(path: Path) -> Path:
+    aside = Path(f"{path}.damaged-{wall_iso().replace(':', '')}-{os.getpid()}")
+    for suffix in ("-wal", "-shm", ""):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(f"{path}{suffix}", f"{aside}{suffix}")
+    return aside
+
+
+def verify_replay(log: EventLog) -> None:
+    """Read what is open and what is owed, as the worker will: everything that a start needs must make sense.
+
+    It costs what is open and owed, not what the log has grown to.
+
+    Raises:
+        UNREADABLE: it cannot be read, or does not make sense.
+    """
+    try:
+        _read_what_is_open(log)
+        _read_what_is_owed(log)
+    except (IllegalMove, ValueError, TypeError, KeyError, AssertionError, RecursionError) as error:
+        raise LogDamaged(f"what a worker needs to go on makes no sense: {type(error).__name__}: {error}") from error
+
+
+def _read_what_is_open(log: EventLog) -> None:
+    book = Book(Limits())
+    for _, event in log.live():
+        iso(book.apply(event).ends_at or event.at)
+    live = {reservation.id: reservation.state for reservation in book.live()}
+    if live != dict(log.conn.execute("SELECT reservation_id, state FROM live")):
+        raise LogDamaged("the table `live` does not say what the events say")
+    log.anchor()
+
+
+def _read_what_is_owed(log: EventLog) -> None:
+    for owed in queries.callbacks(log.conn, after=0):
+        queries.callback_call(log.conn, owed.seq)
+    for name in READERS:
+        seq = log.cursor(name)
+        queries.count_begun(log.conn, after=seq)
+        while batch := queries.finished(log.conn, after=seq, limit=1000):
+            if batch[-1].seq <= seq:
+                raise LogDamaged(f"event {batch[-1].seq} comes after event {seq}")
+            seq = batch[-1].seq
+
+
+def verify_integrity(conn: sqlite3.Connection) -> None:
+    """Check the whole file. It takes as long as the file is large, so it is done only after a write has met damage.
+
+    Raises:
+        UNREADABLE: it is not sound.
+    """
+    found = conn.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if found != "ok":
+        raise LogDamaged(found)

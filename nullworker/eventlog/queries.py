@@ -1,0 +1,240 @@
+"""Reading the log: for the control port, the commands, the reports to the autoscaler. Plain SQL over sqlite3.
+
+Each query costs what it returns, not what the log has grown to. The exception is the search for a rare state, which
+walks through the newest events, 0.4 s for a million (an index would cost each commit a page); it is done in batches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sqlite3
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final, TypedDict, cast
+
+from nullworker.clock import from_shown, iso, tidy
+from nullworker.fsm.book import refused_at_once
+from nullworker.fsm.table import ENDED, LIVE, Outcome, ending
+
+#: Events that are walked through in one step: about 10 ms.
+STEP: Final = 20_000
+
+_COLUMNS: Final = (
+    "id, kind, state, reason, queued_at, held_at, ends_at, ended_at, queued_seconds, held_seconds,"
+    " duration_cap, request_idx, metadata, result"
+)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One reservation that has ended, as the log has it. Times are epoch seconds; None never came."""
+
+    seq: int
+    request_idx: int | None
+    outcome: Outcome
+    queued_at: float
+    held_at: float | None
+    ended_at: float
+    refused_at_once: bool
+
+
+class ReservationJson(TypedDict):
+    """One reservation as the control port and the commands show it. Times are ISO 8601 UTC with milliseconds and Z."""
+
+    id: str
+    kind: str  # request or session
+    state: str  # queued, held, released, expired or cancelled
+    reason: str | None  # why it has ended
+    queued_at: str
+    held_at: str | None
+    ends_at: str | None  # the deadline
+    ended_at: str | None
+    queued_seconds: float | None
+    held_seconds: float | None
+    duration_cap: float  # seconds that it may be held
+    request_idx: int | None  # the autoscaler's number for it
+    metadata: dict[str, Any] | None
+    result: Any
+
+
+def reservation(conn: sqlite3.Connection, reservation_id: str) -> ReservationJson | None:
+    """One reservation of the log, or None."""
+    row = conn.execute(f"SELECT {_COLUMNS} FROM reservations WHERE id = ?", (reservation_id,)).fetchone()
+    return _as_json(row) if row else None
+
+
+def reservations(conn: sqlite3.Connection, **asked: Any) -> list[ReservationJson]:
+    """The newest reservations first; the arguments and errors are those of `batches`."""
+    return list(itertools.chain.from_iterable(batches(conn, **asked)))
+
+
+def batches(
+    conn: sqlite3.Connection,
+    *,
+    state: str | None = None,
+    limit: int = 50,
+    before: str | None = None,
+    since: float | None = None,
+) -> Iterator[list[ReservationJson]]:
+    """The newest reservations first, in a batch for each STEP events that were searched; a batch may be empty.
+
+    `before`: the id of a reservation, or an ISO time; older ones are returned. `since`: epoch seconds.
+
+    Raises:
+        ValueError: before is neither a known id nor a time.
+    """
+    # each by itself: SQLite reads the whole table for both
+    first, last = conn.execute("SELECT (SELECT min(seq) FROM events), (SELECT max(seq) FROM events)").fetchone()
+    where, values = ["kind = 'queued'"], list[Any]()
+    if before is not None:
+        found = conn.execute(
+            "SELECT seq FROM events WHERE reservation_id = ? AND kind = 'queued'", (before,)
+        ).fetchone()
+        if found:
+            last = found[0] - 1
+        else:
+            where.append("at < ?")
+            values.append(from_shown(before))
+    if since is not None:
+        where.append("at >= ?")
+        values.append(since)
+    if state in ENDED:
+        where.append("EXISTS (SELECT 1 FROM events e WHERE e.reservation_id = q.reservation_id AND e.kind = ?)")
+        values.append(state)
+    elif state in LIVE:
+        where.append("reservation_id IN (SELECT reservation_id FROM live WHERE state = ?)")
+        values.append(state)
+    if first is None:
+        return
+    step = max(last, 1) if state in LIVE else STEP  # what is live is found by its name, and not by a walk
+    for top in range(last, first - 1, -step):
+        ids = conn.execute(
+            f"SELECT reservation_id FROM events q WHERE {' AND '.join(where)} AND seq BETWEEN ? AND ?"
+            " ORDER BY seq DESC LIMIT ?",
+            (*values, top - step + 1, top, limit),
+        ).fetchall()
+        yield [row for (each,) in ids if (row := reservation(conn, each)) is not None]
+        limit -= len(ids)
+        if limit <= 0:
+            return
+
+
+def event_json(seq: int, at: float, reservation_id: str, kind: str, reason: str | None, data: str) -> dict[str, Any]:
+    """An event as people and streams get it."""
+    return {
+        "seq": seq,
+        "at": iso(at),
+        "reservation_id": reservation_id,
+        "kind": kind,
+        "reason": reason,
+        "data": public_data(json.loads(data)),
+    }
+
+
+def public_data(data: dict[str, Any]) -> dict[str, Any]:
+    """An event's data without what only the log needs: a session's hash and callback."""
+    if "session" in data:
+        data = {**data, "session": {"lifetime": data["session"].get("lifetime")}}
+    return data
+
+
+def events(
+    conn: sqlite3.Connection, *, after: int = 0, limit: int = 1000, reservation_id: str | None = None
+) -> list[dict[str, Any]]:
+    """Events in order."""
+    only = "" if reservation_id is None else " AND reservation_id = ?"
+    values = (after,) if reservation_id is None else (after, reservation_id)
+    rows = conn.execute(
+        f"SELECT seq, at, reservation_id, kind, reason, data FROM events WHERE seq > ?{only} ORDER BY seq LIMIT ?",
+        (*values, limit),
+    )
+    return [event_json(*row) for row in rows]
+
+
+def finished(conn: sqlite3.Connection, *, after: int, limit: int) -> list[Finished]:
+    """Reservations that have ended, in the order of their ends, from an event on."""
+    rows = conn.execute(
+        """
+        SELECT e.seq, q.data ->> 'request_idx', e.kind, e.reason, q.at, h.at, e.at, q.data ->> 'give_up_at'
+          FROM events AS e
+          JOIN events AS q ON q.reservation_id = e.reservation_id AND q.kind = 'queued'
+          LEFT JOIN events AS h ON h.reservation_id = e.reservation_id AND h.kind = 'held'
+         WHERE e.seq > ? AND e.kind IN ('released', 'expired', 'cancelled')
+         ORDER BY e.seq
+         LIMIT ?
+        """,
+        (after, limit),
+    )
+    done = []
+    for seq, request_idx, state, reason, queued_at, held_at, ended_at, give_up_at in rows:
+        outcome = ending(state, reason, was_held=held_at is not None).outcome
+        assert outcome is not None
+        at_once = refused_at_once(queued_at, held_at, give_up_at)
+        done.append(Finished(seq, request_idx, outcome, queued_at, held_at, ended_at, at_once))
+    return done
+
+
+@dataclass(frozen=True)
+class Callback:
+    """A session's end that its owner wants to be told of: small, for many may be owed."""
+
+    seq: int
+    ended_at: float
+    session_id: str
+
+
+def callbacks(conn: sqlite3.Connection, *, after: int) -> list[Callback]:
+    """The callbacks that are owed for ends after a seq, in order."""
+    rows = conn.execute(
+        """
+        SELECT e.seq, e.at, e.reservation_id
+          FROM callbacks AS c
+          JOIN events AS e ON e.seq = c.seq
+         WHERE c.seq > ?
+         ORDER BY c.seq
+        """,
+        (after,),
+    )
+    return [Callback(*row) for row in rows]
+
+
+def callback_call(conn: sqlite3.Connection, seq: int) -> tuple[str, dict[str, Any]]:
+    """The route of a callback that is owed, and the body that goes there."""
+    session_id, state, reason, session = conn.execute(
+        """
+        SELECT e.reservation_id, e.kind, e.reason, q.data -> 'session'
+          FROM events AS e
+          JOIN events AS q ON q.reservation_id = e.reservation_id AND q.kind = 'queued'
+         WHERE e.seq = ?
+        """,
+        (seq,),
+    ).fetchone()
+    terms = json.loads(session)
+    payload = terms.get("on_close_payload")
+    theirs = payload if isinstance(payload, dict) else {} if payload is None else {"payload": payload}
+    return terms["on_close_route"], {**theirs, "session_id": session_id, "state": state, "reason": reason}
+
+
+def count_begun(conn: sqlite3.Connection, *, after: int) -> int:
+    """Claims made from an event on."""
+    row = conn.execute("SELECT count(*) FROM events WHERE seq > ? AND kind = 'queued'", (after,)).fetchone()
+    return int(row[0])
+
+
+def count_finished(conn: sqlite3.Connection, *, after: int) -> int:
+    """Claims ended from an event on."""
+    row = conn.execute(
+        "SELECT count(*) FROM events WHERE seq > ? AND kind IN ('released', 'expired', 'cancelled')", (after,)
+    ).fetchone()
+    return int(row[0])
+
+
+def _as_json(row: tuple[Any, ...]) -> ReservationJson:
+    named = dict(zip(_COLUMNS.replace(" ", "").split(","), row, strict=True))
+    for name in ("queued_seconds", "held_seconds", "duration_cap"):
+        if isinstance(named[name], float):
+            named[name] = tidy(named[name])
+    named["metadata"] = None if named["metadata"] is None else json.loads(named["metadata"])
+    named["result"] = None if named["result"] is None else json.loads(named["result"])
+    return cast(ReservationJson, named)

@@ -1,0 +1,193 @@
+"""Who may ask: the envelope of every signed POST, and the autoscaler's signature in it.
+
+The signature covers the worker's url alone, so a grant for another worker verifies too; NULL_GRANT_URL says what
+happens then. The key is fetched for as long as it takes, and again, at most once a minute, when a signature fails: it
+may have been changed.
+
+The one rule: nothing of a request is used before `check` has returned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+from msgspec import Meta
+
+from nullworker.autoscaler.keys import KeyRing
+from nullworker.errors import Invalid, Unauthorized
+from nullworker.http.bodies import MAX_BODY_BYTES, T, decode, explain, unfit
+from nullworker.logs import get_log
+
+if TYPE_CHECKING:
+    pass
+
+log = get_log(__name__)
+
+#: Bytes of a wrong envelope that are searched for what is wrong: 0.4 us each, spent on somebody who has not signed.
+EXPLAINED_BYTES: Final = 16 * 1024
+
+Number = Annotated[str, Meta(pattern=r"^\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\s*$")]
+
+
+class Auth(msgspec.Struct):
+    """What the autoscaler grants (vastai 1.9.1, server/lib/data_types.py, AuthData). Only `url` is signed."""
+
+    cost: float | Number
+    endpoint: str
+    reqnum: int
+    request_idx: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]  # SQLite gives back no larger one
+    signature: str
+    url: str
+
+
+class Envelope(msgspec.Struct):
+    """Every signed POST. `auth_data` is kept raw beside its typed form, since a session's auth is compared whole."""
+
+    auth_data: msgspec.Raw
+    payload: msgspec.Raw
+    session_id: str | None = None
+
+
+class _Checked(msgspec.Struct):
+    auth_data: Auth
+    payload: dict[str, Any]
+    session_id: str | None = None
+
+
+class _Bare(msgspec.Struct):
+    session_id: str | None = None
+
+
+class Grant(msgspec.Struct):
+    """A request that may be acted upon. `auth` is None for a bare payload on an unsecured worker."""
+
+    auth: Auth | None
+    auth_data: msgspec.Raw
+    payload: msgspec.Raw
+    session_id: str | None
+
+    @property
+    def request_idx(self) -> int | None:
+        """The autoscaler's number for the request; None without an envelope."""
+        return None if self.auth is None else self.auth.request_idx
+
+    @property
+    def auth_sha256(self) -> str:
+        """What a session is known to belong to.
+
+        Raises:
+            Invalid: the auth nests too deep to be compared.
+        """
+        try:
+            auth = json.loads(bytes(self.auth_data))
+        except (ValueError, RecursionError):
+            raise Invalid("auth_data cannot be compared: it has a number too long, or nests too deep") from None
+        if why := unfit(auth, MAX_BODY_BYTES):
+            raise Invalid(f"auth_data cannot be compared: it {why}")
+        return fingerprint(auth)
+
+    def read(self, shape: type[T]) -> T:
+        """The payload in the given shape.
+
+        Raises:
+            Invalid: it is not; the fields stand under `payload`.
+        """
+        try:
+            return msgspec.json.decode(self.payload, type=shape)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            error = explain(bytes(self.payload), shape)
+            raise Invalid(str(error), payload=error.fields or str(error)) from None
+
+
+def fingerprint(auth: Any) -> str:
+    """SHA-256 of an auth_data, the same for the same JSON value whatever its spacing or order.
+
+    100 and 100.0 are one number: JavaScript, for one, writes the first where it has read the second.
+
+    Raises:
+        Invalid: it nests too deep to be compared.
+    """
+    return _sha256(auth, _whole_as_int)
+
+
+def owns(auth: Any, auth_sha256: str) -> bool:
+    """Whether this is the auth_data of that fingerprint, also of one from a log in which 100.0 was not 100.
+
+    Raises:
+        Invalid: it nests too deep to be compared.
+    """
+    return any(hmac.compare_digest(auth_sha256, _sha256(auth, form)) for form in (_whole_as_int, lambda auth: auth))
+
+
+def _sha256(auth: Any, form: Callable[[Any], Any]) -> str:
+    try:
+        return hashlib.sha256(json.dumps(form(auth), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    except RecursionError:
+        raise Invalid("the auth nests too deep") from None
+
+
+def _whole_as_int(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _whole_as_int(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_whole_as_int(each) for each in value]
+    # above 2**53 a float is not any one whole number, and may have 300 digits
+    return int(value) if isinstance(value, float) and abs(value) < 2**53 and value.is_integer() else value
+
+
+class Authenticator:
+    """Reads the envelope of a request and checks the autoscaler's signature in it. `keys` None: UNSECURED."""
+
+    def __init__(self, keys: KeyRing | None, *, own_url: str, url_policy: str) -> None:
+        self._keys = keys
+        self._own_url = own_url.rstrip("/")
+        self._url_policy = url_policy
+
+    async def authenticate(self, body: bytes) -> Grant:
+        """The grant in a body, checked.
+
+        Raises:
+            RequestError: with the status to answer.
+        """
+        if self._keys is None and (bare := _bare(body or b"{}")) is not None:  # curl without -d
+            return bare
+        try:
+            envelope = msgspec.json.decode(body, type=Envelope)
+            auth = msgspec.json.decode(envelope.auth_data, type=Auth)
+        except (msgspec.MsgspecError, ValueError, RecursionError):
+            if len(body) > EXPLAINED_BYTES:
+                raise Invalid(
+                    f"the envelope is wrong, or nests too deep; where, is said up to {EXPLAINED_BYTES} bytes"
+                ) from None
+            raise explain(body, _Checked) from None
+        await self.check(auth)
+        return Grant(auth, envelope.auth_data, envelope.payload, envelope.session_id)
+
+    async def check(self, auth: Auth) -> None:
+        """Whether the autoscaler has signed this, for this worker.
+
+        Raises:
+            Unauthorized: it has not.
+            Unavailable: there is no key to tell by.
+        """
+        if self._keys is None:
+            return
+        if not await self._keys.has_signed(auth.url, auth.signature):
+            raise Unauthorized("the signature is not the autoscaler's", reason="signature")
+        if self._url_policy != "off" and auth.url.rstrip("/") != self._own_url:
+            if self._url_policy == "enforce":
+                raise Unauthorized(f"the grant is for {auth.url}, and this worker is {self._own_url}", reason="url")
+            log.warning("grant_for_another_url", url=auth.url, own_url=self._own_url, request_idx=auth.request_idx)
+
+
+def _bare(body: bytes) -> Grant | None:
+    """A payload without an envelope, as from curl; None if this is an envelope."""
+    fields = decode(body, dict[str, msgspec.Raw])
+    if "auth_data" in fields:
+        return None
+    return Grant(None, msgspec.Raw(b"null"), fields.get("payload", msgspec.Raw(body)), decode(body, _Bare).session_id)

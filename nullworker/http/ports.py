@@ -1,0 +1,137 @@
+"""What a worker listens on: the external port, the control port, and the two that a user may want beside them.
+
+Nothing of the control port is served on another one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+from types import TracebackType
+
+from aiohttp import web
+
+from nullworker.errors import CannotStart, Unauthorized
+from nullworker.eventlog.log import EventLog
+from nullworker.http.auth import Authenticator
+from nullworker.http.control import ControlHandlers, control_app
+from nullworker.http.external import ExternalHandlers, external_app, session_end_app
+from nullworker.http.responses import make_app, same_secret
+from nullworker.http.server import Server
+from nullworker.http.sessions import SessionHandlers
+from nullworker.http.sockets import listen, raise_fd_limit, shares, tls
+from nullworker.http.status import Status
+from nullworker.logs import get_log
+from nullworker.metrics.exporter import Exporter
+from nullworker.service import Service
+from nullworker.settings import Settings
+
+log = get_log(__name__)
+
+
+class Ports:
+    """The listening sockets of one worker, all of them, from the start until `close`.
+
+    Attributes:
+        settings: with the ports that were taken, where any free one was asked for.
+
+    Raises:
+        CannotStart: a port or the certificate cannot be had.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._sockets: list[socket.socket] = []
+        try:
+            self._tls = tls() if settings.use_ssl else None
+            self._control = self._take(settings.null_control_port, host="127.0.0.1", variable="NULL_CONTROL_PORT")
+            self._external = self._take(settings.worker_port, host=None, variable="WORKER_PORT")
+            self.settings = dataclasses.replace(
+                settings,
+                worker_port=self._external.getsockname()[1],
+                null_control_port=self._control.getsockname()[1],
+            )
+            self._session_end = self._take_session_end()
+            self._metrics = self._take_metrics()
+        except BaseException:
+            self.close()
+            raise
+
+    def servers(
+        self,
+        service: Service,
+        event_log: EventLog,
+        authenticator: Authenticator,
+        exporter: Exporter,
+        status: Status,
+        *,
+        shutdown_seconds: float,
+    ) -> list[Server]:
+        """A server for each socket, to be started. `shutdown_seconds`: how long a stop waits for open requests."""
+        settings = self.settings
+        sessions = SessionHandlers(service, authenticator, own_addresses=self._own_addresses())
+        external = ExternalHandlers(service, event_log, authenticator, master_token=settings.master_token)
+        control = ControlHandlers(service, event_log, exporter, status)
+        stub_health = settings.backend_health_url is None
+        local = [(control_app(control, exporter, exporter.answer, stub_health=stub_health), self._control)]
+        if self._session_end is not None:
+            local.append((session_end_app(sessions, exporter), self._session_end))
+        if self._metrics is not None:
+            local.append((_metrics_app(exporter, settings.null_metrics_token), self._metrics))
+        most, most_local = shares(raise_fd_limit(), settings.null_max_queued)
+        app = external_app(external, sessions, exporter)
+        return [
+            Server(app, self._external, max_connections=most, tls=self._tls, shutdown_seconds=shutdown_seconds),
+            *(Server(app, sock, max_connections=most_local, shutdown_seconds=shutdown_seconds) for app, sock in local),
+        ]
+
+    def close(self) -> None:
+        """Listen no more."""
+        for sock in self._sockets:
+            sock.close()
+
+    def __enter__(self) -> Ports:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self.close()
+
+    def _own_addresses(self) -> list[tuple[str, int]]:
+        settings = self.settings
+        ports = (settings.worker_port, settings.null_control_port, self._session_end_port())
+        public = (settings.public_ipaddr, settings.vast_tcp_port or settings.worker_port)
+        return [*(("127.0.0.1", port) for port in ports), public]
+
+    def _session_end_port(self) -> int:
+        chosen = self.settings.worker_http_port
+        return self.settings.worker_port + 1 if chosen is None else chosen
+
+    def _take_session_end(self) -> socket.socket | None:
+        port = self._session_end_port()
+        try:
+            return self._take(port, host="127.0.0.1", variable="WORKER_HTTP_PORT")
+        except (CannotStart, OverflowError) as error:
+            if self.settings.worker_http_port is not None:
+                raise
+            log.warning("session_end_port_taken", port=port, why=str(error), message="set WORKER_HTTP_PORT for it")
+            return None
+
+    def _take_metrics(self) -> socket.socket | None:
+        host, port = self.settings.null_metrics_host, self.settings.null_metrics_port
+        if host is None or port is None:
+            return None
+        return self._take(port, host=host, variable="NULL_METRICS_PORT")
+
+    def _take(self, port: int, *, host: str | None, variable: str) -> socket.socket:
+        self._sockets.append(listen(port, host=host, variable=variable))
+        return self._sockets[-1]
+
+
+def _metrics_app(exporter: Exporter, token: str | None) -> web.Application:
+    def guard(request: web.Request) -> None:
+        given = request.headers.get("Authorization", "")
+        if token and not same_secret(given, f"Bearer {token}"):
+            raise Unauthorized("the token is not NULL_METRICS_TOKEN", reason="token")
+
+    app = make_app("metrics", exporter, guard=guard)
+    app.router.add_get("/metrics", exporter.answer)
+    return app

@@ -1,0 +1,110 @@
+"""A reservation as it is shown: its JSON wherever it is, live or in the log, and the verdict for its caller."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from aiohttp import web
+from msgspec import UNSET
+
+from nullworker.clock import elapsed, from_shown, iso, tidy
+from nullworker.errors import RETRY_AFTER_SECONDS
+from nullworker.eventlog import queries
+from nullworker.eventlog.log import EventLog
+from nullworker.eventlog.queries import ReservationJson
+from nullworker.fsm.book import Reservation
+from nullworker.fsm.table import ending
+from nullworker.http.responses import RESERVATION_HEADER, json_response
+from nullworker.service import Service
+
+
+def reservation_json(reservation: Reservation, now: float) -> ReservationJson:
+    """A live reservation, in the shape that the log's view `reservations` gives one."""
+    held_at, ended_at = reservation.held_at, reservation.ended_at
+    held, ends, ended = (None if at is None else iso(at) for at in (held_at, reservation.ends_at, ended_at))
+    return {
+        "id": reservation.id,
+        "kind": reservation.terms.kind,
+        "state": reservation.state,
+        "reason": reservation.reason,
+        "queued_at": iso(reservation.queued_at),
+        "held_at": held,
+        "ends_at": ends,
+        "ended_at": ended,
+        "queued_seconds": elapsed(reservation.queued_at, held_at or ended_at or now),
+        "held_seconds": None if held_at is None else elapsed(held_at, ended_at or now),
+        "duration_cap": tidy(reservation.terms.duration_cap),
+        "request_idx": reservation.terms.request_idx,
+        "metadata": reservation.terms.metadata,
+        "result": None if reservation.result is UNSET else reservation.result,
+    }
+
+
+def find(service: Service, event_log: EventLog, reservation_id: str) -> ReservationJson | None:
+    """A reservation wherever it is: live, ended and not yet written, or in the log. None: nobody knows it."""
+    found = service.find(reservation_id)
+    if found is not None:
+        return reservation_json(found, service.now())
+    return queries.reservation(event_log.conn, reservation_id)
+
+
+async def newest(
+    service: Service, event_log: EventLog, *, state: str | None, limit: int, before: str | None
+) -> list[ReservationJson]:
+    """The newest reservations first: those whose last events still wait for the log, then the log's.
+
+    Yields after each batch of the search so that the event loop stays responsive.
+
+    Raises:
+        ValueError: before is neither a known id nor a time.
+    """
+    unwritten = {commit.reservation.id: commit.reservation for commit in reversed(service.unwritten)}
+    first = list(unwritten.values())
+    if before in unwritten:
+        first, before = first[list(unwritten).index(before) + 1 :], None
+    elif before is not None:
+        try:
+            at = from_shown(before)
+        except ValueError:  # it is an id in the log: those in memory came on an earlier page
+            at = 0.0
+        first = [each for each in first if each.queued_at < at]
+    rows = [reservation_json(each, service.now()) for each in first if state in (None, each.state)]
+    batches = queries.batches(event_log.conn, state=state, limit=limit + len(unwritten), before=before)
+    while len(rows) < limit and (batch := next(batches, None)) is not None:
+        rows += [row for row in batch if row["id"] not in unwritten]
+        await asyncio.sleep(0)
+    return rows[:limit]
+
+
+def verdict(reservation: Reservation) -> tuple[int, dict[str, Any]]:
+    """Status and body for the caller of /reserve: how the reservation has ended."""
+    assert reservation.ended_at is not None
+    held_at = reservation.held_at
+    edge = ending(reservation.state, reservation.reason, was_held=held_at is not None)
+    assert edge.status is not None
+    if edge.status != 200:
+        return edge.status, {"error": edge.says, "reservation_id": reservation.id, "reason": reservation.reason}
+    assert held_at is not None
+    if reservation.state == "expired":
+        assert reservation.ends_at is not None
+        return 200, {"released": reservation.reason, "duration": elapsed(held_at, reservation.ends_at)}
+    body = {
+        "released": reservation.reason,
+        "duration_cap": tidy(reservation.terms.duration_cap),
+        "reservation_id": reservation.id,
+        "queued_seconds": elapsed(reservation.queued_at, held_at),
+        "held_seconds": elapsed(held_at, reservation.ended_at),
+    }
+    if reservation.result is not UNSET:
+        body["result"] = reservation.result
+    return 200, body
+
+
+def verdict_response(reservation: Reservation) -> web.Response:
+    """The plain answer of /reserve."""
+    status, body = verdict(reservation)
+    headers = {RESERVATION_HEADER: reservation.id}
+    if status in (429, 503):
+        headers["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return json_response(body, status, headers)

@@ -1,0 +1,126 @@
+"""What all ports share: JSON and errors out, every answer counted, and how a reservation looks.
+
+The one rule: every answer that is an error is JSON with `error`, made here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+import sqlite3
+from collections.abc import Awaitable, Callable
+from typing import Any, Final, Protocol
+
+import msgspec
+from aiohttp import web
+
+from nullworker.control_client import SERVER_NAME
+from nullworker.errors import RETRY_AFTER_SECONDS, LogUnavailable, RequestError, Unauthorized
+from nullworker.logs import get_log
+
+log = get_log(__name__)
+
+RESERVATION_HEADER: Final = "Nullworker-Reservation"
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+#: Set on a request that waited for a reservation: its duration says nothing about this server.
+HELD = web.RequestKey("held", bool)
+
+
+class Counts(Protocol):
+    """What answers are counted in."""
+
+    def count_request(self, port: str, route: str, status: int, seconds: float | None) -> None:
+        """An HTTP request was answered."""
+        ...
+
+    def count_auth_failure(self, reason: str) -> None:
+        """A request was not authenticated."""
+        ...
+
+
+def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """Any JSON, not to be cached by anybody."""
+    return web.Response(
+        body=msgspec.json.encode(body),
+        status=status,
+        headers={"Cache-ControlHandlers": "no-store", **(headers or {})},
+        content_type="application/json",
+    )
+
+
+class Answers:
+    """What every answer of one port has in common: an error is JSON with `error`, and each is counted."""
+
+    def __init__(self, port: str, counts: Counts) -> None:
+        self._port = port
+        self._counts = counts
+
+    def to_error(self, request: web.BaseRequest, error: Exception) -> web.Response:
+        """The answer to a request that was not done; call it while the error is handled."""
+        if isinstance(error, RequestError):
+            if isinstance(error, Unauthorized):
+                self._counts.count_auth_failure(error.reason)
+            return json_response(error.body, error.status, error.headers)
+        if isinstance(error, (LogUnavailable, sqlite3.Error)):
+            body = {"error": f"the event log: {error}", "reason": "log_unavailable"}
+            return json_response(body, LogUnavailable.status, {"Retry-After": str(RETRY_AFTER_SECONDS)})
+        if isinstance(error, web.HTTPException):
+            return _http_error(request, error)
+        if isinstance(error, web.RequestPayloadError):  # not compressed, or not in chunks, as its headers say
+            return json_response({"error": f"the body cannot be read: {' '.join(str(error).split())}"}, 400)
+        if isinstance(error, ConnectionError):  # raised on, it would be a bug to aiohttp
+            return json_response({"error": "the client hung up"}, 499)
+        error_id = secrets.token_hex(4)
+        log.exception("bug", error_id=error_id, route=request.path, method=request.method)
+        return json_response({"error": f"a bug in nullworker; its log has the details under {error_id}"}, 500)
+
+    def count(self, request: web.BaseRequest, status: int, seconds: float) -> None:
+        """A request was answered; of one that waited for a reservation the seconds say nothing about this server."""
+        info = request.match_info.route.resource if isinstance(request, web.Request) else None
+        route = info.canonical if info is not None else "unknown"
+        self._counts.count_request(self._port, route, status, None if request.get(HELD) else seconds)
+
+    def count_unreadable(self, status: int) -> None:
+        """What was no request was answered."""
+        self._counts.count_request(self._port, "unknown", status, None)
+
+
+#: Of an app; http/server.py answers by it.
+ANSWERS: web.AppKey[Answers] = web.AppKey("answers", Answers)
+
+
+def make_app(port: str, counts: Counts, guard: Callable[[web.Request], None] | None = None) -> web.Application:
+    """An app whose every answer is counted and whose every error is JSON. `guard` may refuse any request."""
+
+    @web.middleware
+    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+        assert guard is not None
+        guard(request)
+        return await handler(request)
+
+    async def name_server(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers["Server"] = SERVER_NAME
+
+    # without a guard no middleware: each costs a request that waits 0.7 kB
+    app = web.Application(middlewares=[] if guard is None else [guarded])
+    app.on_response_prepare.append(name_server)
+    app[ANSWERS] = Answers(port, counts)
+    return app
+
+
+def _http_error(request: web.BaseRequest, error: web.HTTPException) -> web.Response:
+    if isinstance(error, web.HTTPNotFound):
+        return json_response({"error": f"there is no {request.path} on this port"}, 404)
+    if isinstance(error, web.HTTPMethodNotAllowed):
+        allowed = ", ".join(sorted(error.allowed_methods))
+        return json_response(
+            {"error": f"{request.method} is not allowed on {request.path}; allowed: {allowed}"}, 405, {"Allow": allowed}
+        )
+    return json_response({"error": error.reason}, error.status)
+
+
+def same_secret(given: str, ours: str) -> bool:
+    """Whether a header has our secret, in constant time; a header may hold any bytes (PEP 383)."""
+    return hmac.compare_digest(given.encode(errors="surrogateescape"), ours.encode())

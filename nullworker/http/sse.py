@@ -1,0 +1,142 @@
+"""Server-sent events: one reservation's, to the caller that holds it; and all, to the control port.
+
+A stream is how the official client holds a worker for longer than its own request timeout, and the keepalives keep
+proxies that cut idle connections from cutting it. The format is the WHATWG HTML standard's, section 9.2.
+
+The one rule: a stream reads the log and is only woken by its appends, so that a slow reader costs no memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+
+from nullworker.aio import AutoResetEvent
+from nullworker.eventlog import queries
+from nullworker.eventlog.log import EventLog
+from nullworker.fsm.book import Reservation
+from nullworker.fsm.table import ENDED
+from nullworker.http.reservations import verdict, verdict_response
+from nullworker.http.responses import HELD, RESERVATION_HEADER
+from nullworker.logs import get_log
+from nullworker.service import Service
+
+log = get_log(__name__)
+
+KEEPALIVE_SECONDS: Final = 15.0
+#: Events read from the log at once.
+BATCH: Final = 200
+
+
+class Watchers:
+    """Who only watches, on one port: a stop of the worker does not wait for them, and cuts none of them off."""
+
+    def __init__(self) -> None:
+        self.dismissed = False
+        self._wakeups: set[AutoResetEvent] = set()
+
+    @contextlib.contextmanager
+    def wakeup(self) -> Iterator[AutoResetEvent]:
+        """A wakeup that rings at the stop too."""
+        wakeup = AutoResetEvent()
+        if self.dismissed:
+            wakeup.set()
+        self._wakeups.add(wakeup)
+        try:
+            yield wakeup
+        finally:
+            self._wakeups.discard(wakeup)
+
+    async def dismiss(self, _: web.Application) -> None:
+        """The port stops: for aiohttp's `on_shutdown`."""
+        self.dismissed = True
+        for wakeup in self._wakeups:
+            wakeup.set()
+
+
+async def stream_reservation(
+    request: web.Request, service: Service, event_log: EventLog, reservation: Reservation
+) -> web.StreamResponse:
+    """Answer once it is held: an event for each of its events, and as the last data what the plain call would get."""
+    wakeup = AutoResetEvent()
+    service.watch(reservation.id, wakeup.set)
+    try:
+        while reservation.state == "queued":
+            await wakeup.wait()
+        if reservation.held_at is None:
+            return verdict_response(reservation)
+        with _cut_off_by_errors(request):
+            response = await _begin(request, {RESERVATION_HEADER: reservation.id})
+            await _follow(response, event_log, wakeup, 0, reservation.id, until=lambda: reservation.state in ENDED)
+            await response.write(_data(verdict(reservation)[1]))
+            await response.write_eof()
+            return response
+    finally:
+        service.unwatch(reservation.id, wakeup.set)
+
+
+async def stream_events(
+    request: web.Request, event_log: EventLog, after: int, watchers: Watchers
+) -> web.StreamResponse:
+    """Every event after a seq, and every one to come, until the reader goes or the worker stops."""
+    with watchers.wakeup() as wakeup, _cut_off_by_errors(request):
+        response = await _begin(request)
+        await _follow(response, event_log, wakeup, after, None, until=lambda: watchers.dismissed)
+        await response.write_eof()
+        return response
+
+
+@contextlib.contextmanager
+def _cut_off_by_errors(request: web.Request) -> Iterator[None]:
+    """An error in the middle of an answer cannot be told as another one: its reader must see that it is cut off."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, ConnectionError):
+            log.error("stream_cut_off", route=request.path, why=str(error))
+        if request.transport is not None:
+            request.transport.abort()
+        raise
+
+
+async def _begin(request: web.Request, headers: dict[str, str] | None = None) -> web.StreamResponse:
+    response = web.StreamResponse(
+        headers={"Cache-ControlHandlers": "no-store", "X-Accel-Buffering": "no", **(headers or {})}
+    )
+    response.content_type = "text/event-stream"
+    request[HELD] = True
+    await response.prepare(request)
+    await response.write(b": open\n\n")
+    return response
+
+
+async def _follow(
+    response: web.StreamResponse,
+    event_log: EventLog,
+    wakeup: AutoResetEvent,
+    after: int,
+    reservation_id: str | None,
+    *,
+    until: Callable[[], bool],
+) -> None:
+    event_log.on_append.append(wakeup.set)  # what has waited for the log comes when it is written
+    try:
+        while True:
+            over = until()  # asked before the log is read, so that the last events are not missed
+            while batch := queries.events(event_log.conn, after=after, limit=BATCH, reservation_id=reservation_id):
+                after = batch[-1]["seq"]
+                await response.write(b"".join(b"id: %d\n" % event["seq"] + _data(event) for event in batch))
+            if over:
+                return
+            if not await wakeup.wait(KEEPALIVE_SECONDS):
+                await response.write(b": keepalive\n\n")
+    finally:
+        event_log.on_append.remove(wakeup.set)
+
+
+def _data(data: Any) -> bytes:
+    return b"data: " + msgspec.json.encode(data) + b"\n\n"

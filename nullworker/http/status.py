@@ -1,0 +1,121 @@
+"""The status document: all that a worker knows of itself, for GET /status, the status page and `nullworker status`."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from nullworker import __version__
+from nullworker.autoscaler.connection import AutoscalerClient
+from nullworker.autoscaler.reporter import Reporter
+from nullworker.clock import elapsed
+from nullworker.consumer_health import HealthPoll
+from nullworker.eventlog.log import EventLog
+from nullworker.eventlog.queries import ReservationJson
+from nullworker.http.reservations import reservation_json
+from nullworker.service import Service
+
+
+class QueueJson(TypedDict):
+    """Who waits for the slot."""
+
+    length: int
+    limit: int
+    oldest_seconds: float | None  # how long the first has waited
+
+
+class ConsumerJson(TypedDict):
+    """The consumer's health, as BACKEND_HEALTH_URL tells it."""
+
+    healthy: bool
+    url: str | None  # None: nobody is asked
+    last: str | None  # what the last answer was
+    why: str | None  # why it gets no reservation
+
+
+class AutoscalerJson(TypedDict):
+    """The connection to the autoscaler."""
+
+    reports_to: list[str] | None  # None: standalone
+    trouble: str | None  # why the last call did not arrive
+    backlog: int  # outcomes that it has not acknowledged
+    key_loaded: bool
+
+
+class LogJson(TypedDict):
+    """The event log."""
+
+    path: str
+    bytes: int
+    last_seq: int
+    unwritten: int  # events that wait in memory
+    why: str | None  # why it cannot be written
+
+
+class StatusJson(TypedDict):
+    """GET /status."""
+
+    state: str  # starting, ready, errored or draining
+    held: ReservationJson | None
+    queue: QueueJson
+    consumer: ConsumerJson
+    autoscaler: AutoscalerJson
+    log: LogJson
+    url: str  # of the external port, as the autoscaler knows it
+    version: str
+
+
+class Status:
+    """Makes the document from the parts of one worker. `autoscaler` and `reporter` None: standalone."""
+
+    def __init__(
+        self,
+        service: Service,
+        event_log: EventLog,
+        autoscaler: AutoscalerClient | None,
+        reporter: Reporter | None,
+        health: HealthPoll | None,
+        *,
+        own_url: str,
+    ) -> None:
+        self._service = service
+        self._log = event_log
+        self._autoscaler = autoscaler
+        self._reporter = reporter
+        self._health = health
+        self._own_url = own_url
+
+    def document(self) -> StatusJson:
+        """The worker as it is now."""
+        service, readiness, now = self._service, self._service.readiness, self._service.now()
+        book = service.book
+        head = next(iter(book.queue.values()), None)
+        return {
+            "state": readiness.state,
+            "held": None if book.held is None else reservation_json(book.held, now),
+            "queue": {
+                "length": len(book.queue),
+                "limit": book.limits.max_queued,
+                "oldest_seconds": None if head is None else elapsed(head.queued_at, now),
+            },
+            "consumer": {
+                "healthy": readiness.consumer is None,
+                "url": self._health.url if self._health else None,
+                "last": self._health.last if self._health else None,
+                "why": readiness.consumer,
+            },
+            "autoscaler": {
+                "reports_to": None if self._autoscaler is None else list(self._autoscaler.addresses),
+                "trouble": None if self._autoscaler is None else self._autoscaler.trouble,
+                "backlog": 0 if self._reporter is None else self._reporter.backlog,
+                "key_loaded": readiness.key is None,
+            },
+            "log": {
+                "path": str(self._log.path),
+                "bytes": self._log.size(),
+                "last_seq": self._log.last_seq,
+                "unwritten": len(service.unwritten),
+                "why": readiness.log,
+            },
+            "url": self._own_url,
+            "version": __version__,
+        }

@@ -1,0 +1,78 @@
+"""`nullworker dev`: a stand-in for Vast Serverless that stays, for your own client, consumer, template or SDK script.
+
+It listens where the official client's instance="local" looks, starts real workers when somebody asks for one, routes,
+and stops them when they are idle. It is a tool to try and test against: production scale is Vast's engine.
+What it leaves out: the stand-in (testing/), the workers (fleet.py), the picture (screen.py).
+
+The one rule: when it has ended, nothing that it started runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import signal
+import sys
+
+from nullworker.clock import SystemClock
+from nullworker.errors import CannotStart
+from nullworker.local.fleet import Fleet
+from nullworker.local.fleet_worker import Plan
+from nullworker.local.screen import Lines, Screen, Show
+from nullworker.testing import FakeAutoscaler, Parameters
+
+
+async def run(port: int, endpoint: str, parameters: Parameters, plan: Plan) -> None:
+    """The stand-in on `port`, and a fleet of workers for it, until SIGINT, SIGTERM or SIGHUP.
+
+    Raises:
+        CannotStart: the port cannot be had.
+    """
+    now = SystemClock().now
+    show: Show = Screen(now) if sys.stdout.isatty() else Lines(now)
+    vast = FakeAutoscaler(
+        port, endpoint=endpoint, parameters=parameters, mtoken=secrets.token_hex(8), tell=show.heard, clock=now
+    )
+    fleet = Fleet(vast, plan, now, show.changed)
+    stop = asyncio.Event()
+
+    def told_to_stop() -> None:
+        if stop.is_set():
+            fleet.hurry()
+        else:
+            show.say("stopping all; again: what is held ends now")
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, told_to_stop)
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            await stack.enter_async_context(vast)
+        except OSError as error:
+            raise CannotStart(
+                f"port {port} cannot be had ({error.strerror}): is another one running? --port"
+            ) from error
+        _introduce(vast, plan, show)
+        drawing = asyncio.ensure_future(show.draw(vast, fleet))
+        stack.callback(drawing.cancel)
+        await stack.enter_async_context(fleet)
+        waits = {asyncio.ensure_future(stop.wait()), asyncio.ensure_future(fleet.run()), drawing}
+        done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for each in waits - {drawing}:
+            each.cancel()
+        for each in done:
+            each.result()
+
+
+def _introduce(vast: FakeAutoscaler, plan: Plan, show: Show) -> None:
+    show.say(f"a stand-in for Vast Serverless, endpoint {vast.endpoint!r}, at {vast.url}")
+    show.say("to try and test against: production scale is Vast's engine; Ctrl-C stops all")
+    show.say(f"reserve with: nullworker reserve --endpoint {vast.endpoint} --autoscaler {vast.url}")
+    if vast.port == 8080:
+        show.say('or with the official client: Serverless(api_key="any", instance="local")')
+    if plan.consumer:
+        show.say(f"beside each worker: {' '.join(plan.consumer)}")
+    else:
+        show.say("no consumer is given: release by the control port of the worker, or start with -- CONSUMER")
+    show.say(f"logs: {plan.folder}")

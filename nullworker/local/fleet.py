@@ -1,0 +1,231 @@
+"""Real worker processes on this machine, started and stopped on demand: what Vast does with instances, in small.
+
+Who is loaded is what the workers report to the stand-in, and nothing else. A worker that dies is started again under
+its number, as a supervisor would do it; one that never gets ready, is errored or has gone silent is replaced.
+What it leaves out: how many there should be (scaling.py), a single worker (member.py), what is shown of it (dev.py).
+
+The one rule: never more processes than max_workers, those that are being stopped included; and when the block is left,
+or this process has died in any other way, nothing of it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+from types import TracebackType
+from typing import Final
+
+from nullworker.local.fleet_worker import Change, FleetWorker, Plan, State
+from nullworker.local.scaling import wanted
+from nullworker.processes import OrphanGuard, how_it_ended
+from nullworker.testing import FakeAutoscaler
+from nullworker.testing.routing import FRESH_SECONDS
+
+#: Seconds between two looks at the processes and their reports.
+LOOK_SECONDS: Final = 0.1
+#: Seconds of the first pause after a worker that came to nothing, and of the longest: it doubles in between.
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
+
+
+class Fleet:
+    """`async with Fleet(vast, plan, now):` keeps as many workers as the stand-in's parameters ask for.
+
+    Args:
+        now: epoch seconds; the stand-in must have the same clock.
+        tell: gets every change.
+
+    Attributes:
+        members: the workers that there are, by number, cold ones included.
+    """
+
+    def __init__(
+        self,
+        vast: FakeAutoscaler,
+        plan: Plan,
+        now: Callable[[], float],
+        tell: Callable[[Change], None] = lambda change: None,
+    ) -> None:
+        self.members: dict[int, FleetWorker] = {}
+        self._vast, self._plan, self._now, self._tell = vast, plan, now, tell
+        self._numbers = self._failures = 0
+        self._not_before = 0.0
+        self._empty = asyncio.Event()
+        self._guard: OrphanGuard
+        self._keeper: asyncio.Future[None]
+
+    async def __aenter__(self) -> Fleet:
+        self._guard = OrphanGuard(signal.SIGTERM)  # each ends in order
+        self._keeper = asyncio.ensure_future(self._keep())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop every worker; what is held may finish within its drain time."""
+        self._keeper.cancel()
+        await asyncio.wait({self._keeper})
+        try:
+            for member in self.members.values():
+                if member.worker is not None:
+                    self._stop(member, "the fleet is stopped", replaced=True)
+                elif member.state == "dead":
+                    self._change(member, "cold")
+            while any(member.runs for member in self.members.values()):
+                self._reap()
+                await asyncio.sleep(LOOK_SECONDS)
+        finally:
+            self._guard.close()
+
+    @property
+    def processes(self) -> list[FleetWorker]:
+        """The workers that run, those that are being stopped included."""
+        return [member for member in self.members.values() if member.worker is not None]
+
+    async def run(self) -> None:
+        """Wait for ever; raises what has gone wrong in keeping the workers."""
+        await asyncio.shield(self._keeper)
+
+    async def until_empty(self) -> None:
+        """Wait until nothing runs."""
+        self._empty.clear()
+        await self._empty.wait()
+
+    def hurry(self) -> None:
+        """Nothing that is being stopped may finish what it holds."""
+        for member in self.members.values():
+            member.hurry(self._now())
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    async def _keep(self) -> None:
+        while True:
+            self._reap()
+            self._read_reports()
+            self._replace()
+            self._scale()
+            if not any(member.runs for member in self.members.values()):
+                self._empty.set()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _reap(self) -> None:
+        """Take note of what has ended."""
+        for member in list(self.members.values()):
+            failed = member.consumer_failed
+            code = member.reap(self._now())
+            if member.consumer_failed != failed:  # told once, and not at each of its starts
+                why = f"{member.consumer_failed}: see {member.file('consumer')}"
+                self._tell(Change(self._now(), member.number, member.state, why))
+            if code is None:
+                if member.state == "gone" and not member.runs:
+                    del self.members[member.number]
+                continue
+            self._vast.fleet.retired.add(member.number)
+            stopping = member.state == "stopping"
+            if code == 0 or (stopping and (member.was_ready or code == -signal.SIGTERM)):
+                self._change(member, "gone" if member.replaced else "cold")  # a supervisor takes 0 as: stay down
+            elif member.was_ready:
+                self._change(member, "dead", f"{how_it_ended(code)}; it is started again")
+            else:
+                if not stopping:
+                    self._failed()
+                self._change(member, "gone", f"{how_it_ended(code)} before it was ready: see {member.file('worker')}")
+
+    def _read_reports(self) -> None:
+        now = self._now()
+        for member in self.processes:
+            machine = self._vast.fleet.machines.get(member.number)
+            if member.state == "stopping" or machine is None:
+                continue
+            working = [each for each in machine.status["working_request_idxs"] if each not in machine.ended]
+            member.held_by, member.queued = next(iter(working), None), max(len(working) - 1, 0)
+            if now >= machine.reported_at + FRESH_SECONDS:
+                self._change(member, "errored", f"silent for {FRESH_SECONDS:g} s")
+            elif error := machine.status["error_msg"]:
+                self._change(member, "errored", error)
+            elif machine.ready:
+                if not member.was_ready:
+                    member.was_ready, self._failures = True, 0
+                if member.state != "ready" or machine.load(now):
+                    member.idle_since = now
+                self._change(member, "held" if working else "ready")
+
+    def _replace(self) -> None:
+        """What is of no use makes room for another; an errored worker may finish what it holds.
+
+        One that is errored before it has been ready may be a start that fails: it ends by itself, with its last words.
+        """
+        for member in self.processes:
+            if member.state == "stopping":
+                continue
+            errored = member.state == "errored" and member.was_ready
+            if errored and (member.held_by is None or self._is_silent(member)):
+                self._failed()
+                self._stop(member, "errored, and replaced", replaced=True)
+            elif not member.was_ready and self._now() >= member.started_at + self._plan.loading:
+                why = f"not ready after {self._plan.loading:g} s, and replaced: see {member.file('worker')}"
+                self._failed()
+                self._stop(member, why, replaced=True)
+
+    def _scale(self) -> None:
+        now, parameters = self._now(), self._vast.parameters
+        for member in [each for each in self.members.values() if each.state == "dead"]:
+            if len(self.processes) < parameters.max_workers:
+                self._start(member)
+        alive = [member for member in self.processes if member.state not in ("stopping", "errored")]
+        load = self._vast.waiting_load + sum(self._load(member) for member in self.processes)
+        target = wanted(parameters, load=load, perf=self._plan.perf, running=len(alive))
+        room = parameters.max_workers - len(self.processes)
+        if now >= self._not_before:
+            for _ in range(min(target - len(alive), room)):
+                self._start(self._next())
+        patience = max(parameters.inactivity_timeout, 0.0)
+        idle = [each for each in alive if each.state == "ready" and now >= each.idle_since + patience]
+        for member in sorted(idle, key=lambda each: each.idle_since)[: max(len(alive) - target, 0)]:
+            cold = sum(each.state in ("cold", "stopping") and not each.replaced for each in self.members.values())
+            why = f"idle for {now - member.idle_since:.0f} s"
+            self._stop(member, why, replaced=cold >= parameters.cold_workers)
+
+    def _next(self) -> FleetWorker:
+        """A cold worker if there is one, which has its number and its log; else a new one."""
+        for member in self.members.values():
+            if member.state == "cold":
+                return member
+        self._numbers += 1
+        return FleetWorker(self._numbers, self._plan, self._guard)
+
+    def _start(self, member: FleetWorker) -> None:
+        self.members[member.number] = member
+        self._vast.fleet.machines.pop(member.number, None)
+        self._vast.fleet.retired.discard(member.number)
+        taken = {port for each in self.processes for port in (each.port, each.port + 1, each.control_port)}
+        member.start(self._vast.url, self._vast.mtoken or "", taken)
+        member.started_at = self._now()
+        self._change(member, "starting")
+
+    def _stop(self, member: FleetWorker, why: str, *, replaced: bool) -> None:
+        if member.state == "stopping":
+            return
+        member.replaced = replaced
+        self._vast.fleet.retired.add(member.number)
+        member.stop(self._now())
+        self._change(member, "stopping", why)
+
+    def _failed(self) -> None:
+        """A worker came to nothing: the next one has to wait, or a broken template would start one after the other."""
+        pause = min(FIRST_PAUSE_SECONDS * 2**self._failures, LONGEST_PAUSE_SECONDS)
+        self._failures = min(self._failures + 1, 10)
+        self._not_before = self._now() + pause
+
+    def _load(self, member: FleetWorker) -> float:
+        machine = self._vast.fleet.machines.get(member.number)
+        return 0.0 if machine is None else machine.load(self._now())
+
+    def _is_silent(self, member: FleetWorker) -> bool:
+        machine = self._vast.fleet.machines.get(member.number)
+        return machine is None or self._now() >= machine.reported_at + FRESH_SECONDS
+
+    def _change(self, member: FleetWorker, state: State, why: str = "") -> None:
+        if member.state != state:
+            member.state, member.since = state, self._now()
+            self._tell(Change(member.since, member.number, state, why))

@@ -1,0 +1,202 @@
+"""Child processes, one process group each, and a guard that kills them when this process dies.
+
+`ChildProcess` is polled (a fleet's workers), `ProcessGroup` is awaited (the command of `nullworker work`), and every
+group of either is registered with an `OrphanGuard` from its start until nothing of it runs. A process that starts a
+session of its own (setsid, a daemon) leaves its group, and is not ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+#: Seconds between two checks of a group that was told to end.
+LOOK_SECONDS: Final = 0.02
+#: Seconds until the kernel has removed what was killed; a process that waits for a disk may take longer.
+KILLED_SECONDS: Final = 5.0
+#: prctl(2): processes that have lost their parent become children of this one.
+_PR_SET_CHILD_SUBREAPER: Final = 36
+
+
+#: Reads `+ group` and `- group`, to the end of its input; $1 is the number of the signal.
+_SHELL: Final = """
+while read -r op group; do
+    case "$op$all" in
+        +*" $group "*) ;;
+        +*) all="$all $group " ;;
+        -*" $group "*) all="${all%%" $group "*} ${all#*" $group "}" ;;
+    esac
+done
+for group in $all; do kill "-$1" "-$group"; done
+"""
+
+
+class OrphanGuard:
+    """Kills registered process groups if this process dies: sends them `number`, also when it is closed.
+
+    It is a shell that reads a pipe whose other end only this process has: the pipe ends when this process does, kill -9
+    included. The shell leads a session of its own, so that Ctrl-C in a terminal does not reach it.
+    """
+
+    def __init__(self, number: signal.Signals) -> None:
+        self._shell = subprocess.Popen(  # noqa: S603  # a constant
+            ["/bin/sh", "-c", _SHELL, "guard", str(int(number))],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # a group that has just ended by itself
+            start_new_session=True,
+        )
+
+    def hold(self, group: int) -> None:
+        """Register a group."""
+        self._tell(f"+ {group}")
+
+    def forget(self, group: int) -> None:
+        """Take a group out again; call it when nothing of it runs."""
+        self._tell(f"- {group}")
+
+    def close(self) -> None:
+        """Signal what is still registered, as if this process had died, and wait for the shell."""
+        with contextlib.suppress(BrokenPipeError):
+            self._shell.communicate()
+
+    def _tell(self, line: str) -> None:
+        assert self._shell.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._shell.stdin.write(f"{line}\n".encode())
+            self._shell.stdin.flush()
+
+
+class ChildProcess:
+    """A running command in a process group of its own; its output is appended to the file `out`.
+
+    Ctrl-C in a terminal reaches this process alone, which then ends its children in order.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(
+        self, command: Sequence[str], *, env: Mapping[str, str], cwd: Path, out: Path, guard: OrphanGuard
+    ) -> None:
+        self._guard = guard
+        self._kill_at: float | None = None
+        with out.open("ab") as file:
+            self._process = subprocess.Popen(  # noqa: S603  # this program, or the command that the user gave
+                command,
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+        guard.hold(self.pid)
+
+    @property
+    def ending(self) -> bool:
+        """Whether it was told to end."""
+        return self._kill_at is not None
+
+    def end(self, kill_at: float) -> None:
+        """SIGTERM now, each time this is called; SIGKILL at the earliest `kill_at` (epoch seconds) of all calls."""
+        self._kill_at = kill_at if self._kill_at is None else min(kill_at, self._kill_at)
+        self._signal(signal.SIGTERM)
+        self._signal(signal.SIGCONT)  # what is stopped would not hear it
+
+    def poll(self, now: float) -> int | None:
+        """The exit code, -n for signal n, once it has ended; then nothing of its group runs any more."""
+        code = self._process.poll()
+        if code is None:
+            if self._kill_at is not None and now >= self._kill_at:
+                self._signal(signal.SIGKILL)
+            return None
+        self._signal(signal.SIGKILL)  # what it has left behind
+        self._guard.forget(self.pid)
+        return code
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+
+def how_it_ended(code: int) -> str:
+    """In words."""
+    return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+
+class ProcessGroup:
+    """A running command with its process group; it has this process's stdout and stderr, and no stdin.
+
+    To see a group empty in any container, also one whose process 1 reaps nobody, this process becomes the subreaper of
+    its descendants, and `reap` collects every child that has ended. The command is a Popen, asked first, so that no
+    exit code is lost; asyncio's own child watcher would wait for it itself.
+
+    Attributes:
+        pid: of the command, and of the group.
+        ended: set when the command has ended; others of the group may still run.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], guard: OrphanGuard) -> None:
+        with contextlib.suppress(AttributeError, OSError):  # only Linux has it
+            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._process = subprocess.Popen(  # noqa: S603  # the command that the user gave
+            command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        self.pid = self._process.pid
+        self.ended = asyncio.Event()
+        self._guard = guard
+        guard.hold(self.pid)
+
+    def reap(self) -> None:
+        """Take every child of this process that has ended; to be called at SIGCHLD, also when `end` has returned."""
+        if sys.platform == "linux":  # elsewhere no other's child comes here
+            with contextlib.suppress(ChildProcessError):  # it has no child
+                while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                    self._process.poll()  # first: if this is the command, its exit code is kept
+                    with contextlib.suppress(ChildProcessError):  # it was
+                        os.waitpid(dead.si_pid, os.WNOHANG)
+        if self._process.poll() is not None:
+            self.ended.set()
+
+    async def end(self, seconds: float, hurry: asyncio.Event) -> int:
+        """SIGTERM; after `seconds` or at `hurry` SIGKILL. The exit code of the command, 128 + n for signal n."""
+        if self._tell(signal.SIGTERM):
+            self._tell(signal.SIGCONT)  # what is stopped would not hear it
+        if not await self._is_empty(seconds, hurry):
+            self._tell(signal.SIGKILL)
+            await self._is_empty(KILLED_SECONDS, asyncio.Event())
+        await self.ended.wait()
+        self._guard.forget(self.pid)
+        code = self._process.returncode
+        return code if code >= 0 else 128 - code
+
+    async def _is_empty(self, seconds: float, hurry: asyncio.Event) -> bool:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while self._tell(0):
+            if loop.time() >= until or hurry.is_set():
+                return False
+            await asyncio.sleep(LOOK_SECONDS)
+        return True
+
+    def _tell(self, number: int) -> bool:
+        """Signal all of the group; False: nobody is in it."""
+        try:
+            os.killpg(self.pid, number)
+        except ProcessLookupError:
+            return False
+        except PermissionError:  # somebody of it has become another user
+            pass
+        return True

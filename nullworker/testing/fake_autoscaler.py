@@ -1,0 +1,297 @@
+"""A stand-in for Vast Serverless on this machine: it signs grants, routes the official client, takes in reports.
+
+Left out: machines (workers are yours to start), accounts, TLS, scaling. It listens on 127.0.0.1 only.
+One rule: each call of a worker or client comes in by `_take`, where its fault is met and it is noted, once.
+The shapes are those that vastai 1.9.1 sends and parses (client/client.py, client/endpoint.py, server/lib/metrics.py).
+"""
+
+import asyncio
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from nullworker.clock import SystemClock
+from nullworker.testing import console, faults, keys, payloads
+from nullworker.testing.recorder import Json, Recorder, Seen
+from nullworker.testing.routing import Parameters, Router
+
+POLL_SECONDS = 15.0  # the SDK's client polls /route/ every 5 s at most: one that is silent for longer has gone away
+
+
+class FakeAutoscaler(Recorder):
+    """`async with FakeAutoscaler() as vast:` listens until the block ends. One endpoint, any number of workers.
+
+    `port` 0 takes any free one; `key` is a key, or a PEM file to keep it in over restarts; with `mtoken` set, reports
+    that carry another get 403; with `api_key` set, the account's calls that carry another get 401; `record` gets each
+    accepted message as a JSON line; `tell` gets a line of prose for each event; `clock` gives epoch seconds.
+    Starting raises OSError when the port is taken.
+    """
+
+    def __init__(
+        self,
+        port: int = 0,
+        *,
+        endpoint: str = "null",
+        parameters: Parameters | None = None,
+        key: rsa.RSAPrivateKey | Path | None = None,
+        mtoken: str | None = None,
+        api_key: str | None = None,
+        record: TextIO | None = None,
+        tell: Callable[[str], None] = lambda line: None,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        super().__init__(record)
+        self.port = port
+        self.endpoint = endpoint
+        self.parameters = parameters or Parameters()
+        self.key = key if isinstance(key, rsa.RSAPrivateKey) else keys.load_or_make(key)
+        self.mtoken = mtoken
+        self.api_key = api_key
+        self.faults = faults.Faults()
+        self.fleet = Router(self.parameters)
+        self._tell, self._clock = tell, clock or SystemClock().now
+        self._started_at = self._clock()
+        self._idxs, self._reqnums = count(1), count(1)
+        self._signatures: dict[str, str] = {}  # the signature of a url never changes, and costs 0.6 ms
+        self._waiting: dict[int, tuple[float, float]] = {}  # request_idx: (cost, last poll)
+        self._closing = asyncio.Event()
+        self._runner: web.AppRunner | None = None
+
+    # ---- for tests ----
+
+    @property
+    def url(self) -> str:
+        """Where it listens: a worker's REPORT_ADDR, the client's autoscaler_url and webserver_url."""
+        return f"http://127.0.0.1:{self.port}"
+
+    def grant(
+        self,
+        url: str,
+        *,
+        cost: float | str = 100,
+        endpoint: str | None = None,
+        reqnum: int | None = None,
+        request_idx: int | None = None,
+    ) -> Json:
+        """A signed `auth_data` for the worker at `url`. Unless given, reqnum and request_idx are new ones."""
+        if url not in self._signatures:
+            self._signatures[url] = keys.sign(self.key, url)
+        return {
+            "cost": cost,
+            "endpoint": self.endpoint if endpoint is None else endpoint,
+            "reqnum": next(self._reqnums) if reqnum is None else reqnum,
+            "request_idx": next(self._idxs) if request_idx is None else request_idx,
+            "signature": self._signatures[url],
+            "url": url,
+        }
+
+    def fail(self, call: faults.Call, how: faults.How, *, times: int | None = None, seconds: float = 0.0) -> None:
+        """Makes the next `times` calls (None: until `clear`) fail as `how` says; see `Fault`. Raises ValueError."""
+        self.faults.put(call, faults.Fault(how, times, seconds))
+
+    def clear(self, call: faults.Call | None = None) -> None:
+        """Takes back the fault of one call, or every fault."""
+        self.faults.clear(call)
+
+    @property
+    def waiting(self) -> list[int]:
+        """The request_idx of each client that asks for a worker and has none: what a scaler would start one for."""
+        return list(self._asking())
+
+    @property
+    def waiting_load(self) -> float:
+        """The workload of all that `waiting` lists."""
+        return sum(self._asking().values())
+
+    def _asking(self) -> dict[int, float]:
+        now = self._clock()
+        return {idx: cost for idx, (cost, polled_at) in self._waiting.items() if now < polled_at + POLL_SECONDS}
+
+    # ---- life ----
+
+    async def __aenter__(self) -> "FakeAutoscaler":
+        app = web.Application(client_max_size=64 * 2**20)  # a backlog of hours may come as one batch
+        app.add_routes(
+            [
+                web.get("/pubkey/", self._pubkey),
+                web.post("/worker_status/", self._worker_status),
+                web.post("/delete_requests/", self._delete_requests),
+                web.post("/route/", self._route),
+                web.get("/api/v0/endptjobs/", self._endpoints),
+                web.get("/api/v0/endptjobs/{id}/", self._endpoint_by_id),
+                web.post("/get_endpoint_workers/", self._workers),
+                web.route("*", "/faults", self._faults),
+            ]
+        )
+        # handler_cancellation: a caller that hangs up on a late answer ends its handler.
+        self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1.0, access_log=None)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        except OSError:
+            await self._runner.cleanup()
+            raise
+        self.port = int(self._runner.addresses[0][1])
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closing.set()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    # ---- what workers and clients call ----
+
+    async def _pubkey(self, request: web.Request) -> web.StreamResponse:
+        return await self._take("pubkey", request, lambda payload: web.Response(text=keys.public_pem(self.key)))
+
+    async def _worker_status(self, request: web.Request) -> web.StreamResponse:
+        def accept(status: Json) -> web.Response:
+            self._check_sender(status, payloads.STATUS)
+            full = {**payloads.SILENT, **status}
+            check(full, payloads.REPORT)
+            self.take_status(status, self._clock())
+            self.fleet.report(full, self._clock())
+            return web.json_response({})
+
+        return await self._take("worker_status", request, accept)
+
+    async def _delete_requests(self, request: web.Request) -> web.StreamResponse:
+        def accept(batch: Json) -> web.Response:
+            self._check_sender(batch, payloads.BATCH)
+            if not all(isinstance(each, dict) and type(each.get("request_idx")) is int for each in batch["requests"]):
+                raise refused(400, "each of requests needs a request_idx")
+            self.take_batch(batch, self._clock())
+            for outcome in batch["requests"]:
+                self.fleet.end(batch["worker_id"], outcome["request_idx"])
+            return web.json_response({})
+
+        return await self._take("delete_requests", request, accept)
+
+    async def _route(self, request: web.Request) -> web.StreamResponse:
+        def accept(asked: Json) -> web.Response:
+            check(asked, payloads.ROUTE)
+            if asked["endpoint"] != self.endpoint:
+                raise refused(404, f"no endpoint named {asked['endpoint']!r}: this stand-in has {self.endpoint!r}")
+            if asked["api_key"] != payloads.endpoint_key(self.endpoint):
+                self._check_account(asked["api_key"])
+            idx, cost = asked["request_idx"] or next(self._idxs), asked["cost"]
+            url = self.fleet.grant(idx, cost, self._clock())
+            if url is None:
+                if idx not in self._waiting:
+                    self._tell(f"route            request {idx} waits for a worker")
+                self._waiting[idx] = (cost, self._clock())
+                return web.json_response({"request_idx": idx})
+            self._waiting.pop(idx, None)
+            self._tell(f"route            request {idx} goes to {url}")
+            return web.json_response(self.grant(url, cost=cost, request_idx=idx))
+
+        return await self._take("route", request, accept)
+
+    async def _endpoints(self, request: web.Request) -> web.Response:
+        self._check_account(request.query.get("api_key"))
+        return web.json_response({"success": True, "results": [self._described()]})
+
+    async def _endpoint_by_id(self, request: web.Request) -> web.Response:
+        self._check_account(request.query.get("api_key"))
+        if request.match_info["id"] != str(payloads.ENDPOINT_ID):
+            raise refused(404, "no such endpoint")
+        return web.json_response({"success": True, "result": self._described()})
+
+    async def _workers(self, request: web.Request) -> web.Response:
+        body = await json_object(request)
+        self._check_account(body.get("api_key"))
+        return web.json_response([payloads.worker(each, self._clock()) for each in self.fleet.machines.values()])
+
+    async def _faults(self, request: web.Request) -> web.Response:
+        """GET shows the faults that are set, POST sets one, DELETE takes back all or those of ?call=."""
+        try:
+            if request.method == "POST":
+                self.faults.put(*faults.parse(await json_object(request)))
+            elif request.method == "DELETE":
+                self.faults.clear(faults.call_named(request.query["call"]) if "call" in request.query else None)
+        except ValueError as error:
+            raise refused(422, str(error)) from error
+        return web.json_response({call: asdict(fault) for call, fault in self.faults.active.items()})
+
+    # ---- the one way in ----
+
+    async def _take(
+        self, call: faults.Call, request: web.Request, accept: Callable[[Json], web.Response]
+    ) -> web.StreamResponse:
+        """Reads the call, lets it meet its fault, notes it. `accept` changes the state, or raises a refusal."""
+        payload = await json_object(request) if request.method == "POST" else {}
+        fault = self.faults.take(call)
+        accepted = fault is None or fault.accepts
+        answer: web.StreamResponse = web.json_response({"error": "as the fault says"}, status=500)
+        try:
+            if accepted:
+                answer = accept(payload)
+        except web.HTTPException as refusal:
+            accepted, answer = False, web.json_response(text=refusal.text, status=refusal.status)
+        for line in console.lines(call, payload, accepted, None if fault is None else fault.how):
+            self._tell(line)
+        self.note(Seen(self._clock(), call, payload, accepted))
+        if fault is None:
+            return answer
+        if isinstance(fault.how, int):
+            return web.json_response({"error": "as the fault says"}, status=fault.how)
+        if fault.how == "slow":
+            await self._pause(fault.seconds)
+            return answer
+        if fault.how == "late":
+            await self._pause(None)
+        if request.transport is not None:
+            request.transport.abort()  # "down", and "late" when the stand-in closes: the answer goes nowhere
+        return answer
+
+    async def _pause(self, seconds: float | None) -> None:
+        """Waits so long, or until the stand-in closes."""
+        try:
+            await asyncio.wait_for(self._closing.wait(), seconds)
+        except asyncio.TimeoutError:
+            return
+
+    def _check_sender(self, message: Json, kinds: payloads.Kinds) -> None:
+        check(message, kinds)
+        if self.mtoken is not None and message["mtoken"] != self.mtoken:
+            raise refused(403, "mtoken is not this stand-in's")
+
+    def _check_account(self, api_key: object) -> None:
+        if self.api_key is not None and api_key != self.api_key:
+            raise refused(401, "api_key is not this stand-in's")
+
+    def _described(self) -> Json:
+        return payloads.endpoint(self.endpoint, self.parameters, self._started_at)
+
+
+async def json_object(request: web.Request) -> Json:
+    """The body, which must be a JSON object; otherwise a 400."""
+    try:
+        body = await request.json()
+    except ValueError as error:
+        raise refused(400, "the body is not JSON") from error
+    if not isinstance(body, dict):
+        raise refused(400, "the body is not a JSON object")
+    return body
+
+
+def check(message: Json, kinds: payloads.Kinds) -> None:
+    """Refuses a message that lacks a field, or has it of the wrong type, with a 400 that names it."""
+    if name := payloads.wrong(message, kinds):
+        raise refused(400, f"{name} is missing or of the wrong type")
+
+
+def refused(status: int, error: str) -> web.HTTPException:
+    """An answer that says no, to be raised."""
+    kinds = {401: web.HTTPUnauthorized, 403: web.HTTPForbidden, 404: web.HTTPNotFound, 422: web.HTTPUnprocessableEntity}
+    kind = kinds.get(status, web.HTTPBadRequest)
+    return kind(text=json.dumps({"error": error}), content_type="application/json")

@@ -1,0 +1,73 @@
+"""What the stand-in takes and gives, field by field, as vastai 1.9.1 sends and parses it. PURE.
+
+Left out: the grant, which is signed in standin.py. One rule: a figure nobody here can know is 0, never invented.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from nullworker.testing.routing import Parameters, ReportedWorker
+
+ENDPOINT_ID = 1
+NUMBER = (int, float)
+
+Kinds = Mapping[str, type | tuple[type, ...]]
+
+# What each message must have. Of a worker_status (server/lib/data_types.py, WorkerStatusData) it is no more than this:
+# Vast's start_server.sh reports a failed start with just these.
+STATUS: Kinds = {"id": (int, str), "mtoken": str, "url": str, "error_msg": str}
+BATCH: Kinds = {"worker_id": (int, str), "mtoken": str, "requests": list}
+ROUTE: Kinds = {"endpoint": str, "api_key": str, "cost": NUMBER, "request_idx": int}
+
+# What routing reads of a worker_status, and what a report without it means.
+LOADS = ("max_perf", "cur_load", "new_load", "rej_load", "cur_perf")
+SILENT: Mapping[str, Any] = {**dict.fromkeys(LOADS, 0), "working_request_idxs": []}
+REPORT: Kinds = {**dict.fromkeys(LOADS, NUMBER), "working_request_idxs": list}
+
+
+def wrong(message: Mapping[str, Any], kinds: Kinds) -> str | None:
+    """The first field that is missing or of the wrong type, if there is one."""
+    return next((name for name, kind in kinds.items() if not isinstance(message.get(name), kind)), None)
+
+
+def endpoint_key(name: str) -> str:
+    """The endpoint's own api_key, which is not the account's: clients learn it from /api/v0/endptjobs/."""
+    return f"key-of-{name}"
+
+
+def endpoint(name: str, parameters: Parameters, created_at: float) -> dict[str, Any]:
+    """An entry of GET /api/v0/endptjobs/ (data/endpoint.py, EndpointData.from_dict)."""
+    return {
+        "id": ENDPOINT_ID,
+        "endpoint_name": name,
+        "api_key": endpoint_key(name),
+        "user_id": 1,
+        "created_at": created_at,
+        "auto_delete_in_seconds": None,
+        "auto_delete_due_24h": False,
+        "endpoint_state": "active",
+        **asdict(parameters),
+    }
+
+
+def worker(machine: ReportedWorker, now: float) -> dict[str, Any]:
+    """An entry of POST /get_endpoint_workers/ (client/worker.py, Worker.from_dict)."""
+    status = machine.status
+    state = "ERROR" if status["error_msg"] else "IDLE" if machine.ready else "MODEL_LOADING"
+    return {
+        "id": status["id"],
+        "status": state,
+        "cur_load": machine.load(now),
+        "new_load": status["new_load"],
+        "cur_load_rolling_avg": 0.0,
+        "cur_perf": status["cur_perf"],
+        "perf": status["max_perf"],
+        "measured_perf": status["max_perf"],
+        "dlperf": 0.0,
+        "reliability": 1.0,
+        "reqs_working": len(status["working_request_idxs"]),
+        "disk_usage": status.get("disk_usage", 0.0),
+        "loaded_at": 0.0,
+        "started_at": 0.0,
+    }

@@ -1,0 +1,284 @@
+"""One worker process: settings in, exit code out. Build, start, serve, drain, and stop whatever happens.
+
+Whatever ends the worker, what is owed is in the log, and nobody waits for more than NULL_DRAIN_SECONDS + 3 s. A worker
+that cannot start tells the autoscaler so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import signal
+from collections.abc import Coroutine
+from typing import Any, Final
+
+from nullworker import __version__, aio, logs
+from nullworker.autoscaler.connection import AutoscalerClient
+from nullworker.autoscaler.keys import KeyRing
+from nullworker.autoscaler.messages import STATUS_PATH, Identity, failed_start
+from nullworker.autoscaler.reporter import OUTCOMES, STATUS, Reporter
+from nullworker.clock import SystemClock
+from nullworker.consumer_health import HealthPoll
+from nullworker.errors import CannotStart, LogUnavailable
+from nullworker.eventlog import retention
+from nullworker.eventlog.log import EventLog
+from nullworker.eventlog.opening import open_log
+from nullworker.fsm.book import Limits
+from nullworker.http.auth import Authenticator
+from nullworker.http.ports import Ports
+from nullworker.http.status import Status
+from nullworker.logs import get_log
+from nullworker.metrics.exporter import Exporter, Readings
+from nullworker.metrics.log_lines import write_log_line
+from nullworker.outgoing import HttpPost
+from nullworker.readiness import Readiness
+from nullworker.service import DeadlineTimer, Service
+from nullworker.session_callbacks import Callbacks
+from nullworker.settings import Settings
+
+log = get_log(__name__)
+
+#: Seconds for the last reports, and for open connections to be closed: both at once, within the 3 s that the contract
+#: gives to the stop beside NULL_DRAIN_SECONDS.
+STOP_SECONDS: Final = 2.0
+#: Seconds between two checks whether the log can still be written.
+PROBE_SECONDS: Final = 10.0
+#: Objects made before Python looks for cycles among the youngest. Each connection that waits is some forty that live
+#: on, and at the default of 700 a sixth of the CPU of a long queue's claims went into looking at them again and again.
+YOUNG_OBJECTS: Final = 20_000
+
+
+def serve(settings: Settings) -> int:
+    """Run a worker until it is told to stop. Returns the exit code.
+
+    Raises:
+        CannotStart: a port, the certificate or the log cannot be had.
+    """
+    logs.configure(settings.null_log_format, settings.null_log_level)
+    gc.freeze()  # what is imported stays
+    gc.set_threshold(YOUNG_OBJECTS)
+    return asyncio.run(_serve(settings))
+
+
+async def _serve(settings: Settings) -> int:
+    try:
+        async with contextlib.AsyncExitStack() as stack:
+            worker = _build(settings, stack)
+            await worker.start()
+            dead = await worker.serve()
+            await worker.drain(dead)
+            return 1 if dead else 0
+    except CannotStart as error:
+        if error.tell:
+            await _tell_failed_start(settings, str(error))
+        raise
+
+
+def _build(settings: Settings, stack: contextlib.AsyncExitStack) -> Worker:
+    event_log = stack.enter_context(contextlib.closing(open_log(settings.event_log, sync=settings.null_log_sync)))
+    worker = Worker(event_log, stack.enter_context(Ports(settings)))
+    stack.push_async_callback(worker.stop)
+    return worker
+
+
+def identity(settings: Settings) -> Identity | None:
+    """Who this worker is to the autoscaler; None when standalone."""
+    if settings.container_id is None:
+        return None
+    return Identity(settings.container_id, settings.master_token, settings.own_url, settings.null_max_perf)
+
+
+async def _tell_failed_start(settings: Settings, why: str) -> None:
+    """The autoscaler should not wait for a worker that will not come."""
+    me = identity(settings)
+    if me is None:
+        return
+    autoscaler = AutoscalerClient(settings.report_addr)
+    with contextlib.suppress(asyncio.TimeoutError):
+        await aio.wait_for(autoscaler.post(STATUS_PATH, failed_start(me, why)), STOP_SECONDS)
+    await autoscaler.close()
+
+
+class Worker:
+    """All parts of one worker, wired. The log is open and the ports are taken; what was open is in the book again."""
+
+    def __init__(self, event_log: EventLog, ports: Ports) -> None:
+        self.settings = settings = ports.settings
+        self.log = event_log
+        readiness = Readiness(
+            key=None if settings.unsecured else "the autoscaler's key is not loaded yet",
+            consumer_starting="the consumer has not been healthy yet" if settings.backend_health_url else None,
+        )
+        limits = Limits(settings.max_reservation_seconds, settings.null_max_queue_seconds, settings.null_max_queued)
+        clock = SystemClock(event_log.anchor())
+        with contextlib.suppress(LogUnavailable):
+            event_log.store_anchor(clock.anchor)
+        self.service = service = Service(event_log, clock, limits, readiness)
+        self.reporter: Reporter | None = None
+        self.exporter = exporter = Exporter(
+            service, Readings(lambda: self.reporter.backlog if self.reporter else 0, event_log.size)
+        )
+        event_log.on_append.append(exporter.count_append)
+
+        me = identity(settings)
+        self.autoscaler = None if me is None else AutoscalerClient(settings.report_addr)
+        self.keys: KeyRing | None = None
+        if me is not None and self.autoscaler is not None:
+            self.reporter = Reporter(me, service, event_log, self.autoscaler, exporter.count_report)
+            if not settings.unsecured:
+                self.keys = KeyRing(self.autoscaler, readiness, exporter.count_report)
+        self.post = HttpPost()
+        self.callbacks = Callbacks(
+            service, event_log, self.post, lambda result: exporter.callbacks.labels(result).inc()
+        )
+        self.health: HealthPoll | None = None
+        if settings.backend_health_url is not None:
+            self.health = HealthPoll(
+                settings.backend_health_url,
+                service,
+                interval=settings.null_health_interval,
+                timeout=settings.null_health_timeout,
+                failures=settings.null_health_failures,
+                cancel_held=settings.null_unhealthy_action == "cancel",
+            )
+        self.timer = DeadlineTimer(service)
+        if self.reporter is not None:
+            service.observers.append(self.reporter.observe)
+            readiness.listeners.append(self.reporter.changed)
+        service.observers += [exporter.observe, self.callbacks.observe, self.timer.set, write_log_line]
+        readiness.listeners.append(self.timer.set)  # a log that fails is a deadline too: to try it again
+
+        self.servers = ports.servers(
+            service,
+            event_log,
+            Authenticator(
+                self.keys,
+                own_url=settings.own_url,
+                url_policy="off" if settings.standalone else settings.null_grant_url,
+            ),
+            exporter,
+            Status(service, event_log, self.autoscaler, self.reporter, self.health, own_url=settings.own_url),
+            shutdown_seconds=STOP_SECONDS / 2,
+        )
+        self._stop = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Go on with what was open before a restart, answer requests, report."""
+        aio.on_signals(self._told_to_stop)
+        if self.reporter is None:
+            self._owe_nothing()
+        self.service.resume()
+        self.timer.set()
+        for server in self.servers:
+            await server.start()
+        self._start_tasks()
+        if self.settings.unsecured:
+            log.warning(
+                "unsecured", message="UNSECURED=true: anybody who reaches the external port can reserve this worker"
+            )
+        log.info(
+            "worker_started",
+            version=__version__,
+            url=self.settings.own_url,
+            external_port=self.settings.worker_port,
+            control_port=self.settings.null_control_port,
+            event_log=str(self.log.path),
+            reports_to=None if self.autoscaler is None else ",".join(self.autoscaler.addresses),
+        )
+
+    async def serve(self) -> str | None:
+        """Work until told to stop: None; or until a part of the worker has died: which one, in words."""
+        stop = asyncio.ensure_future(self._stop.wait())
+        done, _ = await asyncio.wait({stop, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        dead = [task for task in done if task is not stop]
+        for task in dead:
+            error = None if task.cancelled() else task.exception()
+            log.error("task_died", task=task.get_name(), error=repr(error))
+        return f"a part of the worker has died: {dead[0].get_name()}" if dead else None
+
+    async def drain(self, dead: str | None) -> None:
+        """Take nothing more; let a held request finish, unless a part has died. A session goes on after the restart."""
+        if dead is not None:
+            self.service.readiness.part_has_died(dead)
+            self.service.drain("a part of the worker has died")
+            return
+        self.service.drain("the worker stops")
+        held = self.service.book.held
+        if held is None or held.terms.kind == "session":
+            return
+        try:
+            await aio.wait_for(self.service.ended(held), self.settings.null_drain_seconds)
+        except asyncio.TimeoutError:
+            log.warning("drain_over", reservation_id=held.id, message="the held reservation is cancelled")
+
+    async def stop(self) -> None:
+        """End what is left, answer everybody, send the last reports."""
+        self.service.end_drain()
+        self.timer.stop()
+        await asyncio.gather(
+            *(server.stop() for server in self.servers),
+            *([self.reporter.flush(STOP_SECONDS)] if self.reporter and self._tasks else []),
+        )
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.post.close()
+        if self.autoscaler is None:
+            self._owe_nothing()
+        else:
+            await self.autoscaler.close()
+        if self.service.unwritten:
+            log.error("events_lost", events=len(self.service.unwritten), why=self.service.readiness.log)
+        if self._tasks:  # it had started
+            log.info("worker_stopped")
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _start_tasks(self) -> None:
+        self._start("callbacks", self.callbacks.run())
+        self._start("probe", self._probe())
+        if self.settings.null_log_keep is not None:
+            self._start("pruning", self._prune(self.settings.null_log_keep))
+        if self.reporter is not None:
+            self._start("reporter", self.reporter.run())
+        if self.keys is not None:
+            self._start("key", self._keep(self.keys.load()))
+        if self.health is not None:
+            self._start("health", self.health.run())
+
+    def _start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.add(asyncio.get_running_loop().create_task(work, name=name))
+
+    @staticmethod
+    async def _keep(work: Coroutine[Any, Any, None]) -> None:
+        """A task that has done its work must not look like one that has died."""
+        await work
+        await asyncio.Event().wait()
+
+    async def _probe(self) -> None:
+        while True:
+            self.service.probe()
+            await asyncio.sleep(PROBE_SECONDS)
+
+    async def _prune(self, keep: float) -> None:
+        await asyncio.sleep(retention.FIRST_SECONDS)
+        while True:
+            if self.autoscaler is None:
+                self._owe_nothing()
+            await retention.prune_gently(self.log, self.service.now() - keep)
+            await asyncio.sleep(retention.DAY_SECONDS)
+
+    def _told_to_stop(self, number: signal.Signals) -> None:
+        if self._stop.is_set():  # a second signal cancels the held reservation at once
+            self.service.end_drain()
+        log.info("stopping", signal=number.name, message="new reservations are refused; again: the held one ends now")
+        self._stop.set()
+
+    def _owe_nothing(self) -> None:
+        """A standalone worker reports to nobody, also later."""
+        with contextlib.suppress(LogUnavailable):
+            for name in (STATUS, OUTCOMES):
+                self.log.move_cursor(name, self.log.last_seq)

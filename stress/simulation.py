@@ -1,0 +1,434 @@
+"""Whole histories of a worker from one seed: those who use it, crashes, faults; then the accounts are checked.
+
+    python -m stress.simulation --seed 7 --steps 100000
+
+A failing seed is printed, and replays exactly. simulated_world.py has the world.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import sqlite3
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from nullworker.autoscaler.messages import Identity, outcome_of
+from nullworker.autoscaler.reporter import Reporter
+from nullworker.errors import IllegalMove, LogUnavailable
+from nullworker.fsm.book import Book, Claim, Limits, Reservation
+from nullworker.fsm.events import Event, SessionTerms, from_row
+from nullworker.fsm.table import ENDED
+from nullworker.readiness import Readiness
+from nullworker.service import Commit, DeadlineTimer, Service
+from nullworker.session_callbacks import Callbacks
+from stress.simulated_world import Autoscaler, Disk, Owners, SimulatedClock, SimulatedLoop
+
+PERF = 100.0
+LIMITS = Limits(max_reservation_seconds=120.0, max_queue_seconds=20.0, max_queued=8)
+
+
+class World(NamedTuple):
+    """Which faults this seed has."""
+
+    sync: str
+    power_cuts: bool
+    disk_trouble: bool
+    network_trouble: bool
+
+    @classmethod
+    def of(cls, random: Random) -> World:
+        power_cuts = random.random() < 0.3
+        return cls(
+            "normal" if power_cuts else "full", power_cuts, random.random() < 0.5, network_trouble=random.random() < 0.8
+        )
+
+
+class Incarnation:
+    """One process of the worker, from its start to its death."""
+
+    def __init__(self, simulation: Simulation) -> None:
+        self.log = simulation.disk.open()
+        simulation.clock.restarted(self.log.anchor())
+        with contextlib.suppress(LogUnavailable):
+            self.log.store_anchor(simulation.clock.anchor)
+        readiness = Readiness()
+        self.service = Service(self.log, simulation.clock, LIMITS, readiness, simulation.new_id)
+        me = Identity(1, "token", "http://here", PERF)
+        self.reporter = Reporter(me, self.service, self.log, simulation.autoscaler, lambda *_: None)
+        self.callbacks = Callbacks(self.service, self.log, simulation.owners, lambda _: None)
+        self.alarm = DeadlineTimer(self.service)
+        self.service.observers += [self.reporter.observe, self.callbacks.observe, self.alarm.set, simulation.hear]
+        readiness.listeners += [self.reporter.changed, self.alarm.set]
+        self.service.resume()
+        self.alarm.set()
+        self.tasks = [asyncio.ensure_future(self.reporter.run()), asyncio.ensure_future(self.callbacks.run())]
+        self.connections: dict[asyncio.Task[None], None] = {}
+
+    async def end(self) -> None:
+        """All that ran in the process is gone."""
+        self.alarm.stop()
+        tasks = [*self.tasks, *self.connections]
+        for task in tasks:
+            task.cancel()
+        for result in await asyncio.gather(*tasks, return_exceptions=True):
+            if isinstance(result, Exception):
+                raise result
+
+
+class Simulation:
+    """One history."""
+
+    def __init__(self, seed: int, steps: int, folder: Path, loop: SimulatedLoop) -> None:
+        self.random = Random(seed)
+        self.world = World.of(self.random)
+        self.steps = steps
+        self.clock = SimulatedClock(loop)
+        self.disk = Disk(folder, self.random, sync=self.world.sync)
+        self.autoscaler = Autoscaler(self.random, perf=PERF)
+        self.owners = Owners(self.random)
+        self.loop = loop
+        self.answers: dict[str, tuple[str, str | None]] = {}
+        self.excused: set[str] = set()  # their last events went with the memory or the power
+        self.figures: Counter[str] = Counter()
+        self.numbers = 0
+        self.previous = "nobody"
+        self.up: Incarnation | None = None
+        self.over = False
+
+    def new_id(self) -> str:
+        self.numbers += 1
+        return f"r{self.numbers}"
+
+    async def run(self) -> Counter[str]:
+        """Live through it, then check the accounts."""
+        self.up = Incarnation(self)
+        chaos = asyncio.ensure_future(self.chaos())
+        for number in range(1, self.steps + 1):
+            await asyncio.sleep(self.random.expovariate(1 / 2.0))
+            if self.up is not None:
+                self.nothing_is_late(self.up.service)
+                task = asyncio.ensure_future(self.client(self.up, number))
+                self.up.connections[task] = None
+                task.add_done_callback(self.up.connections.pop)
+            if chaos.done():
+                chaos.result()
+        self.over = True
+        await chaos  # a stop or a kill that is under way comes to its end
+        await self.calm_down()
+        self.check()
+        self.figures["reservations"] = len(self.loggeds)
+        return self.figures
+
+    def nothing_is_late(self, service: Service) -> None:
+        deadline = service.next_deadline()
+        assert deadline is None or self.clock.now() < deadline + 0.01, "the alarm has rung for what is over"
+
+    # -- those who use it ----------------------------------------------------------------------------------------
+
+    async def client(self, at: Incarnation, number: int) -> None:
+        """Somebody with a request or a session, patient or not."""
+        random, service = self.random, at.service
+        poisoned = random.random() < 0.002
+        if poisoned:
+            self.autoscaler.poison.add(number)
+        session = random.random() < 0.2
+        duration = random.choice((None, 0.0, random.uniform(0.5, 30.0)))
+        terms = None
+        if session:
+            duration = random.uniform(1.0, 40.0)
+            terms = SessionTerms(duration, "hash", "http://owner/" if random.random() < 0.7 else None)
+        try:
+            reservation = service.claim(
+                Claim("session" if session else "request", duration, request_idx=number, session=terms)
+            )
+        except LogUnavailable:
+            self.figures["refused_without_a_trace"] += 1
+            return
+        if session:
+            if reservation.state in ENDED:
+                self.answered(reservation)
+            else:
+                await self.owner(service, reservation)
+            return
+        patience = random.uniform(0.0, 25.0) if random.random() < 0.2 else None
+        ended = asyncio.ensure_future(service.ended(reservation))
+        try:
+            done, _ = await asyncio.wait({ended}, timeout=patience)
+            if done:
+                self.answered(reservation)
+            else:
+                service.cancel(reservation.id, "client_disconnect")
+                self.figures["hang_ups"] += 1
+        finally:
+            ended.cancel()
+
+    async def owner(self, service: Service, session: Reservation) -> None:
+        """Pings its session a few times, then ends it or forgets it."""
+        for _ in range(self.random.choice((0, 0, 1, 3))):
+            await asyncio.sleep(self.random.uniform(0.1, 5.0))
+            if session.state in ENDED:
+                return
+            with contextlib.suppress(LogUnavailable):
+                service.renew(session.id)
+        if self.random.random() < 0.6 and session.state not in ENDED:
+            service.release(session.id, reason="session_end")
+
+    def answered(self, reservation: Reservation) -> None:
+        assert reservation.id not in self.answers, "one answer for each"
+        self.answers[reservation.id] = (reservation.state, reservation.reason)
+
+    def hear(self, commit: Commit) -> None:
+        """An observer: the consumer, which pulls a job when it holds the worker."""
+        if commit.event.kind != "held" or self.up is None:
+            return
+        random, held = self.random, commit.reservation
+        fate = random.random()
+        if fate < 0.75:
+            work = random.uniform(0.0, 6.0)
+            self.loop.call_later(work, self.consumer_done, self.up, held.id if fate < 0.6 else self.previous)
+        if fate < 0.1:
+            self.loop.call_later(random.uniform(0.0, 3.0), self.consumer_needs_more, self.up, held.id)
+        self.previous = held.id
+
+    def consumer_done(self, at: Incarnation, reservation_id: str) -> None:
+        if at is not self.up:
+            return
+        held = at.service.book.held
+        before = at.service.seq
+        try:
+            at.service.release(reservation_id, result={"ok": True})
+        except IllegalMove:
+            assert at.service.seq == before
+            assert at.service.book.held is held, "a late consumer ends nothing of somebody else's"
+            self.figures["late_releases"] += 1
+
+    def consumer_needs_more(self, at: Incarnation, reservation_id: str) -> None:
+        if at is self.up:
+            with contextlib.suppress(IllegalMove, LogUnavailable):
+                at.service.extend(reservation_id, self.random.uniform(1.0, 200.0))
+
+    # -- what befalls it -----------------------------------------------------------------------------------------
+
+    async def chaos(self) -> None:
+        """One trouble after the other."""
+        troubles = [self.kill, self.kill, self.stop, self.step_wall_clock, self.consumer_dies, self.network]
+        if self.world.disk_trouble:
+            troubles += [self.disk_breaks, self.disk_mends]
+        if self.world.power_cuts:
+            troubles += [self.power_cut]
+        while True:
+            await asyncio.sleep(self.random.uniform(1.0, 60.0))
+            if self.over:
+                return
+            if self.random.random() < 0.3:
+                self.disk.sync()
+            await self.random.choice(troubles)()
+
+    async def kill(self, *, power_cut: bool = False) -> None:
+        """kill -9, and a start some time later."""
+        assert self.up is not None
+        down, self.up = self.up, None
+        self.figures["kills"] += 1
+        self.excused |= {each.reservation.id for each in down.service.unwritten}
+        await down.end()
+        self.disk.broken = 0.0
+        rows = self.rows() if power_cut else []
+        lost = self.disk.crash(power_cut=power_cut)
+        self.figures["events_lost_with_the_power"] += lost
+        if lost:
+            self.excused |= {event.reservation_id for event in rows[-lost:]}
+        await asyncio.sleep(self.random.choice((0.1, 1.0, 30.0)))
+        self.up = Incarnation(self)
+
+    async def power_cut(self) -> None:
+        """Everything that was not synced is gone."""
+        await self.kill(power_cut=True)
+
+    async def stop(self) -> None:
+        """SIGTERM, as app.py does it."""
+        assert self.up is not None
+        stopping = self.up
+        self.figures["stops"] += 1
+        stopping.service.drain("told to")
+        held = stopping.service.book.held
+        if held is not None and held.terms.kind == "request":
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(stopping.service.ended(held), 5.0)
+        stopping.service.end_drain()
+        await asyncio.sleep(0)  # the answers go out
+        await asyncio.sleep(0)
+        self.up = None
+        self.excused |= {each.reservation.id for each in stopping.service.unwritten}
+        await stopping.end()
+        with contextlib.suppress(sqlite3.Error):
+            await stopping.reporter.flush(2.0)
+        self.disk.broken = 0.0
+        stopping.log.close()
+        await asyncio.sleep(1.0)
+        self.up = Incarnation(self)
+
+    async def step_wall_clock(self) -> None:
+        self.clock.step_wall(self.random.choice((-3600.0, -30.0, 30.0, 3600.0)))
+
+    async def consumer_dies(self) -> None:
+        assert self.up is not None
+        service = self.up.service
+        service.consumer_unhealthy("it does not answer", cancel_held=self.random.random() < 0.5)
+        await asyncio.sleep(self.random.uniform(0.0, 20.0))
+        service.readiness.consumer_is_healthy()
+
+    async def network(self) -> None:
+        if self.world.network_trouble:
+            self.autoscaler.trouble_rate = self.random.choice((0.0, 0.0, 0.3, 1.0))
+            self.owners.trouble_rate = self.random.choice((0.0, 0.5, 1.0))
+
+    async def disk_breaks(self) -> None:
+        self.disk.broken = self.random.choice((0.2, 1.0))
+        self.figures["disk_failures"] += 1
+
+    async def disk_mends(self) -> None:
+        self.disk.broken = 0.0
+
+    # -- the accounts --------------------------------------------------------------------------------------------
+
+    async def calm_down(self) -> None:
+        """No more trouble: everything that is owed must arrive now."""
+        self.disk.broken = self.autoscaler.trouble_rate = self.owners.trouble_rate = 0.0
+        if self.up is None:
+            self.up = Incarnation(self)
+        self.up.service.readiness.consumer_is_healthy()
+        for _ in range(1000):
+            await asyncio.sleep(10.0)
+            live = list(self.up.service.book.live())
+            owed = self.up.log.conn.execute("SELECT count(*) FROM callbacks").fetchone()[0]
+            if not (live or self.up.reporter.backlog or owed or self.up.service.unwritten):
+                break
+        else:
+            raise AssertionError(
+                f"still owed after hours of calm: {self.up.reporter.backlog} outcomes, {owed} callbacks"
+            )
+        await asyncio.sleep(20.0)  # the last status
+        await self.up.end()
+        self.events = self.rows()
+        self.settled = {seq for (seq,) in self.up.log.conn.execute("SELECT seq FROM settled WHERE outcome = 'refused'")}
+        assert self.up.log.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        self.up.log.close()
+
+    def rows(self) -> list[Event]:
+        conn = sqlite3.connect(self.disk.folder / "log.db")
+        rows = conn.execute("SELECT at, reservation_id, kind, reason, data FROM events ORDER BY seq").fetchall()
+        conn.close()
+        return [from_row(row) for row in rows]
+
+    def check(self) -> None:
+        """The log is a legal history, and everybody was told what is in it."""
+        book = Book(LIMITS)
+        self.loggeds: dict[str, Reservation] = {}
+        order: list[Reservation] = []
+        waiting: list[str] = []
+        for event in self.events:
+            reservation = book.apply(event)
+            self.loggeds[reservation.id] = reservation
+            if event.kind in ENDED:
+                order.append(reservation)
+            elif event.kind == "queued":
+                waiting.append(reservation.id)
+            elif event.kind == "held":
+                assert waiting[0] == reservation.id, "first come, first served"
+            if event.kind != "queued" and reservation.id in waiting:
+                waiting.remove(reservation.id)
+        assert not list(book.live())
+        self.check_answers()
+        self.check_outcomes(order)
+        self.check_figures(order)
+        for reservation in order:
+            session = reservation.terms.session
+            owed = session is not None and session.on_close_route and reservation.held_at is not None
+            if owed and reservation.id not in self.excused:
+                assert self.owners.told[reservation.id] >= 1, f"the owner of {reservation.id} was not told"
+
+    def check_answers(self) -> None:
+        for reservation_id, answer in self.answers.items():
+            if reservation_id in self.excused:
+                continue
+            logged = self.loggeds[reservation_id]
+            assert (logged.state, logged.reason) == answer, f"{reservation_id}: the caller heard {answer}"
+        self.figures["answers"] = len(self.answers)
+
+    def check_outcomes(self, order: list[Reservation]) -> None:
+        owed = {r.terms.request_idx: outcome_of(r) for r in order if r.id not in self.excused}
+        poison = self.autoscaler.poison
+        assert self.autoscaler.contradicted.isdisjoint(owed), "nobody is told two different ends"
+        owed = {index: outcome for index, outcome in owed.items() if index not in poison}
+        heard = {index: outcome for index, outcome in self.autoscaler.heard.items() if index in owed}
+        assert heard == owed, "every outcome arrives, as it was"
+        assert list(heard) == list(owed), "and in order"
+        for index in poison & {r.terms.request_idx for r in order if r.id not in self.excused}:
+            assert index not in self.autoscaler.heard
+            self.figures["refused_outcomes"] += 1
+        assert len(self.settled) >= self.figures["refused_outcomes"], "what is refused for good is kept"
+
+    def check_figures(self, order: list[Reservation]) -> None:
+        happened = Counter(outcome_of(reservation) for reservation in order)
+        for name, outcome, told in (
+            ("served", "Success", self.autoscaler.served),
+            ("rejected", "Rejected", self.autoscaler.rejected),
+        ):
+            least = happened[outcome]  # type: ignore[index]
+            assert told >= least, f"{name}: {told} were reported and {least} happened"
+            if not (self.world.disk_trouble or self.world.power_cuts):  # else a cursor may stand behind what arrived
+                most = least + self.autoscaler.doubled[name]
+                assert told <= most, f"{name}: {told} were reported, and at most {most} are to be explained"
+            self.figures[name] = least
+
+
+def simulate(seed: int, steps: int) -> Counter[str]:
+    """One history. Raises AssertionError when a promise is broken."""
+    logging.disable(logging.CRITICAL)
+    loop = SimulatedLoop()
+    memory = Path("/dev/shm")
+    try:
+        with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+            return loop.run_until_complete(Simulation(seed, steps, Path(folder), loop).run())
+    finally:
+        loop.close()
+        logging.disable(logging.NOTSET)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=1, help="the first seed")
+    parser.add_argument("--steps", type=int, default=100_000, help="reservations in all")
+    parser.add_argument("--each", type=int, default=2_000, help="reservations of one seed")
+    options = parser.parse_args()
+    started, total = time.monotonic(), Counter[str]()
+    seed = options.seed
+    while total["reservations"] < options.steps:
+        try:
+            total += simulate(seed, min(options.each, options.steps))
+        except BaseException:
+            print(
+                f"\nseed {seed} breaks a promise: --seed {seed} --steps {options.each} --each {options.each}",
+                flush=True,
+            )
+            raise
+        seconds = time.monotonic() - started
+        line = f"seed {seed}: {total['reservations']} reservations in {seconds:.0f} s, {total['kills']} kills"
+        print(line, end="\r" if sys.stdout.isatty() else "\n", flush=True)
+        seed += 1
+    seconds = time.monotonic() - started
+    print(f"\n{total['reservations'] / seconds * 60:.0f} reservations a minute")
+    for name, count in sorted(total.items()):
+        print(f"  {name.replace('_', ' '):<28}{count:>9}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""`nullworker history, events`: the log, as people and scripts read it, of a worker that runs or does not."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from harness import WorkerProcess
+from programs import Program, answered, caller, free_port, nullworker, run, until
+
+from nullworker.cli.commands import cli
+from nullworker.eventlog import queries
+from nullworker.eventlog.opening import open_log
+from nullworker.fsm.events import Ended, Event, Queued
+
+
+async def command(worker: WorkerProcess, *arguments: str, code: int = 0) -> str:
+    """A command of `nullworker` for a worker."""
+    return await nullworker(*arguments, code=code, NULL_CONTROL_PORT=str(worker.control_port))
+
+
+async def as_json(worker: WorkerProcess, *arguments: str) -> list[Any]:
+    """What it prints with --json."""
+    return [json.loads(line) for line in (await command(worker, *arguments, "--json")).splitlines()]
+
+
+async def three(worker: WorkerProcess) -> list[str]:
+    """A released, an expired and a cancelled reservation; their ids."""
+    async with caller(worker) as asked:
+        await worker.line("reservation_held")
+        await worker.release(result="done")
+        await answered(asked)
+    async with caller(worker, duration=0) as asked:
+        await answered(asked)
+    async with caller(worker):
+        await worker.line("reservation_held", nth=3)
+    await worker.line("reservation_cancelled")
+    return [row["id"] for row in reversed((await worker.get("/reservations"))["reservations"])]
+
+
+async def test_history_is_the_reservations_newest_first(tmp_path: Path) -> None:
+    async with WorkerProcess(tmp_path) as worker:
+        ids = await three(worker)
+        rows = await as_json(worker, "history")
+        assert rows == (await worker.get("/reservations"))["reservations"]
+        assert [row["id"] for row in await as_json(worker, "history", "--limit", "2")] == ids[:0:-1]
+        assert [row["id"] for row in await as_json(worker, "history", "--state", "expired")] == [ids[1]]
+        since = rows[0]["queued_at"]
+        assert await as_json(worker, "history", "--since", since) == [row for row in rows if row["queued_at"] >= since]
+        assert len(await as_json(worker, "history", "--since", "1h")) == 3
+        table = (await command(worker, "history")).splitlines()
+        assert table[0].split()[:4] == ["queued", "at", "id", "kind"]
+        assert [line.split()[1] for line in table[1:]] == ids[::-1]
+
+
+async def test_events_are_those_of_the_control_port(tmp_path: Path) -> None:
+    async with WorkerProcess(tmp_path) as worker:
+        await three(worker)
+        events = await as_json(worker, "events")
+        assert [event["seq"] for event in events] == list(range(1, 10))
+        assert [(event["kind"], event["reason"]) for event in events] == worker.story()
+        assert [event["seq"] for event in await as_json(worker, "events", "--limit", "2")] == [8, 9]
+        assert [event["seq"] for event in await as_json(worker, "events", "--state", "held")] == [2, 5, 8]
+        assert [event["seq"] for event in await as_json(worker, "events", "--since", events[7]["at"])][-2:] == [8, 9]
+        assert len((await command(worker, "events")).splitlines()) == 10
+
+
+@pytest.mark.parametrize("how", ["option", "variable", "place"])
+async def test_the_log_of_a_worker_that_is_down_is_read(tmp_path: Path, how: str) -> None:
+    async with WorkerProcess(tmp_path) as worker:
+        ids = await three(worker)
+        await worker.kill()
+    where = {
+        "option": (("--log", str(worker.db)), {}),
+        "variable": ((), {"NULL_EVENT_LOG": str(worker.db)}),
+        "place": ((), {"WORKSPACE_DIR": str(tmp_path), "CONTAINER_ID": "7"}),
+    }
+    if how == "place":
+        for suffix in ("", "-wal", "-shm"):
+            os.rename(f"{worker.db}{suffix}", f"{tmp_path}/nullworker-7.db{suffix}")
+    arguments, env = where[how]
+    dead = ("--control-port", str(free_port()))
+    told = await nullworker("history", "--json", *arguments, *dead, code=0, **env)
+    assert [json.loads(line)["id"] for line in told.splitlines()] == ids[::-1]
+    assert len((await nullworker("events", "--json", *arguments, *dead, code=0, **env)).splitlines()) == 9
+
+
+async def test_no_log_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    nowhere = ("--control-port", str(free_port()))
+    said = await nullworker("history", *nowhere, code=1, WORKSPACE_DIR=str(tmp_path), CONTAINER_ID="7")
+    assert f"there is no log {tmp_path}/nullworker-7.db: give --log PATH or NULL_EVENT_LOG\n" in said
+    said = await nullworker("events", "--log", str(tmp_path / "none"), code=1)
+    assert f"there is no event log to read at {tmp_path}/none" in said
+    assert os.listdir(tmp_path) == []
+
+
+async def test_a_log_that_is_read_is_not_changed(tmp_path: Path) -> None:
+    path = tmp_path / "log.db"
+    open_log(path).close()
+    before = path.read_bytes()
+    assert await nullworker("history", "--json", "--log", str(path)) == ""
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("at", [1_700_000_000.124, 1_700_000_000.1236, 1_700_000_000.1244])
+async def test_the_time_of_a_row_as_it_was_shown_finds_that_row(tmp_path: Path, at: float) -> None:
+    """Also of one that is finer than it is shown, as in logs of version 1."""
+    path = tmp_path / "log.db"
+    log = open_log(path)
+    log.append([(1, Event(at, "a", "queued", None, Queued("request", 60.0, 1_700_000_030.0)))])
+    log.close()
+    (row,) = (await nullworker("history", "--json", "--log", str(path))).splitlines()
+    shown = json.loads(row)["queued_at"]
+    assert shown == "2023-11-14T22:13:20.124Z"
+    assert (await nullworker("history", "--json", "--log", str(path), "--since", shown)) == row + "\n"
+
+
+def test_a_state_that_is_asked_for_is_that_of_every_row_whatever_happens_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = open_log(tmp_path / "log.db")
+    terms = Queued("request", 60.0, 1_700_000_030.0)
+    log.append([(1, Event(1_700_000_000.0, "a", "queued", None, terms))])
+    read = queries.reservation
+
+    def read_too_late(conn: sqlite3.Connection, reservation_id: str) -> queries.ReservationJson | None:
+        log.append([(2, Event(1_700_000_001.0, "a", "expired", "queue_timeout", Ended()))])
+        return read(conn, reservation_id)
+
+    monkeypatch.setattr(queries, "reservation", read_too_late)
+    said = CliRunner().invoke(cli, ["history", "--json", "--state", "queued", "--log", str(log.path)])
+    assert json.loads(said.stdout)["state"] == "queued"
+    log.close()
+
+
+async def test_follow_goes_on_with_what_comes(tmp_path: Path) -> None:
+    async with WorkerProcess(tmp_path) as worker:
+        await three(worker)
+        env = {"NULL_CONTROL_PORT": str(worker.control_port), "PYTHONUNBUFFERED": "1"}
+        python = (sys.executable, "-m", "nullworker")
+        (tmp_path / "events").mkdir()
+        (tmp_path / "history").mkdir()
+        async with (
+            Program(tmp_path / "events", *python, "events", "-f", "--json", "--state", "held", **env) as events,
+            Program(tmp_path / "history", *python, "history", "--follow", "--json", **env) as history,
+        ):
+            assert [event["seq"] for event in await _lines(events.out, 3)] == [2, 5, 8]
+            await _lines(history.out, 3)
+            async with caller(worker):
+                assert [event["seq"] for event in await _lines(events.out, 4)][3:] == [11]
+                rows = await _lines(history.out, 5)
+                assert [row["state"] for row in rows] == ["released", "expired", "cancelled", "held", "held"]
+            assert (await _lines(history.out, 6))[-1]["reason"] == "client_disconnect"
+
+
+async def test_a_reader_that_goes_ends_a_command_that_follows(tmp_path: Path) -> None:
+    async with WorkerProcess(tmp_path) as worker:
+        await three(worker)
+        first = f"{sys.executable} -m nullworker events --json --log {worker.db} | head -n 1"
+        assert json.loads(await run("sh", "-c", first))["seq"] == 1
+
+
+async def _lines(out: Path, count: int) -> list[Any]:
+    """The lines of a file of JSON, once there are so many."""
+    found: list[str] = []
+
+    def enough() -> bool:
+        found[:] = out.read_text().splitlines()
+        return len(found) >= count
+
+    await until(enough)
+    return [json.loads(line) for line in found]

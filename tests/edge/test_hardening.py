@@ -1,0 +1,242 @@
+"""The HTTP edge against those who do not mean to be answered: what is slow, and what is too much."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import ssl
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+import trustme
+from doors import EMPTY, HEAD, HOLD, Door
+
+from nullworker.http import server, sockets
+from nullworker.http.sockets import KEEPALIVE
+
+CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n"
+
+
+@pytest.fixture
+async def door() -> AsyncIterator[Door]:
+    async with Door().opened() as door:
+        yield door
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patience that a test can wait for."""
+    monkeypatch.setattr(server, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(server, "LOOK_SECONDS", 0.02)
+
+
+# -- what is slow ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("sent", [b"", b"POST /echo", HEAD, b"\r\n" * 50], ids=["nothing", "line", "headers", "blank"])
+async def test_a_request_that_does_not_come_is_not_waited_for(door: Door, sent: bytes) -> None:
+    wire = await door.connect(sent)
+    assert await wire.end() == b""
+    await wire.close()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for(door: Door) -> None:
+    wire = await door.connect(b"POST /echo HTTP/1.1\r\nX: ")
+    ended = asyncio.ensure_future(wire.end())
+    while not (await asyncio.wait({ended}, timeout=0.02))[0]:
+        await wire.send(b"a")
+    assert ended.result() == b""
+    await wire.close()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_second_request_that_does_not_come_to_its_end_is_not_waited_for(door: Door) -> None:
+    wire = await door.connect(EMPTY)
+    assert (await wire.answer()).body == {"bytes": 0}
+    await wire.send(HEAD)
+    assert await wire.end() == b""
+    await wire.close()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_who_has_been_answered_may_be_silent_for_longer(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    idle = await door.connect(EMPTY)
+    await idle.answer()
+    silent = await door.connect()
+    assert await silent.end() == b""
+    await idle.send(EMPTY)
+    assert (await idle.answer()).status == 200
+    await idle.close()
+    monkeypatch.setattr(server, "KEEPALIVE_SECONDS", 0.1)
+    idle = await door.connect(EMPTY)
+    await idle.answer()
+    assert await idle.end() == b""
+    for wire in (idle, silent):
+        await wire.close()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_request_that_is_under_way_is_waited_for(door: Door) -> None:
+    held = await door.hold_one()
+    for _ in range(3):
+        silent = await door.connect()
+        assert await silent.end() == b""
+        await silent.close()
+    door.let_go.set()
+    assert (await held.answer()).body == {"held": True}
+    await held.close()
+
+
+UPGRADE = HOLD[:-2] + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("sends", [(HOLD * 40,), (HOLD, HOLD * 40), (UPGRADE, bytes(1_000_000))])
+async def test_who_sends_so_much_more_that_its_end_could_not_be_noticed_is_hung_up_on(
+    door: Door, sends: tuple[bytes, ...]
+) -> None:
+    wire = await door.connect(sends[0])
+    await door.held.acquire()
+    for more in sends[1:]:
+        await wire.send(more)
+    await asyncio.wait_for(door.left.wait(), 20)
+    await wire.close()
+
+
+async def test_who_closes_only_its_own_half_has_left(door: Door) -> None:
+    wire = await door.hold_one()
+    wire.writer.write_eof()
+    await asyncio.wait_for(door.left.wait(), 20)
+    await wire.close()
+
+
+async def test_who_vanishes_is_noticed_by_the_kernel(door: Door) -> None:
+    wire = await door.hold_one()
+    (accepted,) = door.sockets
+    assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+    named = {name: accepted.getsockopt(socket.IPPROTO_TCP, getattr(socket, name)) for name in KEEPALIVE}
+    assert named == KEEPALIVE
+    await wire.close()
+
+
+# -- what is too much --------------------------------------------------------------------------------------------------
+
+
+async def test_a_full_port_keeps_whom_it_has_and_takes_nobody(logged: Callable[[], list[str]]) -> None:
+    async with Door().opened(max_connections=3) as door:
+        held = [await door.hold_one() for _ in range(3)]
+        for _ in range(5):
+            refused = await door.connect(EMPTY)
+            assert await refused.end() == b""
+            await refused.close()
+        door.let_go.set()
+        for wire in held:
+            assert (await wire.answer()).body == {"held": True}
+            await wire.close()
+        late = await door.connect(EMPTY)
+        assert (await late.answer()).status == 200
+        await late.close()
+    assert logged() == ["port_full"]  # not a line for each
+
+
+async def test_the_oldest_who_only_connects_makes_room(door: Door) -> None:
+    async with Door().opened(max_connections=4) as door:
+        held = await door.hold_one()
+        silent = [await door.connect(b"P") for _ in range(3)]
+        for _ in range(2):
+            newcomer = await door.connect(EMPTY)
+            assert (await newcomer.answer()).status == 200
+            await newcomer.close()
+        assert await silent[0].end() == b""
+        door.let_go.set()
+        assert (await held.answer()).body == {"held": True}
+        for wire in (held, *silent):
+            await wire.close()
+
+
+async def test_the_oldest_who_has_been_answered_makes_room() -> None:
+    async with Door().opened(max_connections=3) as door:
+        idle = [await door.connect(EMPTY) for _ in range(3)]
+        for wire in idle:
+            await wire.answer()
+        newcomer = await door.connect(EMPTY)
+        assert (await newcomer.answer()).status == 200
+        assert await idle[0].end() == b""
+        await idle[2].send(EMPTY)
+        assert (await idle[2].answer()).status == 200
+        for wire in (newcomer, *idle):
+            await wire.close()
+
+
+@pytest.fixture
+def tls() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """A server's and a client's."""
+    authority = trustme.CA()
+    ours, theirs = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), ssl.create_default_context()
+    authority.issue_cert("localhost").configure_cert(ours)
+    authority.configure_trust(theirs)
+    return ours, theirs
+
+
+@pytest.mark.usefixtures("quick")
+async def test_the_same_holds_with_tls(tls: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+    ours, theirs = tls
+    secure = {"ssl": theirs, "server_hostname": "localhost"}
+    async with Door().opened(max_connections=3, tls=ours) as door:
+        held = await door.connect(HOLD, **secure)
+        await door.held.acquire()
+        plain = await door.connect(EMPTY)  # no TLS at all
+        await plain.end()
+        silent = [await door.connect() for _ in range(4)]  # no handshake
+        newcomer = await door.connect(EMPTY, **secure)
+        assert (await newcomer.answer()).status == 200
+        for wire in silent:
+            assert await wire.end() == b""
+        late = await door.connect(HEAD, **secure)
+        assert await late.end() == b""
+        more = await door.connect(HOLD * 40, **secure)
+        await door.held.acquire()
+        await asyncio.wait_for(door.left.wait(), 20)
+        door.let_go.set()
+        assert (await held.answer()).body == {"held": True}
+        for wire in (plain, *silent, newcomer, late, more, held):
+            await wire.close()
+
+
+async def test_a_machine_without_descriptors_accepts_again_when_it_has_some(
+    door: Door, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], list[str]]
+) -> None:
+    monkeypatch.setattr(server, "EXHAUSTED_SECONDS", 0.05)
+    accept, left = socket.socket.accept, [errno.EMFILE, errno.ENFILE]
+
+    def failing(self: socket.socket) -> object:
+        if left:
+            raise OSError(left.pop(), "none left")
+        return accept(self)
+
+    monkeypatch.setattr(socket.socket, "accept", failing)
+    wire = await door.connect(EMPTY)
+    assert (await wire.answer()).status == 200
+    assert logged() == ["cannot_accept"] * 2
+    await wire.close()
+
+
+def test_a_worker_may_open_as_many_files_as_the_machine_lets_it() -> None:
+    script = (
+        "import resource as r; _, hard = r.getrlimit(r.RLIMIT_NOFILE); r.setrlimit(r.RLIMIT_NOFILE, (256, hard));"
+        "from nullworker.http.sockets import raise_fd_limit; "
+        "print(raise_fd_limit() == r.getrlimit(r.RLIMIT_NOFILE)[0] == hard)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=True).stdout == b"True\n"
+
+
+@pytest.mark.parametrize("files", [1024, 4096, 20_000, 65_536, 2**31])
+def test_connections_never_take_the_files_that_the_worker_itself_needs(files: int) -> None:
+    external, local = sockets.shares(files, 1_000_000)
+    assert files - external - 3 * local >= min(files // 6, 1000)
+    assert sockets.shares(2**20, 1000) == (1000 + sockets.SPARE_CONNECTIONS, sockets.LOCAL_CONNECTIONS)

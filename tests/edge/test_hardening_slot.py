@@ -1,0 +1,108 @@
+"""Slow, broken and crowded callers of a real worker: none of them has the slot, and none is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+import sys
+from pathlib import Path
+
+import aiohttp
+from doors import ClaimTrace
+from harness import ROOT, WorkerProcess, changed, post, secured, signed
+
+from nullworker.testing import FakeAutoscaler
+
+
+def raw(body: bytes, *headers: bytes) -> bytes:
+    return b"POST /reserve HTTP/1.1\r\nHost: localhost\r\n" + b"".join(h + b"\r\n" for h in headers) + b"\r\n" + body
+
+
+async def opened(worker: WorkerProcess, sends: bytes) -> ClaimTrace:
+    wire = ClaimTrace(*await asyncio.open_connection("127.0.0.1", worker.port))
+    await wire.send(sends)
+    return wire
+
+
+async def test_nobody_has_the_slot_before_its_whole_request_is_there(
+    worker: WorkerProcess, vast: FakeAutoscaler
+) -> None:
+    body = json.dumps(signed(vast, worker.url)).encode()
+    length, chunked = b"Content-Length: %d" % len(body), b"Transfer-Encoding: chunked"
+    crowd = [
+        await opened(worker, sends)
+        for sends in (
+            raw(body, length, chunked),
+            raw(b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body), chunked, length),
+            raw(body, length, length),
+            raw(body[:-1], length),
+            raw(b"%x\r\n%s\r\n" % (len(body), body), chunked),
+            raw(b"%x\r\n%s\r\n0\r\n" % (len(body), body), chunked),
+            raw(body, length, b"X: " + b"a" * 10_000),
+            raw(body, length, *[b"X: a"] * 200),
+            raw(b"", length)[:-2],
+        )
+    ]
+    assert (await post(worker.url + "/reserve", signed(vast, worker.url, {"duration": 0}))).status == 200
+    assert worker.sql("SELECT count(*) FROM reservations") == [(1,)]
+    for wire in crowd:
+        await wire.close()
+    assert (await post(worker.url + "/reserve", signed(vast, worker.url, {"duration": 0}))).status == 200
+    assert worker.sql("SELECT count(*) FROM reservations") == [(2,)]
+    assert not [line for line in worker.lines if line["level"] == "error"]
+
+
+async def test_requests_behind_one_another_are_claims_one_after_the_other(
+    worker: WorkerProcess, vast: FakeAutoscaler
+) -> None:
+    bodies = [json.dumps(signed(vast, worker.url, {"metadata": {"n": n}})).encode() for n in range(3)]
+    wire = await opened(worker, b"".join(raw(body, b"Content-Length: %d" % len(body)) for body in bodies))
+    for n in range(2):
+        await worker.line("reservation_held", nth=n + 1)
+        assert worker.sql("SELECT count(*) FROM reservations") == [(n + 1,)]
+        await worker.release()
+        assert (await wire.answer()).body["released"] == "explicit"
+    await worker.line("reservation_held", nth=3)
+    await wire.close()
+    await worker.line("reservation_cancelled")
+    assert worker.sql("SELECT state, reason FROM reservations")[2] == ("cancelled", "client_disconnect")
+
+
+async def test_a_caller_that_floods_its_own_line_loses_the_slot(tmp_path: Path, vast: FakeAutoscaler) -> None:
+    async with secured(tmp_path, vast, module=changed(nullworker__http__server__PATIENCE_SECONDS=0.2)) as worker:
+        await worker.line("key_loaded")
+        body = json.dumps(signed(vast, worker.url)).encode()
+        wire = await opened(worker, raw(body, b"Content-Length: %d" % len(body)))
+        await worker.line("reservation_held")
+        await wire.send(raw(b"") * 100)
+        assert (await worker.line("reservation_cancelled"))["reason"] == "client_disconnect"
+        await wire.close()
+
+
+async def test_a_crowd_loses_nothing() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "error", "-m", "stress.load"),
+        *("--waiting", "200", "--rate", "50", "--seconds", "2", "--forgers", "2"),
+        cwd=ROOT,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said = (await process.communicate())[0].decode()
+    assert process.returncode == 0, said
+    for figure in ("warnings and errors +none", "outcomes to autoscaler +each", "wrong +0"):
+        assert re.search(rf"^{figure}$", said, re.MULTILINE), said
+
+
+async def test_no_answer_tells_versions(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+    paths = ("/", "/status", "/metrics", "/health", "/nothing", "/reservation", "/events")
+    async with aiohttp.ClientSession() as http:
+        for url in (*(worker.control + path for path in paths), worker.url + "/reserve"):
+            async with http.get(url) as answer:
+                assert answer.headers["Server"] == "nullworker"
+    with contextlib.closing(socket.create_connection(("127.0.0.1", worker.port))) as sock:
+        sock.sendall(b"HELLO\r\n\r\n")
+        assert b"aiohttp" not in sock.recv(65536)
+    assert await worker.metric("nullworker_http_requests_total", port="external", route="unknown", status="400") == 1

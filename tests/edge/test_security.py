@@ -1,0 +1,114 @@
+"""What docs/security.md says: its numbers are the code's, secrets stay where it says, callbacks go no further."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import re
+import ssl
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import trustme
+from claims import reserve
+from harness import post, secured, signed
+from pages import DOCS, rows
+
+from nullworker.http.auth import EXPLAINED_BYTES
+from nullworker.http.sockets import tls
+from nullworker.testing import FakeAutoscaler
+
+BOUNDS = list(rows(DOCS / "security.md", "| what | at most |"))
+
+
+@pytest.mark.parametrize("row", BOUNDS, ids=lambda row: row[2].strip("`"))
+def test_bounds_are_those_of_the_code(row: list[str]) -> None:
+    module, _, name = row[2].strip("`").rpartition(".")
+    (number,) = re.findall(r"[\d,]+", row[1])
+    assert getattr(importlib.import_module(module), name) == int(number.replace(",", ""))
+
+
+def test_every_bound_of_the_http_edge_is_told() -> None:
+    told = {row[2].strip("`") for row in BOUNDS}
+    for module in ("nullworker.http.server", "nullworker.http.bodies"):
+        names = [name for name in vars(importlib.import_module(module)) if re.match(r"MAX_|\w+_CONNECTIONS", name)]
+        assert len(names) >= 3
+        assert {f"{module}.{name}" for name in names} <= told
+
+
+def test_tls_is_what_it_says(tmp_path: Path) -> None:
+    issued = trustme.CA().issue_cert("localhost")
+    issued.private_key_pem.write_to_path(tmp_path / "key")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "crt")
+    context = tls(tmp_path / "crt", tmp_path / "key")
+    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
+    assert context.get_ciphers() == ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).get_ciphers()
+
+
+async def test_what_nobody_may_know_is_neither_in_the_log_nor_in_its_lines(
+    tmp_path: Path, vast: FakeAutoscaler
+) -> None:
+    settings = {"NULL_METRICS_TOKEN": "metrics-secret", "NULL_METRICS_HOST": "127.0.0.1", "NULL_METRICS_PORT": "0"}
+    async with secured(tmp_path, vast, NULL_LOG_LEVEL="debug", **settings) as worker:
+        await worker.line("key_loaded")
+        query = "?api_key=key-in-query"
+        held = await reserve(worker, vast)
+        await worker.release()
+        await held.answer()
+        body = signed(vast, worker.url, {"lifetime": 60})
+        body["auth_data"]["more"] = "secret-in-auth"
+        session = await post(worker.url + "/session/create" + query, body)
+        assert session.status == 201
+        for route, sent in (
+            ("/reserve", {**body, "auth_data": {**body["auth_data"], "signature": "forged-secret"}}),
+            ("/reserve", "no object"),
+            ("/nothing", body),
+            ("/session/end", {"session_id": session.body["session_id"], "session_auth": "wrong-secret"}),
+            ("/session/end", {"session_id": session.body["session_id"], "session_auth": body["auth_data"]}),
+        ):
+            await post(worker.url + route + query, sent)
+        headers, url = {"Authorization": "Bearer wrong-secret"}, worker.url + "/pyworker/update" + query
+        async with aiohttp.ClientSession(headers=headers) as http, http.post(url) as answer:
+            assert answer.status == 401
+        assert await worker.terminate() == 0
+        assert len(worker.story()) >= 6
+        said = json.dumps(worker.lines).encode() + read_all(tmp_path)
+        signature = body["auth_data"]["signature"]
+        for secret in ("master-secret", "metrics-secret", "secret", "key-in-query", signature, signature[:40]):
+            assert secret.encode() not in said, secret
+
+
+def read_all(folder: Path) -> bytes:
+    return b"".join(file.read_bytes() for file in folder.glob("nullworker.db*"))
+
+
+@pytest.mark.parametrize("host", ["2130706433", "127.1", "localhost.", "[::ffff:127.0.0.1]", "0x7f000001"])
+async def test_a_callback_cannot_release_what_another_holds(tmp_path: Path, vast: FakeAutoscaler, host: str) -> None:
+    async with secured(tmp_path, vast) as worker:
+        await worker.line("key_loaded")
+        route = f"http://{host}:{worker.control_port}/release"
+        session: Any = await post(
+            worker.url + "/session/create", signed(vast, worker.url, {"lifetime": 60, "on_close_route": route})
+        )
+        assert session.status == 201
+        other = await reserve(worker, vast)
+        await worker.release()
+        await other.held()
+        await worker.line("callback_failed")
+        assert (await worker.get("/reservation"))["id"] == other.id
+        await worker.release()
+        assert (await asyncio.wait_for(other.answer(), 20)).body["released"] == "explicit"
+        assert worker.sql("SELECT count(*) FROM events WHERE kind = 'released'") == [(2,)]
+
+
+async def test_a_large_envelope_that_is_wrong_is_not_searched_for_where(tmp_path: Path, vast: FakeAutoscaler) -> None:
+    async with secured(tmp_path, vast) as worker:
+        await worker.line("key_loaded")
+        wrong = {"auth_data": {}, "payload": {"x": "x" * EXPLAINED_BYTES}}
+        large = await post(worker.url + "/reserve", wrong)
+        assert (large.status, list(large.body)) == (422, ["error"])
+        small = await post(worker.url + "/reserve", {**wrong, "payload": {}})
+        assert small.body["auth_data"]["reqnum"] == "missing parameter"

@@ -1,0 +1,29 @@
+"""A short run of the simulation: a few histories, one of each kind of world. `make simulate` plays longer ones."""
+
+from __future__ import annotations
+
+from random import Random
+
+import pytest
+
+from stress import simulation
+
+SEEDS = (1, 2, 4, 5, 7, 8, 10, 11)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_all_accounts_are_right_after_a_history_of_crashes_and_faults(seed: int) -> None:
+    figures = simulation.simulate(seed, steps=500)
+    assert figures["kills"] > 3
+    assert figures["served"] > 20
+    assert figures["rejected"] > 20
+
+
+def test_the_seeds_above_have_every_kind_of_world() -> None:
+    worlds = [simulation.World.of(Random(seed)) for seed in SEEDS]
+    for fault in ("power_cuts", "disk_trouble", "network_trouble"):
+        assert {getattr(world, fault) for world in worlds} == {True, False}
+
+
+def test_a_seed_replays_exactly() -> None:
+    assert simulation.simulate(42, steps=300) == simulation.simulate(42, steps=300)

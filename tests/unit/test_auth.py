@@ -1,0 +1,285 @@
+"""The authenticator by itself: the key it tells by, when that is fetched again, for whom a grant is, and whose."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+import nullworker.autoscaler.keys as key_ring
+from nullworker.autoscaler.keys import KeyRing
+from nullworker.autoscaler.signature import PublicKey
+from nullworker.errors import Invalid, Unauthorized, Unavailable
+from nullworker.http.auth import Auth, Authenticator, Grant, fingerprint, owns
+from nullworker.readiness import Readiness
+from nullworker.testing.keys import load_or_make, public_pem, sign
+
+OLD, NEW = load_or_make(), load_or_make()
+URL = "https://203.0.113.7:40123"
+
+
+def auth(url: str = URL, key: Any = OLD, **fields: Any) -> Auth:
+    return Auth(
+        **{"cost": 1, "endpoint": "e", "reqnum": 1, "request_idx": 7, "signature": sign(key, url), **fields}, url=url
+    )
+
+
+class Autoscaler:
+    """Has these keys, one at each fetch and the last one from then on; None is a failure."""
+
+    trouble = "it is down"
+
+    def __init__(self, *keys: Any) -> None:
+        self.keys, self.fetches = list(keys), 0
+        self.answers = asyncio.Event()
+        self.answers.set()
+
+    async def fetch_key(self) -> PublicKey | None:
+        self.fetches += 1
+        key = self.keys.pop(0) if len(self.keys) > 1 else self.keys[0]
+        await self.answers.wait()
+        return key and PublicKey(public_pem(key).encode())
+
+
+class Desk:
+    """An authenticator, and a clock for how long ago the key was fetched."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *keys: Any, policy: str = "enforce", own: str = URL) -> None:
+        self.readiness = Readiness(key="it is being fetched")
+        self.autoscaler, self.counted = Autoscaler(*keys), list[tuple[str, str]]()
+        self.seconds = 1000.0
+        monkeypatch.setattr(key_ring, "stopwatch", lambda: self.seconds)
+        self.keys = KeyRing(
+            self.autoscaler,  # type: ignore[arg-type]
+            self.readiness,
+            lambda call, result: self.counted.append((call, result)),
+        )
+        self.authenticator = Authenticator(self.keys, own_url=own, url_policy=policy)
+
+    async def refuses(self, auth: Auth) -> str:
+        with pytest.raises(Unauthorized) as refused:
+            await self.authenticator.check(auth)
+        return str(refused.value)
+
+
+async def test_without_a_key_nobody_is_let_in_and_it_is_fetched_until_it_is_there(
+    monkeypatch: pytest.MonkeyPatch, logged: Callable[[], list[str]]
+) -> None:
+    desk = Desk(monkeypatch, None, None, OLD)
+    pauses: list[float] = []
+    causes: list[str | None] = []
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        causes.append(desk.readiness.key)
+        with pytest.raises(Unavailable, match="the autoscaler's key is not loaded: it is down"):
+            await desk.authenticator.check(auth())
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    with pytest.raises(Unavailable, match="it is being fetched") as refused:
+        await desk.authenticator.check(auth())
+    assert refused.value.body["reason"] == "not_ready"
+    await desk.keys.load()
+    await desk.authenticator.check(auth())
+    assert pauses == [1.0, 2.0]
+    assert causes == ["the autoscaler's key is not loaded: it is down"] * 2
+    assert desk.readiness.key is None
+    assert desk.counted == [("pubkey", "failed"), ("pubkey", "failed"), ("pubkey", "ok")]
+    assert logged() == ["key_not_loaded"] * 2
+
+
+async def test_a_bad_signature_fetches_the_key_again_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(monkeypatch, OLD, OLD, NEW)
+    await desk.keys.load()
+    assert await desk.refuses(auth(key=NEW)) == "the signature is not the autoscaler's"
+    assert desk.autoscaler.fetches == 2, "the fetch at the start is no reason to wait"
+    desk.seconds += 59.9
+    await desk.refuses(auth(key=NEW))
+    assert desk.autoscaler.fetches == 2
+    desk.seconds += 0.1
+    await desk.authenticator.check(auth(key=NEW))
+    await desk.refuses(auth(key=OLD))
+    assert desk.autoscaler.fetches == 3
+
+
+async def test_all_who_come_while_the_key_is_fetched_wait_for_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(monkeypatch, OLD, NEW)
+    await desk.keys.load()
+    desk.seconds += 60
+    desk.autoscaler.answers.clear()
+    asking = [asyncio.create_task(desk.authenticator.check(auth(key=NEW))) for _ in range(3)]
+    await asyncio.sleep(0)
+    asking[0].cancel()
+    await asyncio.wait(asking[:1])
+    await desk.authenticator.check(auth())
+    desk.autoscaler.answers.set()
+    await asyncio.gather(*asking[1:])
+    assert desk.autoscaler.fetches == 2
+
+
+async def test_a_fetch_that_fails_leaves_the_key_that_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(monkeypatch, OLD, None)
+    await desk.keys.load()
+    desk.seconds += 60
+    await desk.refuses(auth(key=NEW))
+    assert desk.counted == [("pubkey", "ok"), ("pubkey", "failed")]
+    await desk.authenticator.check(auth())
+
+
+@pytest.mark.parametrize(("own", "theirs"), [(URL, URL + "/"), (URL + "/", URL), (URL, "https://203.0.113.7:1")])
+async def test_whose_grant_it_is_is_told_warned_of_or_not_asked(
+    monkeypatch: pytest.MonkeyPatch, logged: Callable[[], list[str]], own: str, theirs: str
+) -> None:
+    another = theirs.endswith(":1")
+    for policy, warned in (("off", 0), ("warn", 1), ("enforce", 1)):
+        desk = Desk(monkeypatch, OLD, policy=policy, own=own)
+        await desk.keys.load()
+        if another and policy == "enforce":
+            said = await desk.refuses(auth(theirs))
+            assert said == f"the grant is for {theirs}, and this worker is {own}"
+        else:
+            await desk.authenticator.check(auth(theirs))
+        assert logged() == ["grant_for_another_url"] * (warned if another else 0), "so far"
+
+
+def test_the_same_auth_is_the_same_however_it_is_written() -> None:
+    def grant(raw: bytes) -> Grant:
+        return Grant(None, msgspec.Raw(raw), msgspec.Raw(b"{}"), None)
+
+    first = grant(b'{"b": [1, 2], "a": "\xc3\xa4"}').auth_sha256
+    assert first == grant(b' {"a":"\\u00e4",\n"b":[1,2]}').auth_sha256 == fingerprint({"a": "ä", "b": [1, 2]})
+    assert first != grant(b'{"a": "\xc3\xa4", "b": [2, 1]}').auth_sha256
+    assert len(first) == 64
+    for raw in (b"[" * 100_000 + b"]" * 100_000, b"1" * 10_000):
+        with pytest.raises(Invalid, match="cannot be compared"):
+            _ = grant(raw).auth_sha256
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(Invalid, match="nests too deep"):
+        fingerprint(deep)
+
+
+def test_a_number_is_the_same_however_it_is_written() -> None:
+    assert fingerprint({"cost": 100, "n": [1]}) == fingerprint({"cost": 100.0, "n": [1e0]})
+    assert fingerprint({"cost": 100.5}) not in (fingerprint({"cost": 100}), fingerprint({"cost": 101}))
+    assert fingerprint({"cost": float("inf")}) != fingerprint({"cost": 0})
+    for auth in ({"cost": 100}, {"cost": 100.0}):
+        assert owns(auth, fingerprint({"cost": 100.0}))
+    assert not owns({"cost": 100.5}, fingerprint({"cost": 100}))
+
+
+def test_a_number_of_many_digits_stays_as_short_as_it_came() -> None:
+    assert fingerprint([1e308]) == "89595af77bcae4a79484c44c6ca9c38cc7f7683acdef9538865b84d8bb607fe2"  # of "[1e+308]"
+
+
+def test_the_fingerprints_in_old_logs_are_those_of_today() -> None:
+    """Else the owner of a session could not end it any more after an update."""
+    assert fingerprint({"b": [1, 2], "a": "ä"}) == "309c7942c66e9a3ada8068b72db4cbc0cc8518b31220d6b3373e0524df9c048d"
+    assert owns({"cost": 100.0}, "1511b29e455939bfcabf32744c4ca88237146a6b462791741cd474a1a2f4548e")  # of 100.0
+
+
+def test_a_grant_knows_its_number_and_a_bare_one_has_none() -> None:
+    raw = msgspec.Raw(b"{}")
+    assert Grant(auth(), raw, raw, None).request_idx == 7
+    assert Grant(None, raw, raw, None).request_idx is None
+
+
+@pytest.mark.parametrize(
+    ("cost", "is_one"),
+    [
+        (1, True),
+        (1.5, True),
+        ("1", True),
+        (" -1.5e3 ", True),
+        (".5", True),
+        ("a lot", False),
+        ("", False),
+        ("1x", False),
+    ],
+)
+def test_a_cost_is_a_number_or_says_one(cost: Any, *, is_one: bool) -> None:
+    fields = {**json.loads(msgspec.json.encode(auth())), "cost": cost}
+    if is_one:
+        assert msgspec.convert(fields, Auth).cost == cost
+    else:
+        with pytest.raises(msgspec.ValidationError):
+            msgspec.convert(fields, Auth)
+
+
+class Payload(msgspec.Struct):
+    seconds: float
+    name: str = ""
+    more: Any = None
+
+
+def envelope(**fields: Any) -> bytes:
+    auth_data = json.loads(msgspec.json.encode(auth()))
+    return json.dumps({"auth_data": auth_data, "payload": {"seconds": 5}, "session_id": "s", **fields}).encode()
+
+
+async def test_what_is_asked_for_is_read_once_it_is_granted(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(monkeypatch, OLD)
+    await desk.keys.load()
+    grant = await desk.authenticator.authenticate(envelope())
+    assert (grant.request_idx, grant.session_id, grant.read(Payload)) == (7, "s", Payload(5.0))
+    assert json.loads(bytes(grant.auth_data))["url"] == URL
+    forged = json.loads(msgspec.json.encode(auth(key=NEW)))
+    with pytest.raises(Unauthorized):
+        await desk.authenticator.authenticate(envelope(auth_data=forged))
+
+
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        (b"no json", {}),
+        (envelope(auth_data=None), {"auth_data"}),
+        (envelope(auth_data={}), {"auth_data"}),
+        (envelope(session_id=5), {"session_id"}),
+        (b'{"payload": {}}', {"auth_data"}),
+        (b'{"auth_data": ' + b"[" * 100_000, {}),
+        (envelope().replace(b'"e"', b'"\xff"'), {}),
+    ],
+)
+async def test_what_is_no_envelope_is_told_what_is_wrong(
+    monkeypatch: pytest.MonkeyPatch, body: bytes, wrong: set[str]
+) -> None:
+    desk = Desk(monkeypatch, OLD)
+    await desk.keys.load()
+    with pytest.raises(Invalid) as refused:
+        await desk.authenticator.authenticate(body)
+    assert set(refused.value.fields) == set(wrong)
+
+
+@pytest.mark.parametrize(
+    ("payload", "field"),
+    [
+        (b'{"seconds": "soon"}', "seconds"),
+        (b"{}", "seconds"),
+        (b'{"seconds": 1' + b"0" * 400 + b"}", ""),
+        (b'{"seconds": 1, "name": "\xff"}', ""),
+        (b'{"seconds": 1, "more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", ""),
+        (b"\xff", ""),
+    ],
+)
+def test_a_payload_that_is_wrong_is_told_under_its_name(payload: bytes, field: str) -> None:
+    grant = Grant(None, msgspec.Raw(b"null"), msgspec.Raw(payload), None)
+    with pytest.raises(Invalid) as refused:
+        grant.read(Payload)
+    assert list(refused.value.fields) == ["payload"]
+    assert refused.value.fields["payload"]
+    assert not field or list(refused.value.fields["payload"]) == [field]
+
+
+async def test_a_worker_that_checks_nothing_takes_a_bare_payload_and_an_envelope() -> None:
+    authenticator = Authenticator(None, own_url=URL, url_policy="enforce")
+    for body in (b'{"seconds": 5}', b'{"payload": {"seconds": 5}}', envelope(session_id=None)):
+        assert (await authenticator.authenticate(body)).read(Payload) == Payload(5.0)
+    assert (await authenticator.authenticate(b'{"session_id": "s"}')).session_id == "s"
+    grants_of = [await authenticator.authenticate(body) for body in (envelope(), b"{}")]
+    assert [grant.request_idx for grant in grants_of] == [7, None]
+    assert bytes(grants_of[1].auth_data) == b"null"

@@ -1,0 +1,178 @@
+"""Settings: each can be set in two ways, each bad value ends the start with one line, and --help knows them all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nullworker.cli import commands as cli
+from nullworker.settings import Settings, read_settings, variable
+
+STANDALONE = {"UNSECURED": "true"}
+
+#: For every setting that can be wrong: what is. The others take any text.
+BAD: dict[str, tuple[str, ...]] = {
+    "MAX_RESERVATION_SECONDS": ("0", "-1", "nan", "inf", "1h", "1e12"),
+    "BACKEND_HEALTH_URL": ("/health", "localhost:8000/health", "ftp://example.com", "http://", "http://a b/"),
+    "NULL_CONTROL_PORT": ("-1", "65536", "18999.5", "control"),
+    "NULL_MAX_QUEUE_SECONDS": ("-0.1", "nan", "inf", "soon"),
+    "NULL_MAX_QUEUED": ("-1", "1.5", "many"),
+    "NULL_LOG_SYNC": ("off", "fast"),
+    "NULL_LOG_KEEP": ("0", "30", "d", "-1d", "1w", "1e9d", "nan"),
+    "NULL_MAX_PERF": ("0", "-1", "nan", "inf", "fast"),
+    "NULL_HEALTH_INTERVAL": ("0", "-1", "nan", "often"),
+    "NULL_HEALTH_TIMEOUT": ("0", "-1", "inf", "long"),
+    "NULL_HEALTH_FAILURES": ("0", "-1", "1.5", "few"),
+    "NULL_UNHEALTHY_ACTION": ("restart", "1"),
+    "NULL_DRAIN_SECONDS": ("-1", "nan", "inf", "5s"),
+    "NULL_GRANT_URL": ("true", "strict"),
+    "NULL_METRICS_PORT": ("-1", "65536", "web"),
+    "NULL_LOG_FORMAT": ("xml", "text"),
+    "NULL_LOG_LEVEL": ("loud", "10"),
+    "CONTAINER_ID": ("-1", "C.123", "1.5"),
+    "REPORT_ADDR": ("run.vast.ai", "https://run.vast.ai,nowhere", ","),
+    "WORKER_PORT": ("-1", "65536", "http"),
+    "WORKER_HTTP_PORT": ("-1", "70000", "http"),
+    "VAST_TCP_PORT_3000": ("-1", "70000", "http"),
+    "USE_SSL": ("maybe", "2"),
+    "UNSECURED": ("maybe", "2"),
+}
+ANY_TEXT = {
+    "NULL_EVENT_LOG",
+    "NULL_METRICS_HOST",
+    "NULL_METRICS_TOKEN",
+    "MASTER_TOKEN",
+    "WORKSPACE_DIR",
+    "PUBLIC_IPADDR",
+}
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """`nullworker serve` in this process, with an environment of its own: exit code, stdout, stderr."""
+
+    def run(*arguments: str, **env: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("os.environ", dict(env))
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["serve", *arguments])
+        code = ended.value.code
+        assert isinstance(code, int)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_every_setting_is_in_the_table_or_takes_any_text() -> None:
+    names = {variable(field.name).replace("<WORKER_PORT>", "3000") for field in dataclasses.fields(Settings)}
+    assert names == set(BAD) | ANY_TEXT
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_value_is_one_line_with_the_variable_the_value_and_what_is_allowed(run: Run, name: str) -> None:
+    for value in BAD[name]:
+        code, out, err = run(**{**STANDALONE, name: value})
+        assert (code, out) == (2, "")
+        assert err.startswith(f"nullworker: {name}={value!r} is not allowed: it must be ")
+        assert err.count("\n") == 1
+
+
+def test_a_bad_option_is_the_same_line(run: Run) -> None:
+    code, _, err = run("--max-perf", "fast", **STANDALONE)
+    assert code == 2
+    assert (
+        err == "nullworker: NULL_MAX_PERF='fast' is not allowed: it must be a number above 0 and at most 1000000000\n"
+    )
+
+
+def test_an_option_wins_over_the_variable(run: Run) -> None:
+    assert run("--drain-seconds", "x", NULL_DRAIN_SECONDS="y", **STANDALONE)[2].startswith(
+        "nullworker: NULL_DRAIN_SECONDS='x' "
+    )
+
+
+def test_an_option_that_there_is_not_is_wrong_use(run: Run) -> None:
+    code, _, err = run("--drain", "5", **STANDALONE)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert "--drain" in err
+    assert "--help" in err
+
+
+def test_without_a_container_id_both_ways_out_are_named(run: Run) -> None:
+    code, out, err = run()
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "CONTAINER_ID" in err
+    assert "UNSECURED=true" in err
+
+
+def test_help_lists_every_setting_with_its_variable(run: Run) -> None:
+    code, out, err = run("--help")
+    words = " ".join(out.split())
+    assert (code, err) == (0, "")
+    for field in dataclasses.fields(Settings):
+        assert f"env: {variable(field.name)}; default: " in words, field.name
+        assert field.metadata["help"] in words, field.name
+
+
+def test_half_a_metrics_site_is_refused(run: Run) -> None:
+    assert "NULL_METRICS_PORT is unset" in run(NULL_METRICS_HOST="0.0.0.0", **STANDALONE)[2]
+    assert "NULL_METRICS_HOST is unset" in run(NULL_METRICS_PORT="9100", **STANDALONE)[2]
+
+
+@pytest.mark.parametrize("name", ["WORKER_PORT", "WORKER_HTTP_PORT"])
+def test_two_ports_that_are_one_are_refused(run: Run, name: str) -> None:
+    code, _, err = run(**{name: "18999"}, **STANDALONE)
+    assert (code, err.count("\n")) == (2, 1)
+    assert f"{name}=18999" in err
+    assert "None" not in err
+
+
+def test_a_secret_is_in_no_text_about_settings() -> None:
+    settings = read_settings({**STANDALONE, "MASTER_TOKEN": "hush", "NULL_METRICS_TOKEN": "hush"})
+    assert "hush" not in repr(settings)
+
+
+def test_the_defaults_are_those_of_the_documentation() -> None:
+    settings = read_settings({"CONTAINER_ID": "7", "WORKSPACE_DIR": "/workspace"})
+    assert settings.event_log == Path("/workspace/nullworker-7.db")
+    assert (settings.max_reservation_seconds, settings.backend_health_url) == (3600, None)
+    assert (settings.null_control_port, settings.worker_port, settings.worker_http_port) == (18999, 3000, None)
+    assert (settings.null_max_queue_seconds, settings.null_max_queued, settings.null_max_perf) == (30, 1000, 100)
+    assert (settings.null_health_interval, settings.null_health_timeout, settings.null_health_failures) == (10, 10, 1)
+    assert (settings.null_unhealthy_action, settings.null_grant_url, settings.null_log_sync) == (
+        "report",
+        "warn",
+        "full",
+    )
+    assert (settings.null_drain_seconds, settings.null_log_format, settings.null_log_level) == (5, "console", "info")
+    assert (settings.report_addr, settings.use_ssl, settings.unsecured) == (("https://run.vast.ai",), False, False)
+    assert read_settings(STANDALONE).event_log == Path("nullworker.db")
+
+
+def test_an_empty_variable_is_one_that_is_not_set() -> None:
+    names = [variable(field.name) for field in dataclasses.fields(Settings)]
+    assert read_settings({**dict.fromkeys(names, " "), **STANDALONE}) == read_settings(STANDALONE)
+
+
+@pytest.mark.parametrize(
+    ("env", "url"),
+    [
+        ({}, "http://127.0.0.1:3000"),
+        ({"PUBLIC_IPADDR": "1.2.3.4", "VAST_TCP_PORT_3000": "40123"}, "http://1.2.3.4:40123"),
+        ({"WORKER_PORT": "3100", "VAST_TCP_PORT_3000": "1", "VAST_TCP_PORT_3100": "2"}, "http://127.0.0.1:2"),
+        ({"USE_SSL": "true"}, "https://127.0.0.1:3000"),
+    ],
+)
+def test_its_url_is_made_of_what_vasts_template_sets(env: dict[str, str], url: str) -> None:
+    assert read_settings({**STANDALONE, **env}).own_url == url
+
+
+def test_report_addr_is_a_list_without_the_old_api() -> None:
+    text = "https://cloud.vast.ai/api/v0, https://a.example/,https://b.example"
+    assert read_settings({**STANDALONE, "REPORT_ADDR": text}).report_addr == ("https://a.example", "https://b.example")
