@@ -1,4 +1,4 @@
-"""Compares this worker with one on the official SDK and with bare aiohttp: paired, alternating, one machine, one run.
+"""Compares this worker with one on the official SDK, with bare aiohttp, and with the bound: in turns, in one run.
 
     python -m bench [--rounds 5] [--only cycles,...]
 
@@ -23,7 +23,8 @@ from collections.abc import Awaitable, Callable
 from importlib.metadata import version
 from pathlib import Path
 
-from bench.peers import Peer
+from bench import felt, quiet
+from bench.peers import BARE, Peer
 from nullworker.testing import FakeAutoscaler
 
 Figures = dict[str, float]
@@ -113,7 +114,7 @@ async def long_queue(name: str, vast: FakeAutoscaler, folder: Path) -> Figures:
 
 async def forged(name: str, vast: FakeAutoscaler, folder: Path) -> Figures:
     """Requests with a signature that is nobody's, from eight connections that write and read bytes, and no more."""
-    if name in ("floor", "normal"):
+    if name in (*BARE, "normal"):
         return {}
     async with Peer(name, vast, folder) as peer:
         body = peer.body()
@@ -183,38 +184,52 @@ MEASURES: dict[str, Measure] = {
     "long_queue": long_queue,
     "forged": forged,
     "command": command,
+    "told": felt.told,
+    "killed": felt.consumer_killed,
 }
+#: In the order of the first round; each later one begins with the next.
+PEERS = ("nullworker", "normal", "SDK", "bound", "floor")
+#: Columns of ratios: ours, theirs, and the head.
+RATIOS = (
+    ("nullworker", "SDK", "x SDK"),
+    ("nullworker", "bound", "x bound"),
+    ("normal", "SDK", "at sync normal, x SDK"),
+)
 
 
-async def run(rounds: int, names: list[str]) -> dict[str, dict[str, list[float]]]:
-    """All figures of all rounds: figure, peer, values."""
+async def run(rounds: int, names: list[str]) -> tuple[dict[str, dict[str, list[float]]], str]:
+    """All figures of all rounds: figure, peer, values; and one line that says whether the machine was quiet."""
     table: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    peers = ["nullworker", "normal", "SDK", "floor"]
+    others = []
     async with FakeAutoscaler() as vast:
         for number in range(rounds):
+            others.append(await quiet.others())
+            first = number % len(PEERS)
             for measure in names:
-                for peer in peers[number % 4 :] + peers[: number % 4]:
+                for peer in PEERS[first:] + PEERS[:first]:
                     print(f"round {number + 1}/{rounds}: {measure}, {peer:<12}", end="\r", file=sys.stderr, flush=True)
                     with tempfile.TemporaryDirectory() as folder:
                         for figure, value in (await MEASURES[measure](peer, vast, Path(folder))).items():
                             table[figure][peer].append(value)
     print(" " * 60, end="\r", file=sys.stderr)
-    return table
+    return table, quiet.verdict(others)
 
 
-def show(table: dict[str, dict[str, list[float]]]) -> None:
-    """A markdown table: the ratio to the SDK and to the floor, then medians with the least and the most."""
+def show(table: dict[str, dict[str, list[float]]], quiet_or_not: str) -> None:
+    """A markdown table: the ratios to the SDK and to the bound, then medians with the least, the most and n."""
+    print(quiet_or_not)
     versions = ", ".join(f"{name} {version(name)}" for name in ("aiohttp", "vastai", "cryptography"))
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}")
     at_once, rested = fdatasync(0.0), fdatasync(0.003)
     print(f"One fdatasync of 16 kB: {at_once:.2f} ms, and {rested:.2f} ms when the disk has rested for 3 ms")
     print()
-    print("| figure | x SDK | at sync normal, x SDK | x floor | nullworker | at sync normal | SDK | floor |")
-    print("|---|---|---|---|---|---|---|---|")
+    heads = ["figure", *(head for _, _, head in RATIOS), "nullworker", "at sync normal", *PEERS[2:]]
+    print(f"| {' | '.join(heads)} |")
+    print("|---" * len(heads) + "|")
     for figure, values in table.items():
         middle = {peer: statistics.median(seen) for peer, seen in values.items()}
-        ratios = [_ratio(middle, *pair) for pair in (("nullworker", "SDK"), ("normal", "SDK"), ("nullworker", "floor"))]
-        cells = [_cell(values.get(peer)) for peer in ("nullworker", "normal", "SDK", "floor")]
+        ratios = [_ratio(middle, ours, theirs) for ours, theirs, _ in RATIOS]
+        cells = [_cell(values.get(peer)) for peer in PEERS]
         print("| " + " | ".join([figure, *ratios, *cells]) + " |")
 
 
@@ -224,7 +239,11 @@ def _ratio(middle: dict[str, float], ours: str, theirs: str) -> str:
 
 
 def _cell(seen: list[float] | None) -> str:
-    return f"{statistics.median(seen):.3g} ({min(seen):.3g} - {max(seen):.3g})" if seen and min(seen) > 0 else ""
+    return (
+        f"{statistics.median(seen):.3g} ({min(seen):.3g} - {max(seen):.3g}, n {len(seen)})"
+        if seen and min(seen) > 0
+        else ""
+    )
 
 
 def main() -> None:
@@ -234,7 +253,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default=",".join(MEASURES), help="of " + ", ".join(MEASURES))
     options = parser.parse_args()
-    show(asyncio.run(run(options.rounds, options.only.split(","))))
+    show(*asyncio.run(run(options.rounds, options.only.split(","))))
 
 
 if __name__ == "__main__":

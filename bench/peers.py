@@ -1,4 +1,4 @@
-"""Worker processes to be compared, started alike: this project's, the SDK's, and the floor."""
+"""Worker processes to be compared, started alike: this project's, the SDK's, bare aiohttp, and the bound."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ COMMANDS = {
     "normal": ["-m", "nullworker", "serve"],  # the same at NULL_LOG_SYNC=normal: what the disk costs
     "SDK": [str(ROOT / "bench" / "sdk_worker.py")],
     "floor": [str(ROOT / "bench" / "floor.py")],
+    "bound": [str(ROOT / "bench" / "bound.py")],
 }
+
+#: Those that speak to no autoscaler.
+BARE = ("floor", "bound")
 
 
 class Peer:
@@ -69,7 +73,7 @@ class Peer:
             if self.process.returncode is not None:
                 raise RuntimeError(f"{self.name} has died: {(self.folder / f'{self.name}.err').read_text()[-800:]}")
         self.seconds_to_port = time.perf_counter() - started
-        if self.name != "floor":
+        if self.name not in BARE:
             await self.vast.wait_for(self._ready, timeout=30)
             self.seconds_to_ready = time.perf_counter() - started
         self.http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
