@@ -1,4 +1,4 @@
-"""The door for Vast's start script, which runs `python3 -m worker` in a clone of this repository."""
+"""Entry point for Vast's start script, which runs `python3 -m worker` in a clone of this repository."""
 
 import sys
 

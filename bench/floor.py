@@ -1,4 +1,4 @@
-"""The floor: bare aiohttp that holds one request until it is released. No signature, no log, no queue, no metrics."""
+"""The lower bound: bare aiohttp that holds one request until its release. No signature, log, queue or metrics."""
 
 from __future__ import annotations
 

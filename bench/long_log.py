@@ -1,8 +1,8 @@
-"""A worker on a log of millions of events: its start, its memory, and what scrapers and people ask of it.
+"""Measures a worker on a log of millions of events: its start, its memory, and the time of scrapes and queries.
 
     python -m bench.long_log [--events 10000000] [--keep FILE]
 
-Compares with the same on an empty log, in turns, since neither may grow with the log.
+Alternates with the same on an empty log.
 """
 
 from __future__ import annotations

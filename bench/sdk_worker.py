@@ -1,6 +1,6 @@
-"""The peer: a null worker on the official SDK's own worker framework, as its users write it.
+"""The peer: a null worker on the official SDK's worker framework, written as its users write one.
 
-A request is held by a remote function until POST /release on a local port. It has no log and no metrics.
+A remote function holds a request until POST /release on a local port. It has no log and no metrics.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""asyncio, where its own parts do not fit: an event that resets, a time limit that keeps cancellations, a backoff.
+"""asyncio helpers: an auto-reset event, a time limit that keeps cancellations, a backoff, and signal handling.
 
-`asyncio.wait_for`, before Python 3.12, loses a cancellation that arrives together with the result: a caller's hang-up
-would be missed, and a task that was told to end would go on. Nothing in this project uses it where that matters.
+Before Python 3.12, `asyncio.wait_for` loses a cancellation that arrives together with the result: a caller's hang-up
+would be missed, and a task that was told to end would go on. Use `wait_for` of this module where that matters.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""The one place that asks what time it is.
+"""Time: the only module in this package that reads a clock.
 
-Deadlines are stored as epoch seconds, so that a restart finds them; but the wall clock can be set, by NTP or by hand,
-by an hour in either direction, and that must neither end nor prolong what is held. So the worker's time is the wall
-clock as it was once (the anchor) plus what the monotonic clock has counted since. A restart within the same boot goes
-on with the stored anchor while something is held; an idle worker takes the wall clock again.
-
-The one rule: nothing else in this package calls `time` or `datetime.now`.
+Deadlines are stored as epoch seconds so that they survive a restart. The wall clock may be set at any moment, by NTP
+or by hand, and that must neither end nor prolong a reservation. The worker's time is therefore the wall clock at one
+moment (the anchor) plus the monotonic time since. After a restart within the same boot, the stored anchor is used
+again while something is held; an idle worker follows the wall clock.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""Asks the consumer's health endpoint how it is, and says so to the service.
+"""Polls the consumer's health endpoint (BACKEND_HEALTH_URL) and tells the service the result.
 
-A worker is ready after the first success; from then on NULL_HEALTH_FAILURES failures in a row mark it errored, and one
-success ends that: a single bad answer must not cost a worker for good.
-
-What it leaves out: what an errored worker does (readiness.py, service.py).
+The worker becomes ready at the first success. After that, NULL_HEALTH_FAILURES failures in a row mark it errored, and
+one success clears that.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The control port as a command sees it: one question, one answer. On the standard library, so that it starts at once.
+"""A blocking client of the control port, for commands. It uses only the standard library, to start fast.
 
-What it leaves out: waiting and streams, which are a consumer's (consumer_port.py), and what a command prints.
-The one rule: whatever goes wrong is one sentence that says what to do.
+Every failure becomes one sentence that says what to do. For asyncio see consumer/control_port.py.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Every error of this project, in one tree.
+"""The error classes of this project, in one tree, with their HTTP statuses.
 
     NullworkerError                 500
     ├── BadSettings                 a setting is wrong: exit 2
-    ├── CannotStart                 a port, a certificate, the log's lock: exit 1
-    ├── IllegalMove                 the rule book forbids it; nothing has changed
+    ├── CannotStart                 a port, a certificate or the log's lock: exit 1
+    ├── IllegalMove                 the transition table forbids it; nothing has changed
     ├── LogUnavailable              503  the event log cannot be written
-    ├── LogDamaged                  the event log cannot be read; it is set aside at the next start
+    ├── LogDamaged                  the event log cannot be read; the next start sets it aside
     ├── WorkerUnreachable           no worker answers on a control port
-    └── RequestError                an answer to whoever asked, as JSON
+    └── RequestError                an error answer, as JSON
         ├── Unauthorized            401
         ├── Forbidden               403
         ├── NotFound                404
@@ -15,7 +15,7 @@
         ├── Conflict                409
         ├── Gone                    410
         ├── BodyTooLarge            413
-        ├── Invalid                 422  each wrong field by its name
+        ├── Invalid                 422  names each wrong field
         └── Unavailable             503  with Retry-After
 
 A refused claim (429, 503, 499) is no error: it is the end of a reservation, see fsm/table.py.

@@ -1,12 +1,11 @@
-"""Log lines on stderr: a machine word and fields, for a person or as JSON.
+"""Log lines on stderr: a machine-readable event name and fields, as text for people or as JSON.
 
-Levels and loggers are the standard library's, so that a library's lines come out in the same form; but a line of our
-own is no LogRecord, which is made of twenty things that nobody reads and took a sixth of a reservation's CPU.
-structlog would be the library for it, but it brings `rich` where that is installed, as it is on every Vast worker:
-0.15 s of a start.
+Levels and loggers are the standard library's, so that lines of libraries come out in the same form; a line of our own
+is no LogRecord, whose twenty unused fields took a sixth of a reservation's CPU time. structlog imports `rich` where it
+is installed, as on every Vast worker, and would add 0.15 s to a start.
 
-The one rule: a log line that cannot be written must not stop the work. stderr may be a pipe whose reader has died or
-stalled, or a file on the very disk that is full.
+A line that cannot be written never blocks or fails the work: stderr may be a pipe whose reader has died or stalled, or
+a file on a full disk.
 """
 
 from __future__ import annotations

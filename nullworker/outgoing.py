@@ -1,4 +1,4 @@
-"""Calls to other programs over HTTP: one POST, and why a call failed, in words that hold no secret."""
+"""One HTTP POST to another program, and the reason for a failed call in words that hold no secret."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Child processes, one process group each, and a guard that kills them when this process dies.
+"""Child processes, one process group each, and a guard that kills the groups when this process dies.
 
-`ChildProcess` is polled (a fleet's workers), `ProcessGroup` is awaited (the command of `nullworker work`), and every
-group of either is registered with an `OrphanGuard` from its start until nothing of it runs. A process that starts a
-session of its own (setsid, a daemon) leaves its group, and is not ended.
+`ChildProcess` is polled (workers of a fleet), `ProcessGroup` is awaited (the command of `nullworker work`). Each group
+is registered with an `OrphanGuard` from its start until all of its processes have ended. A process that starts a new
+session (setsid, a daemon) leaves its group and is not ended.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Whether this worker takes reservations, and if not, why: for /readyz, the autoscaler, the metrics and people.
+"""Whether this worker takes reservations, and why not: for /readyz, the autoscaler, the metrics and the status page.
 
-Each cause has one owner, who alone sets and clears it: the key ring the missing key, the health poll the consumer, the
-service the log and the drain, the worker a part of it that has died. Nobody clears the cause of another.
+Each cause has one owner, and only the owner sets and clears it: the key ring the missing key, the health poll the
+consumer, the service the log and the drain, the worker a task of its own that has died.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""The reservations of this worker: now -> decide -> log -> apply -> tell.
+"""The commands on this worker's reservations: read the clock, decide, log, apply, tell.
 
-Every command goes that way in one plain call with no `await` in it, so nothing can come in between and there is
-nothing to lock. The book decides, the journal makes it durable, `apply` makes it true, and only then do watchers and
-observers hear of it.
+Each command runs these steps in one call without `await`, so no other command can run in between and no lock is
+needed. The book decides, the journal makes the events durable, the book applies them, and only then are waiters and
+observers called.
 
-When the log cannot be written, new claims are refused; but what is held can end, so those events wait in memory, in
-order, and are written as soon as the log can be. That is the one case in which an effect is seen before its commit.
-
-Nothing in this file awaits, except `ended`, which only waits.
+While the log cannot be written, new claims are refused. Reservations that are already live can still end: their events
+are applied at once, wait in memory in order, and are written as soon as the log accepts them. This is the only case in
+which an effect is visible before its commit.
 """
 
 from __future__ import annotations

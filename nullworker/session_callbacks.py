@@ -1,12 +1,8 @@
-"""Tells a session's owner that it has ended: POST to its on_close_route, whatever ended it.
+"""Delivers session callbacks: a POST to a session's on_close_route when it ends, for whatever reason.
 
-What is owed is in the log, written with the end itself, so a callback survives a restart and is delivered at least
-once; a receiver tells a second delivery by `session_id`. It is tried again with growing pauses, and given up a day
-after the end.
-
-What it leaves out: which routes are allowed (http/sessions.py).
-
-The one rule: where a callback goes and what it says are nowhere but in the log, except while it is called.
+A pending callback is in the log, committed together with the end of its session, so it survives a restart and is
+delivered at least once; a receiver recognizes a repetition by `session_id`. Retries back off, and stop a day after the
+end. Route and payload are read from the log for each attempt and kept nowhere else.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""What can be set, once: the environment and the options of `nullworker serve` are read into one frozen object.
+"""Settings: the environment and the options of `nullworker serve`, read into one frozen dataclass.
 
-Each field is named as its environment variable, in lower case; its metadata say how the text is read, what is allowed
-and what it is for, and `--help`, the documentation's table and every error message come from there.
-What it leaves out: the command line itself (cli.py) and files of any kind.
-
-The one rule: nothing else in the worker reads the environment; the consumer's commands read NULL_CONTROL_PORT.
+Each field has the name of its environment variable in lower case. Its metadata hold the parser, the allowed values and
+the help text; `--help`, the table in docs/deploying.md and all error messages are made from them. No other module of
+the worker reads the environment; the consumer's commands read NULL_CONTROL_PORT.
 """
 
 from __future__ import annotations

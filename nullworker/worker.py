@@ -1,7 +1,7 @@
-"""One worker process: settings in, exit code out. Build, start, serve, drain, and stop whatever happens.
+"""One worker process, from settings to exit code: build, start, serve, drain, stop.
 
-Whatever ends the worker, what is owed is in the log, and nobody waits for more than NULL_DRAIN_SECONDS + 3 s. A worker
-that cannot start tells the autoscaler so.
+However the worker ends, everything that is still to be delivered is in the log, and the exit takes at most
+NULL_DRAIN_SECONDS + 3 s. A worker that cannot start reports that to the autoscaler.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Kill -9 a worker hundreds of times under load, and then ask its log whether anything was lost, doubled or left.
+"""The crash harness: kills a worker with SIGKILL hundreds of times under load, then checks its log for lost events.
 
-A real process (signed grants, a stand-in autoscaler that is down, slow, late and failing at random) is killed at
-random moments, its start included, and started again at once, while clients reserve, stream, hang up, open, renew
-and end sessions, and a consumer releases. Afterwards every answer that anybody got is looked up in the log.
+A real process (signed grants, a fake autoscaler that is down, slow, late and failing at random) is killed at random
+moments, also during its start, and started again at once, while clients reserve, stream, hang up, open, renew and end
+sessions, and a consumer releases. Afterwards every answer that a client got is compared with the log.
 
     python -m stress.crash --kills 300 --seed 1
 
-The seed decides what is done and when, as far as the machine's own timing allows. Exit 1: something is wrong; the
-folder with the log is kept, and named.
+The seed decides what is done and when, as far as the machine's timing allows. Exit code 1 means that a check failed;
+the folder with the log is then kept and named.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""The verdict on a run: what was seen from outside, held against the log.
+"""Checks a finished run: compares what was seen from outside with the log.
 
-Each check returns sentences about what is wrong, none when all is well.
-
-The one rule: the log is read as any SQLite shell would read it, after the last worker has gone.
+Each check returns a list of sentences, empty if all is well. The log is read with plain SQL, after the last worker
+has ended.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""The load: clients, sessions, and a consumer that releases, each writing down what it saw.
+"""The load of the crash harness: clients, sessions and a releasing consumer, each recording what it saw from outside.
 
-Nobody here judges. A client that gets no answer notes that, and goes on as soon as the worker is there again.
-
-The one rule: what is written down was seen from outside the worker.
+Nothing is judged here. A client that gets no answer records that, and goes on when the worker is back.
 """
 
 from __future__ import annotations

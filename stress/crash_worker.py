@@ -1,7 +1,7 @@
-"""The worker under test: a real process on fixed ports, killed and started again, its log lines watched.
+"""The worker under test: a real process on fixed ports, killed and started again, with its log lines watched.
 
-Fixed ports are what clients and the autoscaler know of an instance; they lie below the kernel's range for outgoing
-connections, so that no client's own socket can take one while the worker is down.
+Clients and the autoscaler know an instance by its ports, so they are fixed. They lie below the kernel's range for
+outgoing connections, so that no client's own socket can take one while the worker is down.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A crowd at the door: thousands wait, hundreds more come each second, and forged requests as fast as they go.
+"""Overload: thousands of waiting callers, hundreds of new ones each second, and forged requests at full speed.
 
     python -m stress.load [--waiting 10000] [--rate 500] [--seconds 10] [--forgers 4]
 
-One worker process with its log at sync full, checking signatures and reporting to a stand-in. A consumer releases
-without pause. Beside the honest callers there are forgers and connections that never send a whole request. Then all
-who still wait hang up, and the log is held against what every caller saw.
+One worker process with its log at sync full checks signatures and reports to a fake autoscaler. A consumer releases
+without pause. Beside the honest callers there are forgers and connections that never send a whole request. At the end
+all waiting callers hang up, and the log is compared with what every caller saw.
 
 Prints the figures; exit code 1 if anything was lost.
 """

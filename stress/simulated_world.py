@@ -1,10 +1,8 @@
-"""A world for the worker in one thread: its time, disk, network, autoscaler and session owners, all from one seed.
+"""A simulated world for the worker in one thread: time, disk, network, autoscaler and session owners, from one seed.
 
-In the manner of FoundationDB's and TigerBeetle's simulations: the code under test is the real service, log, reporter
-and callbacks on a real SQLite file; what is simulated is everything that they touch. Time jumps to the next timer, so
-an hour takes milliseconds, and the same seed gives the same history.
-
-Left out: HTTP, which real processes are tested with.
+As in the simulations of FoundationDB and TigerBeetle, the code under test is real (service, log, reporter and callbacks
+on a real SQLite file) and everything it touches is simulated, except HTTP. Time jumps to the next timer, so an hour
+takes milliseconds, and the same seed gives the same history.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Whole histories of a worker from one seed: those who use it, crashes, faults; then the accounts are checked.
+"""The simulation: whole histories of a worker from one seed, with users, crashes and faults, and an audit at the end.
 
     python -m stress.simulation --seed 7 --steps 100000
 
-A failing seed is printed, and replays exactly. simulated_world.py has the world.
+A failing seed is printed and replays exactly. simulated_world.py has the world.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Hours of everything at once, and then: has the worker grown, lost, doubled or left anything?
+"""The soak test: runs a worker under mixed load for hours, and checks that nothing grows and nothing is lost.
 
-A real process, a stand-in autoscaler with outages, a consumer whose health flaps; honest callers beside forged, broken
-and endless requests, readers of /events, scrapers and commands; SIGTERM and kill -9 in turn. Half of the time is the
-last life's, so that a slow leak has time to show.
+A real process, a fake autoscaler with outages, a consumer whose health flaps; honest callers beside forged, broken and
+endless requests, readers of /events, scrapers and commands; SIGTERM and SIGKILL in turn. The last process gets half of
+the time, so that a slow leak can show.
 
     python -m stress.soak --minutes 60 [--seed 1] [--json]
 
-Prints the figures; exit code 1 with a sentence for each thing that is wrong, and the folder with the log is kept. The
-soak itself keeps some 2 kB of each claim, for the audit at the end.
+Prints the figures; on a failed check the exit code is 1, each is printed as a sentence, and the folder with the log is
+kept. The soak itself uses about 2 kB for each claim, for the audit at the end.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""The figures of a soak: samples of each life of the worker, the trends in them, and what is judged. PURE.
+"""The figures of a soak: samples of each worker process, their trends, and the bounds with their reasons. Pure.
 
-A trend is the median of the slopes between all pairs of samples (Theil-Sen), so that a peak of load does not make one.
-
-The one rule: every bound stands here, with its reason.
+A trend is the median of the slopes between all pairs of samples (Theil-Sen), so that one peak of load does not count.
 """
 
 from __future__ import annotations

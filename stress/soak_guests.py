@@ -1,8 +1,6 @@
-"""Everybody else who comes to a worker: forgers, the clumsy, the slow, scrapers, readers of /events, and the commands.
+"""The other visitors of a soak: forged, broken and slow requests, scrapers, readers of /events, and the commands.
 
-Each counts what it did. What an answer may not be goes into `problems`.
-
-The one rule: nobody here ends a reservation without noting it in the ledger.
+Each counts what it did and adds a wrong answer to `problems`. One that ends a reservation records that in the ledger.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The honest side of a soak: stress/crash_load.py at a pace for hours, with metadata, and timed.
-
-The one rule: as there, what is written down was seen from outside the worker.
-"""
+"""The honest load of a soak: stress/crash_load.py at a steady pace, with metadata and timings."""
 
 from __future__ import annotations
 

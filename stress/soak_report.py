@@ -1,4 +1,4 @@
-"""What a soak has found, for people and for scripts."""
+"""The report of a soak, for people and for scripts."""
 
 from __future__ import annotations
 

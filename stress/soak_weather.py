@@ -1,6 +1,6 @@
-"""What goes wrong around the worker: an autoscaler with outages, and a consumer whose health endpoint flaps.
+"""Faults around the soaked worker: outages of the autoscaler, and a health endpoint that flaps.
 
-The one rule: an outage lasts for a time and not for a number of calls, so that one report in doubt is known as such.
+An outage lasts for a time, not for a number of calls, so that one report in doubt is known as such.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The worker under a soak, its log lines explained or not; and a stand-in autoscaler that keeps only what is asked for.
+"""The worker under a soak, and a fake autoscaler that keeps only what the audit needs.
 
-The one rule: a warning or an error that is not in EXPLAINED is an alarm, as is any text that is no log line.
+A warning or error line that is not in EXPLAINED fails the soak, as does any output that is no log line.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fixtures of many tests: the stand-in autoscaler, a worker that reports to it, and a client of either."""
+"""Fixtures of many tests: the fake autoscaler, a worker that reports to it, and a client of either."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""All that Vast sees or signs: its messages, its signature and key, the calls to it, and when they are made."""
+"""What this worker sends to Vast and what Vast signs: messages, signature, public key, connection, reporter."""

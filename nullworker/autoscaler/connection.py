@@ -1,8 +1,6 @@
-"""The wire to the autoscaler: the key, and the two calls, to the first REPORT_ADDR that answers.
+"""HTTP client for the autoscaler: fetches the public key and POSTs messages to the first REPORT_ADDR that answers.
 
-What it leaves out: what is said (autoscaler.py) and when (metrics/reporter.py).
-
-The one rule: what is sent may be secret, so nothing of a body, a query or a header is ever logged.
+Bodies, queries and headers may hold secrets and are never logged.
 """
 
 from __future__ import annotations

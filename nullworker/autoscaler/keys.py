@@ -1,4 +1,4 @@
-"""The autoscaler's public key: fetched for as long as it takes, and again when a signature fails."""
+"""The autoscaler's public key: fetched with retries until it is there, and again when a signature fails."""
 
 from __future__ import annotations
 

@@ -1,10 +1,8 @@
-"""All that Vast sees: `worker_status`, `delete_requests`. Pure: no I/O, no clock. What it signs is in publickey.py.
+"""The messages to the autoscaler: `worker_status` and `delete_requests`. Pure: no I/O, no clock.
 
-Each fact here was read in the source of vastai 1.9.1 (server/lib/backend.py, metrics.py, data_types.py) and seen on
-the wire of its own worker. The figures that are "since the last report" are counts of reservations that are set back
-only by what was delivered.
-
-The one rule: nothing that is not authenticated is ever counted here.
+Every field was read in the source of vastai 1.9.1 (server/lib/backend.py, metrics.py, data_types.py) and checked on the
+wire of its own worker. Figures "since the last report" are reset only when a report was delivered. Only authenticated
+requests are counted.
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
-"""Tells the autoscaler how loaded this worker is, and how each request has ended.
+"""Reports the load of this worker and the outcome of each request to the autoscaler.
 
-A report's figures are counted as events are committed, and at a start read off the log from a cursor on; the outcomes
-that are owed are the ends after another. A cursor moves only when the autoscaler has said yes, so everything arrives at
-least once and in order, also over a restart or an outage of hours; the backlog costs no memory.
-
-What it leaves out: the messages (autoscaler.py), the addresses (autoscaler.py).
-
-The one rule: what was not delivered is still owed.
+Figures are counted as events are committed; after a start they are rebuilt from the log, from a cursor on. Outcomes are
+the end events after a second cursor. A cursor moves only when the autoscaler has accepted the message, so everything
+is delivered at least once and in order, also after a restart or a long outage, and the backlog uses no memory.
 """
 
 from __future__ import annotations

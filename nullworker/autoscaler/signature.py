@@ -1,7 +1,7 @@
-"""The autoscaler's signature, as vastai 1.9.1 makes and checks it (server/lib/backend.py). Pure: no I/O, no clock.
+"""Verifies the autoscaler's signature, as vastai 1.9.1 makes and checks it (server/lib/backend.py). Pure.
 
-It has a file of its own because `cryptography` takes 25 ms and 7 MB to import, and a worker needs it only when it has
-fetched the key: by then its ports are open.
+`cryptography` takes 25 ms and 7 MB to import. This module is imported when the key has been fetched, after the ports
+are open.
 """
 
 from __future__ import annotations

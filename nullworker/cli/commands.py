@@ -1,6 +1,6 @@
-"""The command line. Each command imports only what it needs: `nullworker release` must not pay for a web server.
+"""The `nullworker` command and its table of subcommands. Each subcommand imports only what it needs.
 
-Errors are one line on stderr that says what to do; exit codes: 0 done, 1 failed, 2 wrong use or settings.
+Errors are one line on stderr that says what to do. Exit codes: 0 done, 1 failed, 2 wrong use or settings.
 """
 
 from __future__ import annotations

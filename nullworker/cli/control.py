@@ -1,9 +1,7 @@
 """`nullworker status, release, extend, wait`: the control port, for people and for scripts.
 
-A table for people, with --json what the worker answered, on one line. Exit code 1 when what was asked for has not been
-done, also when that is nobody's fault: a script can see it without reading.
-
-What it leaves out: the log (commands_log.py). The one rule: no import that `nullworker release` does not need.
+Prints a table, or with --json the worker's answer on one line. The exit code is 1 when the request was not carried out,
+for example because nothing is held. Import nothing here that `nullworker release` does not need.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`nullworker dev`: a stand-in for Vast Serverless on this machine."""
+"""`nullworker dev`: a fake Vast Serverless on this machine."""
 
 from __future__ import annotations
 

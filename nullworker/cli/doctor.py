@@ -1,4 +1,4 @@
-"""`nullworker doctor`: looks at this machine and at an endpoint, changes nothing, and says what to change."""
+"""`nullworker doctor`: checks this machine and an endpoint, changes nothing, and says what to change."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
-"""`nullworker history, events`: the event log, for people and for scripts, whether its worker runs or not.
+"""`nullworker history, events`: the event log, for people and for scripts, also while its worker is not running.
 
-The log is a file on this machine, and they read the file: the one that is named, or that of the worker that answers on
-the control port, or the one that a worker started here would write. --follow looks at the file again and again.
-
-The one rule: nothing is written, and the worker is not asked for more than where its log is.
+The commands read the file, without writing to it: the file named by --log, that of the worker that answers on the
+control port, or the one that a worker started here would use. --follow polls the file.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`nullworker prune`: old reservations leave the log of a worker that does not run, all of them or none.
+"""`nullworker prune`: removes old reservations from the log of a worker that is not running, in one transaction.
 
-A running worker has the lock, and prunes by itself when NULL_LOG_KEEP is set; --dry-run asks its log as well.
+A running worker holds the lock, and prunes by itself when NULL_LOG_KEEP is set. --dry-run works on its log as well.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""`nullworker reserve`: the command line around holding.py, and its exit codes.
+"""`nullworker reserve`: the command line of nullworker.client, and its exit codes.
 
-Left out: all that talks to Vast or to a worker; scripts import `hold` from here and leave the rest.
-One rule: the answer is JSON on stdout, and everything said about it goes to stderr.
+The answer is JSON on stdout; progress messages go to stderr.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`nullworker work -- CMD ...`: a consumer in any language."""
+"""`nullworker work -- CMD ...`: runs CMD for each reservation, as a consumer in any language."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""To hold one worker from a script: `hold`, `hold_session`, and `hold_at` for a worker without an autoscaler.
+"""Holds one worker from your own code: `hold`, `hold_session`, and `hold_at` for a worker without an autoscaler.
 
-Left out: the SDK's ways and how they are tamed (sdk.py), the command line (client.py), what runs while it is held.
-One rule: a worker is never asked again while it may still hold the first. Hence the stream: the SDK repeats a plain
-request whose answer takes longer than its timeout, and each repetition would hold one more worker.
+A worker that may still hold a first request is never asked again. That is why requests are streamed: the SDK repeats a
+plain request whose answer takes longer than its timeout, and each repetition would hold one more worker.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
-"""The official `vastai` SDK, made patient where it spins, bounded where it waits for ever, and audible.
+"""Wraps the official `vastai` SDK (1.9.1): adds backoff, deadlines and progress messages.
 
-Left out: what is asked for (holding.py), and the trace itself, which is the SDK's own (vastai 1.9.1, client/client.py).
-One rule: all that reaches into the SDK's private parts is here: `_session`, `_ssl_context` and `Endpoint._route`.
+All use of the SDK's private attributes is in this file: `_session`, `_ssl_context` and `Endpoint._route`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Being the consumer of the worker on this machine, in asyncio: one reservation after another.
+"""The consumer's side, in asyncio: take one reservation of the worker on this machine after another.
 
 async for reservation in reservations():
     async with reservation:

@@ -1,7 +1,7 @@
-"""The control port for a consumer in asyncio: what is held, its release, and a wake-up at every event.
+"""An asyncio client of the control port, for a consumer: held reservation, release, and a wake-up at events.
 
-An answer is either what was asked for or `WorkerUnreachable`; to wait and try again is the caller's choice. Commands,
-which must not wait for the import of aiohttp, use `nullworker.control_client`.
+A call returns the answer or raises `WorkerUnreachable`; waiting and trying again is up to the caller. Commands, which
+must start fast, use `nullworker.control_client` instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""For consumers in asyncio: one reservation after another, each held for as long as its body runs.
+"""Iterates over the reservations of the worker on this machine, each held for as long as the body of its block runs.
 
     async for reservation in reservations():
         async with reservation:
@@ -8,13 +8,11 @@
 
 While the body runs, the reservation is extended in the background. When the body is done, the reservation is released
 by its id, with the result; when the body raises, with {"error": ...}. When the reservation ends first, because its
-caller hung up, its deadline came or the worker is gone, the body is cancelled and the loop goes on with the next one.
+caller hung up, its deadline came or the worker stopped, the body is cancelled and the loop goes on with the next one.
 
-It needs aiohttp alone. What it leaves out: the queue, and what goes over the wire (consumer_port.py). Each worker has
-one consumer: two would both be given the same reservation.
-
-The one rule: what belongs to a job, its acknowledgement too, stands inside the `async with`. The line after it is also
-reached when the body was cancelled; `reservation.gone_because` tells.
+Everything that belongs to a job, its acknowledgement too, must stand inside the `async with`: the line after it is also
+reached when the body was cancelled (`reservation.gone_because` says so). One worker has one consumer: two would both be
+given the same reservation.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""`nullworker work -- CMD ...`: a consumer in any language, as one command for each reservation.
+"""`nullworker work -- CMD ...`: runs one command for each reservation, as a consumer in any language.
 
-CMD is started when a reservation is held, and its end is the end of the reservation, with the exit code as the result.
-When the reservation ends first, CMD and all of its process group get SIGTERM, and SIGKILL after --kill-after. Either
-way nothing of CMD runs any more when the next reservation is taken, and no reservation is held for nobody.
-
-What it leaves out: how a reservation is had, watched and released (consumer.py), and how processes end (group.py).
+CMD is started when a reservation is held, and its exit releases the reservation, with the exit code as the result.
+When the reservation ends first, the process group of CMD gets SIGTERM, and SIGKILL after --kill-after. No process of
+CMD runs when the next reservation is taken, and no reservation stays held without a running command.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""`doctor`: examines a machine, its network and an endpoint, and says what to change."""
+"""`nullworker doctor`: examines this machine, its network and an endpoint, and says what to change."""

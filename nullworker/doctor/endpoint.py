@@ -1,9 +1,7 @@
-"""What `nullworker doctor --endpoint NAME` sees: the scaling parameters and the workers, through the official SDK.
+"""Checks an endpoint for `nullworker doctor --endpoint NAME`: scaling parameters and workers, through the vastai SDK.
 
-An endpoint's defaults are made for workers that take many requests at once. Here a worker is one reservation: whole
-workers are counted, and nobody knows when one gets free. The arithmetic is in docs/deploying.md.
-
-The one rule: `judge` is pure; what it says is the command that mends it, with the endpoint's own id.
+An endpoint's defaults suit workers that take many requests at once. Here a worker is one reservation. The arithmetic is
+in docs/deploying.md. `judge` is pure; each of its findings has the command that fixes it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""`nullworker doctor`: looks at this machine and, if one is named, at an endpoint, and says what to change.
+"""Runs all checks of `nullworker doctor` in order and collects the findings.
 
-What it leaves out: the looks themselves (doctor_machine.py, doctor_network.py, doctor_endpoint.py).
-
-The one rule: it changes nothing, and may run beside a worker that holds something.
+The doctor changes nothing and may run beside a worker that holds a reservation.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What `nullworker doctor` has found out about one thing, and how it is said.
+"""A finding of `nullworker doctor` and how it is printed.
 
-The one rule: what is not as it should be says why that matters, and the exact command or setting that mends it.
+A finding that is not ok says why that matters, and has the command or setting that fixes it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""What `nullworker doctor` sees of the machine itself: Python and packages, the template, ports, the log and its disk.
+"""Checks of the machine itself: Python and packages, the template, ports, the event log and its disk.
 
-What it leaves out: certificates and everything that is asked over the network (doctor_network.py).
-
-The one rule: a look takes nothing that a worker beside it needs.
+No check takes a port, a lock or a file that a running worker needs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What `nullworker doctor` asks: the certificate, the autoscaler and its key, the clock, the consumer.
+"""Checks over the network: the certificate, the autoscaler and its key, the clock, the consumer's health.
 
-The one rule: nothing is sent but GET requests without any secret in them.
+They send only GET requests without secrets.
 """
 
 from __future__ import annotations

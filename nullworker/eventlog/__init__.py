@@ -1,1 +1,1 @@
-"""The event log: a SQLite file with every event of every reservation, appended to before its effect is seen."""
+"""The event log: a SQLite file with every event of every reservation, committed before its effect is visible."""

@@ -1,11 +1,9 @@
-"""The event log: one SQLite file, appended to by one worker.
+"""Appends to the event log: one SQLite file, written by one worker.
 
-An append is one transaction: it is durable when it returns, and when it raises nothing of it is there. The writer
-gives each event its `seq`. Everything runs on the caller's thread: at one reservation at a time a commit of 0.2 ms is
-cheaper than a thread, and nothing can come in between.
+An append is one transaction: when it returns the events are durable, and when it raises none of them is stored. It
+runs on the caller's thread, because at one reservation at a time a commit of 0.2 ms is cheaper than a second thread.
 
-No other module writes to the file while a worker has it open. `opening.py` opens and checks it, `schema.py` is its
-shape, `queries.py` reads it.
+`opening.py` opens and checks the file, `schema.py` defines its tables, `queries.py` reads it.
 """
 
 from __future__ import annotations

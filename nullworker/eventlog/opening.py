@@ -1,6 +1,6 @@
-"""Opens an event log: takes its lock, makes or migrates it, verifies it, and sets a damaged one aside.
+"""Opens an event log: takes its lock, creates or migrates it, verifies it, and sets a damaged file aside.
 
-A damaged file is renamed, never deleted. The lock is an flock on a file beside the log: it ends with the process.
+A damaged file is renamed, never deleted. The lock is an flock on a file beside the log and ends with the process.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Reading the log: for the control port, the commands, the reports to the autoscaler. Plain SQL over sqlite3.
+"""Reads the event log, for the control port, the commands and the reports to the autoscaler. Plain SQL over sqlite3.
 
-Each query costs what it returns, not what the log has grown to. The exception is the search for a rare state, which
-walks through the newest events, 0.4 s for a million (an index would cost each commit a page); it is done in batches.
+The cost of a query depends on what it returns, not on the size of the log. The one exception is the search for a rare
+state, which walks back through the newest events (0.4 s for a million; an index would cost each commit a page) and
+runs in batches.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""What may leave the log: reservations that ended long ago and that nobody waits to hear of. The schema refuses others.
+"""Prunes the event log: removes reservations that ended long ago and that no reader still needs.
 
-In a worker it goes in small transactions with pauses, so that no caller waits for it.
-
-The one rule: a reservation leaves whole, or it stays.
+A reservation is removed with all its events or not at all; the schema refuses anything else. A running worker prunes in
+small transactions with pauses, so that no request waits for it.
 """
 
 from __future__ import annotations

@@ -1,17 +1,17 @@
-"""The shape of the event log's file: tables, the triggers that keep its promises, the views for people.
+"""The tables, triggers and views of the event log.
 
-The database itself refuses to change or remove an event, to end a reservation twice, and to hold two at once,
-whatever writes to it: this worker, a second one, or somebody's sqlite3 shell. INSERT OR REPLACE walks around
-triggers for UPDATE and DELETE, so an insert must come after the last event.
+Triggers refuse to change or remove an event, to end a reservation twice and to hold two at once, whoever writes: this
+worker, a second one, or a sqlite3 shell. INSERT OR REPLACE bypasses the triggers for UPDATE and DELETE, so an insert
+must also come after the last event.
 
-What is removed is removed as a whole reservation, by naming it in `pruning`, and only when nobody needs it any more:
-that is the view `done_with`. A DELETE fails for whoever tries it.
+Rows are only removed by inserting a reservation's id into `pruning`, which is allowed once the view `done_with` lists
+it: it has ended and every reader has passed it.
 
-`live` is derived by triggers from `events`, so that a start reads what is open and not the whole history.
-Times are stored as epoch seconds and shown by the views as ISO 8601 UTC with milliseconds.
+`live` is derived from `events` by triggers, so that a start reads only what is open. Times are stored as epoch seconds;
+the views show them as ISO 8601 UTC with milliseconds.
 
-A file has the shape of its `user_version`. A later version adds a step to MIGRATIONS, which changes tables; triggers
-and views hold nothing, so a migrated file gets all of them anew.
+`user_version` is the version of a file's tables. A later version adds a step to MIGRATIONS that changes tables;
+triggers and views hold no data, so a migrated file gets all of them anew.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SQLite, as this project uses it: transactions, scripts as statements, and which errors speak of a damaged file."""
+"""SQLite helpers: transactions, splitting a script into statements, and recognizing a damaged file."""
 
 from __future__ import annotations
 

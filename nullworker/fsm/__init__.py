@@ -1,1 +1,1 @@
-"""The state machine of a reservation, pure: the table of transitions, the events, and the book of what is live."""
+"""The state machine of a reservation: transition table, typed events, and the book of live reservations. Pure."""

@@ -1,12 +1,10 @@
-"""What is live on this worker, and what may happen next.
+"""The live reservations of one worker: at most one held, and a first-come, first-served queue.
 
-Commands decide: they look, change nothing, and return the events that would make it so, or raise. `apply` makes an
-event true, through the rule book. Live and replayed history go through the same `apply`.
+Command methods (`claim`, `release`, `due`, ...) only decide: they change nothing, and return the events to log, or
+raise. `apply` makes a logged event true, after `table.step` has allowed it; live and replayed history share it.
 
-The book knows only what is live: what has ended is in the log. One reservation is held at most; the queue is first
-come, first served; and whoever ends the held one hands the slot on in the same batch of events.
-
-The one rule: a command that is refused has changed nothing.
+A reservation that has ended is no longer in the book, only in the log. The command that ends the held reservation
+returns the promotion of the next in the queue in the same list, so both are committed together.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""The words of the event log: what has happened to a reservation, typed, in the past tense.
+"""The events of the log: one frozen struct for each kind of data, and their encoding as table rows.
 
-An event has the shape of its row: a time, a reservation, a kind, a reason, and data of the type that its kind has.
-Times in it are epoch seconds and were given to it; what is stored is a short word and JSON, never a class's name, so
-that old logs replay when code is renamed. A new field needs a default, and an old one keeps its meaning: the golden
-logs in tests/ hold us to it.
+Times are epoch seconds and are passed in. The stored `kind` is a word from the registry `DATA_OF`, never a class name,
+so old logs still replay after a rename. A new field needs a default, and an existing field keeps its meaning; the
+golden logs in tests/eventlog check that.
 
-The one rule: no secret is in an event. A session's auth is here as a SHA-256.
+Events hold no secrets: a session's auth_data is stored as a SHA-256.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The whole rule book of a reservation, as data.
+"""The transition table of a reservation, as data: states, events, reasons, HTTP statuses and reported outcomes.
 
-The one rule: no edge, reason, status or outcome is written anywhere else.
+Nothing of this is written anywhere else.
 
 ```mermaid
 stateDiagram-v2
@@ -17,9 +17,9 @@ stateDiagram-v2
     cancelled --> [*]
 ```
 
-A reservation begins with the event `queued`, which is no edge: there is no state before it. `transitions` is used as
-a rule book and nothing more: one Machine for all, no models, no callbacks (a Machine or a model for each reservation
-costs ten times as much), asked by `step`.
+A reservation begins with the event `queued`, which is no edge because no state comes before it. One `transitions`
+Machine, without models or callbacks, answers for all reservations (`step`): a Machine or a model for each reservation
+costs ten times as much.
 """
 
 from __future__ import annotations

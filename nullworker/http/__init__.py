@@ -1,1 +1,1 @@
-"""The ports of a worker: adapters that parse, call the service, and render what came of it."""
+"""The HTTP ports of a worker: handlers that parse a request, call the service and render the answer."""

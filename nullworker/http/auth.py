@@ -1,10 +1,7 @@
-"""Who may ask: the envelope of every signed POST, and the autoscaler's signature in it.
+"""Authentication of signed requests: decodes the envelope of a POST and verifies the autoscaler's signature in it.
 
-The signature covers the worker's url alone, so a grant for another worker verifies too; NULL_GRANT_URL says what
-happens then. The key is fetched for as long as it takes, and again, at most once a minute, when a signature fails: it
-may have been changed.
-
-The one rule: nothing of a request is used before `check` has returned.
+The signature covers only the worker's url, so a grant for another worker verifies too; NULL_GRANT_URL says what happens
+with it. Handlers use nothing of a request before `check` has returned.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""What comes in: bodies and query parameters, read within bounds and decoded into a shape.
+"""Reads request bodies and query parameters within bounds of size and time, and decodes them into typed structs.
 
-Whatever is wrong is said by the name of its field, and all of it at once.
-
-The one rule: a body that does not fit its shape changes nothing.
+A body that does not fit is refused as a whole, with every wrong field named.
 """
 
 from __future__ import annotations

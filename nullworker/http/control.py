@@ -1,7 +1,7 @@
-"""The control port, on 127.0.0.1: the consumer releases here, people and scrapers look.
+"""Routes of the control port, on 127.0.0.1: release, extend, history, health, status, metrics, events, the status page.
 
-It has no authentication, so it answers only to requests whose Host and Origin are local: a page in a browser on the
-same machine, or a host name rebound to 127.0.0.1, gets 403.
+The port has no authentication. It answers only requests whose Host and Origin are local, so that a web page in a
+browser on the same machine, or a host name rebound to 127.0.0.1, gets 403.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""The external port: signed requests for the slot, from anywhere.
+"""Routes of the external port: signed requests from anywhere. No route of the control port is reachable here.
 
-`POST /reserve` holds its connection open until the reservation ends; a client that hangs up ends it.
-
-The one rule: nothing of the control port can be reached here.
+`POST /reserve` keeps its connection open until the reservation ends; a client that hangs up ends it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What a worker listens on: the external port, the control port, and the two that a user may want beside them.
+"""The ports that a worker listens on: external, control, and the optional ports for session ends and for metrics.
 
-Nothing of the control port is served on another one.
+Routes of the control port are served on the control port only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A reservation as it is shown: its JSON wherever it is, live or in the log, and the verdict for its caller."""
+"""The JSON of a reservation, live or from the log, and the final answer to its caller."""
 
 from __future__ import annotations
 

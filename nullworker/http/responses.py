@@ -1,6 +1,6 @@
-"""What all ports share: JSON and errors out, every answer counted, and how a reservation looks.
+"""What all ports share: JSON responses, error responses, and the counting of every response.
 
-The one rule: every answer that is an error is JSON with `error`, made here and nowhere else.
+Every error response is JSON with a key `error` and is made here.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
-"""A port: who may be connected, how many, and for how long. aiohttp parses and answers; the bounds are here.
+"""An HTTP server with bounds: how many connections it accepts, from whom, and how long one may stay idle.
 
-A connection whose request does not come, or whose end could not be noticed, is closed after PATIENCE_SECONDS. When a
-port is full, the oldest of those that have nothing under way makes room, and a request that is under way is never
-closed for a newcomer: neither an honest caller nor a held reservation is pushed out by a crowd that only connects.
+A connection that sends no request, or whose loss could not be noticed, is closed after PATIENCE_SECONDS. When the port
+is full, the oldest connection without a request under way is closed for a new one. A connection with a request under
+way is never closed for a new one, so a crowd that only connects can push out neither a caller nor a held reservation.
 
-What it leaves out: bodies (bodies.py bounds their size and time), and listening (ports.py).
-
-The one rule: only what aiohttp and asyncio document is used; the exceptions say so, and tests/test_hardening*.py fail
-when they are gone.
+Only documented features of aiohttp and asyncio are used. The exceptions are marked, and tests/edge/test_hardening*.py
+fail when a release removes them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""SessionHandlers: reservations that live without a connection, until they are ended or their lifetime passes.
+"""Routes of session reservations, which live without a connection until they are ended or their lifetime passes.
 
-The answers are those that the official client expects (vastai 1.9.1, client/client.py, client/session.py), and the
-statuses those of its own worker (server/lib/backend.py), but for one thing: /session/create checks the signature.
-Ending a session needs the whole auth_data that it was created with; the log keeps its SHA-256.
+Answers are those that the official client expects (vastai 1.9.1, client/client.py, client/session.py) and statuses
+those of its own worker (server/lib/backend.py), except that /session/create checks the signature. Ending a session
+needs the whole auth_data that it was created with; the log keeps its SHA-256.
 """
 
 from __future__ import annotations

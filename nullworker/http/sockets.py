@@ -1,4 +1,4 @@
-"""Listening sockets, TLS, and how many connections there may be: what can fail about them fails here, at the start."""
+"""Opens listening sockets and TLS contexts and computes connection limits, so that a failure ends the start."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Server-sent events: one reservation's, to the caller that holds it; and all, to the control port.
+"""Server-sent events: the events of one reservation for its caller, and all events on the control port.
 
-A stream is how the official client holds a worker for longer than its own request timeout, and the keepalives keep
-proxies that cut idle connections from cutting it. The format is the WHATWG HTML standard's, section 9.2.
+With a stream the official client holds a worker for longer than its request timeout, and keepalives stop proxies from
+closing an idle connection. The format is that of the WHATWG HTML standard, section 9.2.
 
-The one rule: a stream reads the log and is only woken by its appends, so that a slow reader costs no memory.
+A stream reads the log and is only woken by appends, so a slow reader uses no memory.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The status document: all that a worker knows of itself, for GET /status, the status page and `nullworker status`."""
+"""The status document: everything a worker reports about itself, for GET /status, the page and `nullworker status`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A chart and a table for the terminal, by hand. PURE: figures in, text out.
-
-The one rule: what stdout cannot encode is drawn in ASCII.
-"""
+"""A bar chart and a table for the terminal. Pure. Falls back to ASCII where stdout cannot encode the characters."""
 
 from __future__ import annotations
 

@@ -1,11 +1,8 @@
-"""`nullworker demo`: the whole story on this machine, with real processes and without an account.
+"""`nullworker demo`: queue, scaling, reservations and audit on this machine, with real processes and no account.
 
-Three jobs of a queue reserve a worker each, one after the other; the stand-in has none and starts three; a consumer
-beside each does the job and thereby releases; with nothing to do the fleet goes back to zero. Then the workers' event
-logs are asked what happened.
-What it leaves out: running workers (fleet.py), the clients (demo_clients.py), charts and tables (chart.py).
-
-The one rule: the story that is told is the one that happened; when it is another one, the demo fails.
+Three jobs of a queue reserve a worker each; the fake autoscaler has no worker and starts three, one after the other; a
+consumer beside each worker does the job and releases; the idle fleet scales to zero; and the workers' event logs are
+queried at the end. The demo fails when the printed story is not what happened.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Who reserves in the demo: the official client, as the command that anybody would type, or plain HTTP without it.
-
-What it leaves out: what the client does when something fails; that is sdk.py's and holding.py's.
-
-The one rule: both give the worker's own answer.
-"""
+"""The clients of the demo: the official one through `nullworker reserve`, or plain HTTP where it is not installed."""
 
 from __future__ import annotations
 

@@ -1,10 +1,7 @@
-"""`nullworker dev`: a stand-in for Vast Serverless that stays, for your own client, consumer, template or SDK script.
+"""`nullworker dev`: a fake Vast Serverless that keeps running, for your own client, consumer, template or SDK script.
 
-It listens where the official client's instance="local" looks, starts real workers when somebody asks for one, routes,
-and stops them when they are idle. It is a tool to try and test against: production scale is Vast's engine.
-What it leaves out: the stand-in (testing/), the workers (fleet.py), the picture (screen.py).
-
-The one rule: when it has ended, nothing that it started runs.
+It listens where the official client's instance="local" looks, starts a real worker when a request needs one, routes,
+and stops idle workers. When it ends, it has ended every process that it started.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""Real worker processes on this machine, started and stopped on demand: what Vast does with instances, in small.
+"""Starts and stops real worker processes on this machine on demand, as Vast does with instances.
 
-Who is loaded is what the workers report to the stand-in, and nothing else. A worker that dies is started again under
-its number, as a supervisor would do it; one that never gets ready, is errored or has gone silent is replaced.
-What it leaves out: how many there should be (scaling.py), a single worker (member.py), what is shown of it (dev.py).
-
-The one rule: never more processes than max_workers, those that are being stopped included; and when the block is left,
-or this process has died in any other way, nothing of it runs.
+Load is what the workers report to the fake autoscaler. A worker that dies is started again with its number, ports and
+log; one that does not get ready, is errored or stops reporting is replaced. There are never more processes than
+max_workers, including those that are stopping, and none is left when the block ends or this process dies.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""One worker of a fleet: a number, ports and an event log for good, a process now and then, a consumer beside it.
+"""One worker of a local fleet: a number with fixed ports and an event log, its process, and the consumer beside it.
 
-What it leaves out: when to start and when to stop (fleet.py), and what a process is (child.py).
-
-The one rule: a consumer starts after its worker and ends after it, so that it can still release; it outlives a worker
-that has died and is started again.
+A consumer starts after its worker and ends after it, so that it can still release; it outlives a worker that has died
+and is started again.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""How many workers the endpoint's parameters ask for, for the stand-in on this machine. PURE: figures in, a number out.
+"""How many workers the endpoint's parameters ask for, for the local fleet. Pure.
 
-It is a reading of what Vast documents of its parameters, so that a template can be tried with the ones it will have.
-What it leaves out: prices, forecasts, cold_mult, min_cold_load, and whatever else Vast's own engine knows.
-
-The one rule: never more than max_workers.
+It follows what Vast documents of min_load, target_util, cold_workers, max_workers and inactivity_timeout, and ignores
+prices, forecasts, cold_mult and min_cold_load. The result is never more than max_workers.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What `nullworker dev` shows: lines of what happens, and in a terminal a live table beneath them. ANSI by hand.
-
-The one rule: a line that was said is not taken back; only the table is drawn over.
-"""
+"""The terminal output of `nullworker dev`: lines for events, and in a terminal a live table below them."""
 
 from __future__ import annotations
 

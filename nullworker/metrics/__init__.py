@@ -1,1 +1,1 @@
-"""What Prometheus and the log lines show of a worker."""
+"""Prometheus metrics, and a log line for each committed event."""

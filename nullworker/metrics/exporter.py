@@ -1,13 +1,11 @@
-"""The metrics, for Prometheus. Counters count committed events; gauges are read from the book at each scrape.
+"""Prometheus metrics. Counters count committed events; gauges are read from the book at each scrape.
 
-Names and units follow Prometheus' rules: base units, `_total` for counters. No id is ever a label, and every label
-value of a closed set is there from the start, at 0, so that an alert never waits for a first event.
+Names and units follow Prometheus' rules: base units, `_total` for counters. No id is a label, and each value of a
+closed set of labels is exported from the start, at 0, so that an alert never has to wait for a first event.
 
-`nullworker_reservations_total` and `nullworker_reservations` are two metrics of Prometheus' text format, but one
-family of OpenMetrics, which no parser takes twice: there, the counter is told as a metric of unknown type. Prometheus
-makes nothing of types, so every query is the same.
-
-What it leaves out: the ports (http/control.py, and the further site in sites.py).
+`nullworker_reservations_total` and `nullworker_reservations` are two metrics in Prometheus' text format, but one family
+in OpenMetrics, which rejects duplicates. In OpenMetrics the counter is therefore exported with type unknown, which
+changes no query.
 """
 
 from __future__ import annotations

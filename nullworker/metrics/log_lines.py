@@ -1,4 +1,4 @@
-"""Tells committed events as log lines, with the words of the event log."""
+"""Writes a log line for each committed event, with the kinds and reasons of the event log."""
 
 from __future__ import annotations
 

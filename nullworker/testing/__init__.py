@@ -1,6 +1,6 @@
-"""What nullworker is tested with, for tests of your own template or client: no account, no GPU.
+"""A fake autoscaler, and fakes for the worker's own parts, to test your template or client without an account or a GPU.
 
-The fake autoscaler is a class and a process (`python -m nullworker.testing`). There is no fake worker: start the real
+The fake autoscaler is a class and a process (`python -m nullworker.testing`). There is no fake worker: start a real
 one.
 """
 

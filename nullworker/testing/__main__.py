@@ -1,6 +1,6 @@
-"""`python -m nullworker.testing`: the stand-in autoscaler as a process, until SIGINT or SIGTERM.
+"""`python -m nullworker.testing`: the fake autoscaler as a process, until SIGINT or SIGTERM.
 
-Left out: anything FakeAutoscaler cannot do by itself. One rule: the first line on stdout says where it listens.
+The first line on stdout is JSON and says where it listens.
 """
 
 import asyncio

@@ -1,7 +1,4 @@
-"""What the stand-in says on its terminal: a line for each event. PURE. Left out: keys, tokens, signatures.
-
-One rule: what happens again and again without change (a client's polls) is said once; the caller sees to that.
-"""
+"""The terminal output of the fake autoscaler: one line for each event, without keys, tokens or signatures. Pure."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

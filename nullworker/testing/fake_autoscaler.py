@@ -1,8 +1,8 @@
-"""A stand-in for Vast Serverless on this machine: it signs grants, routes the official client, takes in reports.
+"""A fake of Vast Serverless on 127.0.0.1: signs grants, routes the official client, and accepts workers' reports.
 
-Left out: machines (workers are yours to start), accounts, TLS, scaling. It listens on 127.0.0.1 only.
-One rule: each call of a worker or client comes in by `_take`, where its fault is met and it is noted, once.
-The shapes are those that vastai 1.9.1 sends and parses (client/client.py, client/endpoint.py, server/lib/metrics.py).
+It starts no workers and has no accounts, TLS or scaling. Every call passes through `_take`, which applies its fault, if
+one is set, and records it. Shapes are those that vastai 1.9.1 sends and parses (client/client.py, client/endpoint.py,
+server/lib/metrics.py).
 """
 
 import asyncio

@@ -1,6 +1,6 @@
-"""A clock that moves when it is told to, and a journal in memory: what the service needs to run without a machine.
+"""A clock that is moved by hand and a journal in memory, to run the service without a machine.
 
-`check_journal` is the contract that each journal passes, this one and the real log, so that the fake may be trusted.
+`check_journal` is the contract of every journal: tests run it against this fake and against the real log.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Faults on demand: what the stand-in does wrong, for which call, how often. Left out: doing it, which is standin.py's.
+"""Faults for the fake autoscaler: which call fails, how, and how often.
 
-One rule: a fault says by itself whether the message counts as delivered; nobody else decides that.
+Each fault says whether the message counts as delivered. fake_autoscaler.py applies them.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,6 @@
-"""The stand-in's RSA key: made, kept in a file, shown as PEM, signed with. Left out: verifying, which is the worker's.
+"""The RSA key of the fake autoscaler: made, kept in a file, shown as PEM, used to sign.
 
-One rule: the bytes that are signed are made in one line, and cover the worker's url alone, as Vast signs them
-(vastai 1.9.1, server/lib/backend.py).
+A signature covers the worker's url alone, as Vast signs it (vastai 1.9.1, server/lib/backend.py).
 """
 
 import base64

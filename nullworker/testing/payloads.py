@@ -1,6 +1,6 @@
-"""What the stand-in takes and gives, field by field, as vastai 1.9.1 sends and parses it. PURE.
+"""Messages that the fake autoscaler accepts and returns, field by field, as vastai 1.9.1 sends and parses them. Pure.
 
-Left out: the grant, which is signed in standin.py. One rule: a figure nobody here can know is 0, never invented.
+A figure that is not known here is 0, never invented.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,6 @@
-"""What came in at the stand-in, kept for asking: lists, sums, a record file, and waiting for what is still to come.
+"""Records the calls to the fake autoscaler, for tests: lists, sums, a record file, and waiting for calls to come.
 
-Left out: HTTP, and what is accepted (standin.py). It keeps everything; a stand-in is not meant to run for weeks.
-One rule: `seen` is everything that came in; `statuses`, `batches` and `outcomes` only what was accepted.
+`seen` has every call; `statuses`, `batches` and `outcomes` only those that were accepted. Nothing is ever dropped.
 """
 
 import asyncio

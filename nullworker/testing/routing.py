@@ -1,7 +1,6 @@
-"""Which worker gets the next request: the stand-in's picture of the fleet, from reports alone. PURE: time is passed in.
+"""Chooses the worker for the next request, from the workers' reports alone. Pure: time is passed in.
 
-Left out: starting and stopping machines, prices, queues in order of arrival; Vast has all of them.
-One rule: a worker's load is what it last reported, less what it has since ended, plus the grants it has not shown yet.
+The load of a worker is what it last reported, less what it has ended since, plus the grants that it has not shown yet.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""`nullworker status, release, extend, wait`: as people type them and scripts read them."""
+"""`nullworker status, release, extend, wait`: output for people, JSON and exit codes for scripts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nullworker demo` as a process: it tells the story, ends well, and leaves nothing running and nothing lying about."""
+"""`nullworker demo` as a process: its output, its exit code, and that it leaves no process and no file behind."""
 
 from __future__ import annotations
 

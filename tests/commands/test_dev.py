@@ -1,4 +1,4 @@
-"""`nullworker dev` as a process: real workers, the official client, and everything that goes wrong with a fleet."""
+"""`nullworker dev` as a process: real workers, the official client, and the failures of a fleet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nullworker doctor` on a machine: each finding provoked once, and none where nothing is wrong."""
+"""`nullworker doctor` on a machine: each finding is provoked once, and a healthy machine has none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nullworker doctor` as a command, and what it finds out about an endpoint: each finding provoked once."""
+"""`nullworker doctor --endpoint`: each finding about an endpoint is provoked once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nullworker history, events`: the log, as people and scripts read it, of a worker that runs or does not."""
+"""`nullworker history, events`: the log of a running and of a stopped worker, as tables and as JSON."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nullworker prune`, and a worker that prunes its own log: the same removal, as people and machines ask for it."""
+"""`nullworker prune`, and a worker that prunes its own log (NULL_LOG_KEEP)."""
 
 from __future__ import annotations
 

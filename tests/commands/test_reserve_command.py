@@ -1,4 +1,4 @@
-"""`reserve`, as a process, against the stand-in and a fake worker. Left out: the real worker (end-to-end tests)."""
+"""`nullworker reserve` as a process, against the fake autoscaler and a fake worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/deploying.md, held against the official CLI, our commands, and the programs that its files are for."""
+"""docs/deploying.md, checked with the official CLI, our commands, and the programs its files are for."""
 
 from __future__ import annotations
 

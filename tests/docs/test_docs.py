@@ -1,4 +1,4 @@
-"""The prose, held against the code: its commands run, and what it lists is all there is."""
+"""The docs, checked against the code: commands run, and every setting, route, metric, kind and command is listed."""
 
 from __future__ import annotations
 

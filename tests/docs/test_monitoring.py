@@ -1,4 +1,4 @@
-"""Metrics, rules and dashboards, as Prometheus sees them: its tool, and a real server that scrapes two workers."""
+"""Metrics, rules and dashboards, checked with promtool and with a Prometheus that scrapes two workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What nobody should send: each is answered with a status, in JSON, by the name of the field, and leaves no trace."""
+"""Bad input: each is answered with a status and the name of the field, in JSON, and leaves nothing in the log."""
 
 from __future__ import annotations
 

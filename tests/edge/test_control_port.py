@@ -1,4 +1,4 @@
-"""The control port of a real worker: what a consumer, a person and a scraper ask there, and who may not ask."""
+"""The control port of a real worker: its routes, and who is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stand-in autoscaler: what it signs, tells the official client, takes in and records, and its process."""
+"""The fake autoscaler: its signatures, its answers to the official client, its records, and its process."""
 
 from __future__ import annotations
 

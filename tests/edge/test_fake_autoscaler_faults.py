@@ -1,4 +1,4 @@
-"""The stand-in autoscaler, out of order on demand: refusals, late and slow answers, and how they are set."""
+"""Faults of the fake autoscaler: refusals, late and slow answers, and how they are set."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The HTTP edge against those who do not mean to be answered: what is slow, and what is too much."""
+"""The HTTP server against slow and oversized requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is no HTTP, or no body, is answered in JSON and hung up on; nothing is hidden behind a request."""
+"""Malformed HTTP and malformed bodies: answered in JSON, and the connection is closed."""
 
 from __future__ import annotations
 

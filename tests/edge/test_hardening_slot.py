@@ -1,4 +1,4 @@
-"""Slow, broken and crowded callers of a real worker: none of them has the slot, and none is lost."""
+"""Slow, broken and crowding callers of a real worker: the slot and honest callers are not affected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The description for tools, held against the code's routes, structs and words, and against live workers."""
+"""openapi.json, checked against the code's routes and structs and against live workers."""
 
 from __future__ import annotations
 

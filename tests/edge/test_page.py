@@ -1,7 +1,6 @@
 """The status page, in a real browser, against a real worker.
 
-The browser is Debian's chromium, driven by playwright (which needs none of its own browsers for that) in a profile of
-its own; axe-core looks for what a screen reader, a keyboard or a weak eye would stumble over.
+The browser is Debian's Chromium, driven by playwright, with a fresh profile; axe-core checks accessibility.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""POST /reserve of a real worker: each end of a reservation, as its caller, the log, the metrics and Vast see it."""
+"""POST /reserve of a real worker: each end of a reservation as its caller, log, metrics and autoscaler see it."""
 
 from __future__ import annotations
 

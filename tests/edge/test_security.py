@@ -1,4 +1,4 @@
-"""What docs/security.md says: its numbers are the code's, secrets stay where it says, callbacks go no further."""
+"""docs/security.md, checked: its numbers, where secrets may appear, and where callbacks may go."""
 
 from __future__ import annotations
 

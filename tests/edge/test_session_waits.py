@@ -1,4 +1,4 @@
-"""/reserve with a session_id waits for the end of that session, and has no part in it."""
+"""/reserve with a session_id waits for the end of that session without affecting it."""
 
 from __future__ import annotations
 

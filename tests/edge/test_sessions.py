@@ -1,4 +1,4 @@
-"""Sessions over raw HTTP, as the official client speaks it: made, renewed, ended, waited for, and never forged."""
+"""Sessions over raw HTTP, as the official client uses them: create, renew, end, wait, and forged requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Those who only watch a worker do not hold up its stop, and miss nothing of it."""
+"""Readers of streams do not delay the stop of a worker, and miss no event."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A log that fails in the middle of a stream: its reader sees the cut, or what it waited for, and no slot is lost."""
+"""A log read that fails in the middle of a stream: the reader sees it, and no slot is lost."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The log for people: every question of docs/audit.md and of the runbooks, asked of a log with a history, and Datasette
-in front of a live one."""
+"""The log's views: every question of docs/audit.md and the runbooks, and Datasette in front of a live log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A log that cannot be trusted is set aside, never deleted; one that is not ours, or too new, is left alone."""
+"""A damaged log is set aside, never deleted; a file of another program or a newer version is left alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A log that cannot be written: nothing is lost, nothing is taken that could be, and everybody is told."""
+"""A log that cannot be written: no event is lost, no claim is taken, and everybody is told."""
 
 from __future__ import annotations
 

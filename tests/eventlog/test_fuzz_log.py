@@ -1,4 +1,4 @@
-"""Whatever is in the file of a log: it is read, or it is damage; and a worker begins with it, or sets it aside."""
+"""Random contents of a log file: the worker either reads them or sets the file aside."""
 
 from __future__ import annotations
 

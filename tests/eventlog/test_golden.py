@@ -1,6 +1,6 @@
-"""Golden logs: what a released version has written must be read, replayed and shown by every later one.
+"""Golden logs: files of earlier versions must be read, replayed and shown by every later version.
 
-A new field or reason gets a new golden log beside the old ones; a golden log is never changed.
+A released golden log is never changed; a new field or reason gets a new one beside it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The history, newest first: the same whatever the steps in which it is searched, and nobody waits for a search."""
+"""The history, newest first: independent of the batches in which it is searched, and never blocking the worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log and the fake one keep the same contract; and the file keeps its promises against any SQLite shell."""
+"""The contract of journals, for the log and the fake one; and the file's rules against any SQLite shell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The log as its own process sees it: what it is opened with, what it remembers, and how it refuses to be opened."""
+"""Opening a log: its pragmas, its lock, what it remembers, and why it refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is old leaves the log as whole reservations; what is needed stays, whoever asks; and the space comes back."""
+"""Pruning removes whole reservations, keeps what a reader still needs, and gives the space back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shape of the file: what it keeps out, what it forgets with whom, what its views say, and what it costs."""
+"""The tables, triggers and views of the log: what they refuse, show and cost."""
 
 from __future__ import annotations
 

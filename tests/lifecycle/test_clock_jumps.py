@@ -1,4 +1,4 @@
-"""The wall clock is set by an hour while something is held: nothing ends early, and nothing lasts longer."""
+"""The wall clock jumps by an hour while a reservation is held: it ends neither early nor late."""
 
 from __future__ import annotations
 

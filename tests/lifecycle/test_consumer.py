@@ -1,4 +1,4 @@
-"""nullworker.consumer.reservations: the loop of a consumer, with real workers."""
+"""nullworker.consumer.reservations with real workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""nullworker.consumer.reservations that is stopped: what the body has ended is released as the body ended it."""
+"""How nullworker.consumer.reservations stops: what the body has finished is released with its result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BACKEND_HEALTH_URL: a real worker and a consumer that becomes well, ill, and well again."""
+"""BACKEND_HEALTH_URL: a real worker and a consumer that becomes healthy, unhealthy and healthy again."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The examples with their real queues: every job is done exactly once, whoever is killed in the middle of one.
+"""The examples with real queue servers: every job is done exactly once, also when a process is killed meanwhile.
 
-The worker reports to the stand-in autoscaler, and the reservations are made by the official client.
+The worker reports to the fake autoscaler, and the official client makes the reservations.
 """
 
 from __future__ import annotations

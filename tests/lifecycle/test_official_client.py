@@ -1,4 +1,4 @@
-"""A real worker and the official `vastai` client, with the stand-in between them: what a user's own script would do."""
+"""A real worker and the official `vastai` client, with the fake autoscaler between them."""
 
 from __future__ import annotations
 

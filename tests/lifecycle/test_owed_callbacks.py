@@ -1,4 +1,4 @@
-"""Callbacks that wait for a receiver: in the log and not in memory, in order, however large and many they are."""
+"""Pending callbacks are kept in the log, not in memory, in order, however large and many they are."""
 
 from __future__ import annotations
 

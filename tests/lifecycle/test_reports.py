@@ -1,4 +1,4 @@
-"""What the autoscaler hears of a real worker: its figures, its outcomes, in order, through every kind of trouble."""
+"""The reports of a real worker: figures and outcomes, in order, through outages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a killed, stopped or restarted worker owes: to its callers, to the autoscaler, to its log."""
+"""Restarts after a kill and after a stop: what callers, the autoscaler and the log get."""
 
 from __future__ import annotations
 

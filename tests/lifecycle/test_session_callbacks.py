@@ -1,4 +1,4 @@
-"""on_close_route: a session's owner is told of its end, whatever ended it, at least once, and over restarts."""
+"""on_close_route: a session's owner is told of its end at least once, whatever ended it, and over restarts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The first and the last second of a real worker: what keeps it from starting, and that a stop loses nothing."""
+"""The start and the stop of a real worker: what prevents a start, and that a stop loses nothing."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""What Vast's start_server.sh does with a repository, step by step: clone, venv, requirements, SDK, `-m worker`.
+"""The steps of Vast's start_server.sh, without certificate and supervisor: clone, venv, requirements, SDK, `-m worker`.
 
-Left out: its certificate and its supervisor. One rule: the worker runs from the clone, with what those steps have
-installed and nothing else.
+The worker runs from the clone, with only what those steps have installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`nullworker work` with real workers and real commands, good and bad ones."""
+"""`nullworker work` with real workers and real commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How `nullworker work` ends and goes on: signals, kills, the drain and the restarts of its worker."""
+"""`nullworker work` under signals and kills, and over drains and restarts of its worker."""
 
 from __future__ import annotations
 

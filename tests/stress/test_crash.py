@@ -1,4 +1,4 @@
-"""A short run of the crash harness; and the harness itself sees what it is there to see."""
+"""A short run of the crash harness, and tests that its audit finds planted errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients behind a bad network: what they hear is true, and nothing stays held for those who are gone."""
+"""Clients behind a bad network: their answers are true, and nothing stays held for a client that is gone."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The service under everything at once: a Hypothesis state machine with a fake clock, a failing disk and restarts.
+"""The service as a Hypothesis state machine, with a fake clock, a failing disk and restarts.
 
-The invariants are the project's promises. The model beside the service is small and knows nothing of the book.
+The invariants are the project's promises. The model beside the service does not use the book.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A short run of the simulation: a few histories, one of each kind of world. `make simulate` plays longer ones."""
+"""A short run of the simulation: one history of each kind of world. `make simulate` runs longer ones."""
 
 from __future__ import annotations
 

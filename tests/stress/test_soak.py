@@ -1,4 +1,4 @@
-"""A short soak; and the soak itself sees what it is there to see."""
+"""A short soak, and tests that its checks find planted errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Claims under way: each a signed POST /reserve in a task of its own, known on both sides by its request_idx."""
+"""Claims under way: each a signed POST /reserve in its own task, identified by its request_idx on both sides."""
 
 from __future__ import annotations
 

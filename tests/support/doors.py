@@ -1,4 +1,4 @@
-"""A port of ours with a little app on it, in the test's own loop, and raw connections to it."""
+"""A port with a small app in the test's own loop, and raw connections to it."""
 
 from __future__ import annotations
 

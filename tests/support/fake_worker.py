@@ -1,6 +1,6 @@
-"""A worker of forty lines for testing the stand-in and the client: it holds, releases, refuses, streams, and reports.
+"""A minimal worker for tests of the fake autoscaler and the client: holds, releases, refuses, streams, and reports.
 
-Left out: all that makes a worker right. One rule: tests await its queues, and never sleep.
+Tests await its queues instead of sleeping.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A TCP proxy that treats connections as bad networks do: it delays, trickles, swallows and cuts them."""
+"""A TCP proxy with the faults of bad networks: it delays, trickles, swallows and cuts connections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nullworker dev` as a process, and who has to do with its fleet: the official client, and a consumer's health."""
+"""`nullworker dev` as a process, the official client against it, and a consumer's health endpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the fuzzers put where a value is wanted."""
+"""The values that the fuzz tests put into each field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real worker processes for tests: started on free ports, told by signals, read by their log lines and their log."""
+"""Real worker processes for tests: started on free ports, stopped by signals, observed by their log lines and log."""
 
 from __future__ import annotations
 

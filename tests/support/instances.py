@@ -1,4 +1,4 @@
-"""An instance for `nullworker doctor` on which nothing is wrong, and what the doctor finds there."""
+"""A healthy instance for tests of `nullworker doctor`, and the findings of the doctor there."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which processes a test has left: each inherits a mark in its environment, whoever has started it."""
+"""Finds the processes that a test has left: each inherits a mark in its environment, whoever started it."""
 
 from __future__ import annotations
 

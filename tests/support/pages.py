@@ -1,4 +1,4 @@
-"""The Markdown pages as tests see them: their blocks, their tables, and what their commands told when they ran."""
+"""The Markdown pages as tests see them: code blocks, tables, and the output of their commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Other programs for tests: a consumer beside a worker, and what they share."""
+"""Other programs beside a worker in tests: consumers, and the files they share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real queue servers for tests, each on a free port and in a folder of its own: jobs in, and how many are left."""
+"""Real queue servers for tests, each on a free port and in its own folder, and how many jobs are left in them."""
 
 from __future__ import annotations
 

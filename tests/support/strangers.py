@@ -1,4 +1,4 @@
-"""Servers that answer what they like, to whoever comes."""
+"""HTTP servers that give arbitrary answers, for tests of clients."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The ways in which a disk can fail, each made and unmade at will under a running worker.
+"""Ways for a disk to fail, each switched on and off under a running worker.
 
-A limit on the file's size and a stranger's lock can be had everywhere; ENOSPC on a small file system where one can be
-mounted; and a failing fdatasync or write where strace is installed.
+A file size limit and another process's lock work everywhere; ENOSPC needs permission to mount a small file system; a
+failing fdatasync or write needs strace.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The authenticator by itself: the key it tells by, when that is fetched again, for whom a grant is, and whose."""
+"""The authenticator: signatures, refetching of the key, grants for other workers, session auth."""
 
 from __future__ import annotations
 

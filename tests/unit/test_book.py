@@ -1,4 +1,4 @@
-"""The edges of the book's decisions: the last place in the queue, two deadlines at once, a hold of no time."""
+"""Corner cases of the book: the last place in the queue, two deadlines at once, a hold of zero seconds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The seconds of which a GPU's bill is made, as the metrics count them."""
+"""busy_seconds_total, the seconds that a GPU's bill is made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The worker's time: steady under steps of the wall clock, also over a restart in the same boot."""
+"""The worker's time is steady under steps of the wall clock, also after a restart within the same boot."""
 
 from __future__ import annotations
 

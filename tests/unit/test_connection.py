@@ -1,4 +1,4 @@
-"""The wire to the autoscaler, when what comes over it comes oddly."""
+"""The autoscaler client with unusual answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever is sent or set: each reader of it answers with what it promises, and with nothing else."""
+"""Random requests and settings: each parser returns a value or raises its documented error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The harness itself: what a test is told when the line that it waits for cannot come."""
+"""The test harness: its error when an expected log line can no longer come."""
 
 from __future__ import annotations
 

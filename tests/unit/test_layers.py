@@ -1,4 +1,4 @@
-"""The architecture, as imports: a room uses the lines below its own; rooms on one line do not know each other."""
+"""The import rule: a room imports only from lines below its own; rooms on one line do not know each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Log lines: what they look like, and that nothing about them can stop the work."""
+"""Log lines: their format, and that writing them never blocks or fails the work."""
 
 from __future__ import annotations
 

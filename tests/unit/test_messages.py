@@ -1,4 +1,4 @@
-"""What Vast sees and signs: golden vectors, and the SDK's own code as the judge."""
+"""The messages to the autoscaler and its signature: golden vectors, and comparison with the SDK's own code."""
 
 from __future__ import annotations
 

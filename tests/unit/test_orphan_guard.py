@@ -1,4 +1,4 @@
-"""Whom a guard ends. That it does so when its process is killed is seen with real ones: work, dev and demo."""
+"""OrphanGuard: which process groups it kills. Tests of work, dev and demo use it with real kills."""
 
 from __future__ import annotations
 

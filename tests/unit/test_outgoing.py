@@ -1,4 +1,4 @@
-"""Why a call did not arrive: told by kind and cause, and never with a url, a body, or what came back."""
+"""Failures of outgoing calls are described by kind and cause, without URL, body or answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readiness: what follows from the causes, and that each has one owner."""
+"""Readiness: the state that follows from the causes, and one owner for each cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stand-in autoscaler as a router: which worker a request is led to, and which gets none."""
+"""The routing of the fake autoscaler: which worker a request gets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many workers there should be, who gets requests, and how that is drawn: figures in, figures and text out."""
+"""The size of a local fleet, and its chart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The service by itself, on a journal in memory: what it does when the log fails, and who hears of what."""
+"""The service on a journal in memory: failures of the log, and which observers are called."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings: each can be set in two ways, each bad value ends the start with one line, and --help knows them all."""
+"""Settings: environment and options, one-line errors for bad values, and --help."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rule book: the whole product of states and events against the table, and the table against its picture."""
+"""The transition table: every state with every event, and the table against its diagram."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The door for `python -m workers.null.client --endpoint NAME --duration S`: it is `nullworker reserve`."""
+"""Entry point `python -m workers.null.client --endpoint NAME --duration S`: the same as `nullworker reserve`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The door for Vast's start script with BACKEND=null: `python3 -m workers.null.worker`."""
+"""Entry point for Vast's start script with BACKEND=null: `python3 -m workers.null.worker`."""
 
 import sys
 

@@ -1,10 +1,7 @@
-"""The status page at `/` of the control port: for a person with a browser, over `ssh -L` if need be.
+"""The status page at `/` of the control port, for a person with a browser, over `ssh -L` if need be.
 
-It is three files, read once, with no framework and nothing from the internet: the page asks this port alone, by the
-same routes as everybody else, and shows what a caller has sent as text and never as markup. The policy below makes
-the browser hold us to that.
-
-The one rule: no script and no style stands in the markup.
+Three static files without a framework or anything from the internet. The page only uses the routes of this port, and
+shows text from callers as text, never as markup. The Content-Security-Policy forbids inline scripts and styles.
 """
 
 from __future__ import annotations

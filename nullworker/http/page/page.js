@@ -1,5 +1,5 @@
 // The status page: asks /status and /reservations, is woken by /events, and draws what they say.
-// One rule: the worker is the truth. An event only means "look again", so nothing here can drift from the log.
+// Everything shown is read from the worker: an event only triggers a new read, so the page cannot drift from the log.
 
 const ROWS = 12; // reservations at first, and with each "Show older"
 const WAITING_SHOWN = 5, FEED = 100; // of the queue, those whose turn comes first; of the events, the newest
