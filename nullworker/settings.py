@@ -11,10 +11,10 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urlsplit, urlunsplit
 
 from nullworker.errors import BadSettings
 
@@ -78,6 +78,15 @@ def is_absolute_http_url(text: str) -> bool:
         )
     except ValueError:
         return False
+
+
+def without_secrets(url: str) -> str:
+    """A url as it may be shown: its userinfo and its query, where passwords and tokens stand, are `***`."""
+    if not is_absolute_http_url(url):  # it cannot be told which part is which
+        return re.sub(r"\?.*", "?***", re.sub(r"^(\w+:/+)?.*@", r"\1***@", url, flags=re.DOTALL), flags=re.DOTALL)
+    parts = urlsplit(url)
+    _, at, address = parts.netloc.rpartition("@")
+    return urlunsplit((parts.scheme, ("***@" if at else "") + address, parts.path, "***" if parts.query else "", ""))
 
 
 def _read_url(text: str) -> str:
@@ -196,11 +205,7 @@ class Settings:
 
     def __repr__(self) -> str:
         """Like a dataclass's, with the secrets hidden."""
-        shown = ", ".join(
-            f"{f.name}={'***' if f.name.endswith('_token') and getattr(self, f.name) else repr(getattr(self, f.name))}"
-            for f in fields(self)
-        )
-        return f"Settings({shown})"
+        return f"Settings({', '.join(f'{f.name}={_shown(f, getattr(self, f.name))}' for f in fields(self))})"
 
     @property
     def standalone(self) -> bool:
@@ -220,7 +225,18 @@ class Settings:
     def own_url(self) -> str:
         """The external port as the autoscaler knows it (vastai 1.9.1, server/lib/metrics.py, get_url)."""
         port = self.worker_port if self.vast_tcp_port is None else self.vast_tcp_port
-        return f"http{'s' if self.use_ssl else ''}://{self.public_ipaddr}:{port}"
+        address = self.public_ipaddr
+        host = f"[{address}]" if ":" in address and not address.startswith("[") else address  # RFC 3986, 3.2.2
+        return f"http{'s' if self.use_ssl else ''}://{host}:{port}"
+
+
+def _shown(setting: Field[Any], value: Any) -> str:
+    """A setting's value, or the text that was to become one, without what is secret in it."""
+    if setting.name.endswith("_token") and value:
+        return "***"
+    if setting.metadata["kind"] in (_URL, _URLS) and value:
+        return repr(without_secrets(value) if isinstance(value, str) else tuple(map(without_secrets, value)))
+    return repr(value)
 
 
 def variable(name: str) -> str:
@@ -242,10 +258,12 @@ def read_settings(values: Mapping[str, str]) -> Settings:
             continue
         kind: Kind = each.metadata["kind"]
         try:
+            text.encode()
             read[each.name] = kind.read(text)
+        except UnicodeEncodeError:  # bytes of the environment that are none, PEP 383
+            raise BadSettings(f"{name}={_shown(each, text)} is not allowed: it must be text in UTF-8") from None
         except (ValueError, OverflowError):
-            shown = "***" if each.name.endswith("_token") else repr(text)
-            raise BadSettings(f"{name}={shown} is not allowed: it must be {kind.allowed}") from None
+            raise BadSettings(f"{name}={_shown(each, text)} is not allowed: it must be {kind.allowed}") from None
     settings = Settings(**read)
     _check(settings)
     return settings

@@ -172,7 +172,7 @@ async def health(request: web.Request) -> web.Response:
 
 async def openapi(request: web.Request) -> web.Response:
     """What can be asked of this worker, for tools."""
-    return web.Response(body=OPENAPI, content_type="application/json", headers={"Cache-ControlHandlers": "no-cache"})
+    return web.Response(body=OPENAPI, content_type="application/json", headers={"Cache-Control": "no-cache"})
 
 
 def local_only(request: web.Request) -> None:

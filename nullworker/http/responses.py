@@ -45,7 +45,7 @@ def json_response(body: Any, status: int = 200, headers: dict[str, str] | None =
     return web.Response(
         body=msgspec.json.encode(body),
         status=status,
-        headers={"Cache-ControlHandlers": "no-store", **(headers or {})},
+        headers={"Cache-Control": "no-store", **(headers or {})},
         content_type="application/json",
     )
 

@@ -104,9 +104,7 @@ def _cut_off_by_errors(request: web.Request) -> Iterator[None]:
 
 
 async def _begin(request: web.Request, headers: dict[str, str] | None = None) -> web.StreamResponse:
-    response = web.StreamResponse(
-        headers={"Cache-ControlHandlers": "no-store", "X-Accel-Buffering": "no", **(headers or {})}
-    )
+    response = web.StreamResponse(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
     response.content_type = "text/event-stream"
     request[HELD] = True
     await response.prepare(request)

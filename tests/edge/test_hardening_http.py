@@ -86,6 +86,12 @@ async def test_what_is_hidden_behind_a_request_is_not_a_second_one(door: Door) -
     await wire.close()
 
 
+async def test_no_answer_is_kept_by_a_cache(door: Door) -> None:
+    wire = await door.connect(EMPTY)
+    assert (await wire.answer()).headers["cache-control"] == "no-store"
+    await wire.close()
+
+
 async def test_an_expectation_that_is_none_is_answered_in_json(door: Door) -> None:
     wire = await door.connect(HEAD + b"Expect: nothing\r\nContent-Length: 0\r\n\r\n")
     answer = await wire.answer()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nullworker.cli import commands as cli
-from nullworker.settings import Settings, read_settings, variable
+from nullworker.settings import Settings, read_settings, variable, without_secrets
 
 STANDALONE = {"UNSECURED": "true"}
 
@@ -167,6 +168,8 @@ def test_an_empty_variable_is_one_that_is_not_set() -> None:
         ({"PUBLIC_IPADDR": "1.2.3.4", "VAST_TCP_PORT_3000": "40123"}, "http://1.2.3.4:40123"),
         ({"WORKER_PORT": "3100", "VAST_TCP_PORT_3000": "1", "VAST_TCP_PORT_3100": "2"}, "http://127.0.0.1:2"),
         ({"USE_SSL": "true"}, "https://127.0.0.1:3000"),
+        ({"PUBLIC_IPADDR": "2001:db8::7", "USE_SSL": "true"}, "https://[2001:db8::7]:3000"),
+        ({"PUBLIC_IPADDR": "[2001:db8::7]"}, "http://[2001:db8::7]:3000"),
     ],
 )
 def test_its_url_is_made_of_what_vasts_template_sets(env: dict[str, str], url: str) -> None:
@@ -176,3 +179,35 @@ def test_its_url_is_made_of_what_vasts_template_sets(env: dict[str, str], url: s
 def test_report_addr_is_a_list_without_the_old_api() -> None:
     text = "https://cloud.vast.ai/api/v0, https://a.example/,https://b.example"
     assert read_settings({**STANDALONE, "REPORT_ADDR": text}).report_addr == ("https://a.example", "https://b.example")
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("http://127.0.0.1:8000/health", "http://127.0.0.1:8000/health"),
+        ("https://user:SECRET@host.example:1/a", "https://***@host.example:1/a"),
+        ("https://SECRET@host.example/a?b=SECRET#SECRET", "https://***@host.example/a?***"),
+        ("http://[2001:db8::1]:8000/?SECRET", "http://[2001:db8::1]:8000/?***"),
+        ("http://user:SEC/RET@host.example/", "http://***@host.example/"),
+        ("user:SECRET@host.example/", "***@host.example/"),
+        ("ftp://user:SECRET@host.example/?SECRET", "ftp://***@host.example/?***"),
+        ("http://user:SEC?RET@host.example/", "http://***@host.example/"),
+    ],
+)
+def test_a_url_is_shown_without_what_may_be_a_password(run: Run, url: str, shown: str) -> None:
+    assert without_secrets(url) == shown
+    for name in ("BACKEND_HEALTH_URL", "REPORT_ADDR"):
+        code, _, err = run(**STANDALONE, **{name: f"{url} x"})
+        assert (code, "SECRET" in err, "RET@" in err) == (2, False, False), err
+    if url.startswith("http") and "SEC/" not in url and "SEC?" not in url:
+        settings = read_settings({**STANDALONE, "REPORT_ADDR": f"http://a,{url}", "BACKEND_HEALTH_URL": url})
+        assert "SECRET" not in repr(settings)
+        assert settings.backend_health_url == url
+
+
+@pytest.mark.parametrize("name", [*sorted(ANY_TEXT), "REPORT_ADDR", "NULL_CONTROL_PORT"])
+def test_a_value_that_is_not_utf_8_is_refused(run: Run, name: str) -> None:
+    code, out, err = run(**STANDALONE, **{name: os.fsdecode(b"/a\xffb")})
+    assert (code, out) == (2, "")
+    assert err.startswith(f"nullworker: {name}=")
+    assert "UTF-8" in err
