@@ -301,3 +301,11 @@ async def test_the_control_port_is_on_one_address_alone_and_none_of_it_is_outsid
         for method in ("GET", "POST"):
             async with aiohttp.ClientSession() as http, http.request(method, worker.url + path) as answer:
                 assert answer.status == 404, path
+
+
+async def test_no_answer_may_be_cached(worker: WorkerProcess) -> None:
+    for path in ("/status", "/readyz", "/reservations", "/events", "/nothing", "/openapi.json", "/"):
+        async with aiohttp.ClientSession() as http, http.get(worker.control + path) as answer:
+            assert answer.headers["Cache-Control"] in ("no-store", "no-cache"), path
+    refused = await post(worker.url + "/reserve", {})
+    assert (refused.status, refused.headers["Cache-Control"]) == (422, "no-store")

@@ -164,8 +164,8 @@ async def test_what_has_left_the_group_lives_on_and_is_no_zombie_when_it_dies(tm
                 assert (await answered(asked))["result"] == {"exit_code": 3}
         orphans = {int(pid) for pid in work.out.read_text().split()}
         assert orphans <= set(children(work.process.pid))
-        with (tmp_path / "gate").open("r+b", buffering=0) as authenticator:
-            authenticator.write(b"\n\n")
+        with (tmp_path / "gate").open("r+b", buffering=0) as fifo_end:
+            fifo_end.write(b"\n\n")
             await until(lambda: not orphans & set(children(work.process.pid)))
 
 
@@ -192,7 +192,7 @@ async def test_whoever_dies_together_is_reaped_together_and_the_exit_code_is_the
         assert not {command, orphan} & set(children(work.process.pid))
 
 
-async def test_a_lifeline_that_is_killed_is_no_zombie_and_hides_none(tmp_path: Path) -> None:
+async def test_a_killed_orphan_guard_is_reaped_and_the_command_still_releases(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "gate")
     async with (
         WorkerProcess(tmp_path) as worker,

@@ -129,7 +129,7 @@ class ClaimTrace:
 
 
 class Request:
-    """As much of a request as a authenticator reads: its body, which is there already."""
+    """The part of a request that the authenticator reads: its body, which is there already."""
 
     def __init__(self, body: bytes) -> None:
         self.content_length, self.content = len(body), self
