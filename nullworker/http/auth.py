@@ -25,25 +25,25 @@ if TYPE_CHECKING:
 
 log = get_log(__name__)
 
-#: Bytes of a wrong envelope that are searched for what is wrong: 0.4 us each, spent on somebody who has not signed.
+#: Up to this size, a wrong envelope is searched for its wrong fields. It costs 0.4 us a byte, for an unverified caller.
 EXPLAINED_BYTES: Final = 16 * 1024
 
 Number = Annotated[str, Meta(pattern=r"^\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\s*$")]
 
 
 class Auth(msgspec.Struct):
-    """What the autoscaler grants (vastai 1.9.1, server/lib/data_types.py, AuthData). Only `url` is signed."""
+    """A grant of the autoscaler (vastai 1.9.1, server/lib/data_types.py, AuthData). Only `url` is signed."""
 
     cost: float | Number
     endpoint: str
     reqnum: int
-    request_idx: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]  # SQLite gives back no larger one
+    request_idx: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]  # SQLite's integers end there
     signature: str
     url: str
 
 
 class Envelope(msgspec.Struct):
-    """Every signed POST. `auth_data` is kept raw beside its typed form, since a session's auth is compared whole."""
+    """The body of every signed POST. `auth_data` is also kept raw, since a session's auth is compared as a whole."""
 
     auth_data: msgspec.Raw
     payload: msgspec.Raw
@@ -61,7 +61,7 @@ class _Bare(msgspec.Struct):
 
 
 class Grant(msgspec.Struct):
-    """A request that may be acted upon. `auth` is None for a bare payload on an unsecured worker."""
+    """A verified request. `auth` is None for a bare payload on an unsecured worker."""
 
     auth: Auth | None
     auth_data: msgspec.Raw
@@ -75,7 +75,7 @@ class Grant(msgspec.Struct):
 
     @property
     def auth_sha256(self) -> str:
-        """What a session is known to belong to.
+        """The fingerprint of `auth_data`, by which a session's owner is recognized.
 
         Raises:
             Invalid: the auth nests too deep to be compared.
@@ -89,10 +89,10 @@ class Grant(msgspec.Struct):
         return fingerprint(auth)
 
     def read(self, shape: type[T]) -> T:
-        """The payload in the given shape.
+        """The payload, decoded as `shape`.
 
         Raises:
-            Invalid: it is not; the fields stand under `payload`.
+            Invalid: it does not fit; the wrong fields are listed under `payload`.
         """
         try:
             return msgspec.json.decode(self.payload, type=shape)
@@ -102,9 +102,9 @@ class Grant(msgspec.Struct):
 
 
 def fingerprint(auth: Any) -> str:
-    """SHA-256 of an auth_data, the same for the same JSON value whatever its spacing or order.
+    """SHA-256 of an auth_data, independent of spacing and the order of keys.
 
-    100 and 100.0 are one number: JavaScript, for one, writes the first where it has read the second.
+    100 and 100.0 are the same number: JavaScript, for example, writes the first after reading the second.
 
     Raises:
         Invalid: it nests too deep to be compared.
@@ -113,7 +113,7 @@ def fingerprint(auth: Any) -> str:
 
 
 def owns(auth: Any, auth_sha256: str) -> bool:
-    """Whether this is the auth_data of that fingerprint, also of one from a log in which 100.0 was not 100.
+    """Whether this auth_data has that fingerprint, also one of an old log, which told 100.0 from 100.
 
     Raises:
         Invalid: it nests too deep to be compared.
@@ -133,12 +133,12 @@ def _whole_as_int(value: Any) -> Any:
         return {name: _whole_as_int(each) for name, each in value.items()}
     if isinstance(value, list):
         return [_whole_as_int(each) for each in value]
-    # above 2**53 a float is not any one whole number, and may have 300 digits
+    # above 2**53 a float stands for several whole numbers, and may have 300 digits
     return int(value) if isinstance(value, float) and abs(value) < 2**53 and value.is_integer() else value
 
 
 class Authenticator:
-    """Reads the envelope of a request and checks the autoscaler's signature in it. `keys` None: UNSECURED."""
+    """Decodes the envelope of a request and verifies its signature. `keys` is None with UNSECURED=true."""
 
     def __init__(self, keys: KeyRing | None, *, own_url: str, url_policy: str) -> None:
         self._keys = keys
@@ -146,10 +146,10 @@ class Authenticator:
         self._url_policy = url_policy
 
     async def authenticate(self, body: bytes) -> Grant:
-        """The grant in a body, checked.
+        """The verified grant in a body.
 
         Raises:
-            RequestError: with the status to answer.
+            RequestError: the request is refused, with this error's status.
         """
         if self._keys is None and (bare := _bare(body or b"{}")) is not None:  # curl without -d
             return bare
@@ -166,11 +166,11 @@ class Authenticator:
         return Grant(auth, envelope.auth_data, envelope.payload, envelope.session_id)
 
     async def check(self, auth: Auth) -> None:
-        """Whether the autoscaler has signed this, for this worker.
+        """Verify that the autoscaler has signed this grant, for this worker.
 
         Raises:
             Unauthorized: it has not.
-            Unavailable: there is no key to tell by.
+            Unavailable: the key is not loaded.
         """
         if self._keys is None:
             return

@@ -17,7 +17,7 @@ from nullworker.errors import BodyTooLarge, Invalid, SlowBody
 
 MAX_BODY_BYTES: Final = 1024 * 1024
 MAX_METADATA_BYTES: Final = 4096
-#: Levels of objects and arrays in what is kept in the log.
+#: Levels of objects and arrays in a value that is kept in the log.
 MAX_DEPTH: Final = 100
 #: Seconds in which a body must have arrived.
 BODY_SECONDS: Final = 10.0
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 def too_large() -> BodyTooLarge:
-    """The body is larger than any that this worker needs."""
+    """The error for a body over MAX_BODY_BYTES."""
     return BodyTooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes")
 
 
@@ -35,13 +35,13 @@ async def read_body(request: web.Request) -> bytes:
 
     Raises:
         BodyTooLarge: over 1 MiB; nothing more of it is read.
-        SlowBody: it was not there in time.
+        SlowBody: it did not arrive within BODY_SECONDS.
     """
     if request.content_length is not None and request.content_length > MAX_BODY_BYTES:
         raise too_large()
     if request.content.is_eof():
         return await _all_of(request.content)
-    # not asyncio.wait_for: before Python 3.12 it loses a cancellation, so a hang-up, that comes with the last byte
+    # asyncio.wait_for, before Python 3.12, loses a cancellation (a hang-up) that comes together with the last byte
     late = SlowBody(f"the body did not arrive within {BODY_SECONDS:g} s")
     timer = asyncio.get_running_loop().call_later(BODY_SECONDS, request.content.set_exception, late)
     try:
@@ -51,7 +51,7 @@ async def read_body(request: web.Request) -> bytes:
 
 
 async def _all_of(content: StreamReader) -> bytes:
-    """Not `request.read`, which keeps the body for as long as the request lives: 1.4 kB for each caller that waits."""
+    """Like `request.read`, but the request does not keep the body: 1.4 kB less for each waiting caller."""
     parts, size = list[bytes](), 0
     while part := await content.readany():
         parts.append(part)
@@ -62,10 +62,10 @@ async def _all_of(content: StreamReader) -> bytes:
 
 
 def decode(body: bytes, shape: type[T]) -> T:
-    """A JSON object of the given shape.
+    """A JSON object, decoded as `shape`.
 
     Raises:
-        Invalid: it is not; the fields say where.
+        Invalid: it does not fit; its fields name what is wrong.
     """
     try:
         return msgspec.json.decode(body, type=shape)
@@ -74,9 +74,9 @@ def decode(body: bytes, shape: type[T]) -> T:
 
 
 def explain(body: bytes, shape: Any) -> Invalid:
-    """Which fields of a body are wrong, each by its name, where the decoder stops at the first."""
+    """The error that names every wrong field of a body (msgspec's own stops at the first)."""
     try:
-        value = json.loads(body)  # the tolerant one: it can say which field is NaN
+        value = json.loads(body)  # accepts NaN, so that the field can be named
         wrong = _not_finite(value) or _wrong(value, shape)
     except RecursionError:
         return Invalid("the body nests too deep")
@@ -90,7 +90,7 @@ def explain(body: bytes, shape: Any) -> Invalid:
 
 
 def check_metadata(metadata: dict[str, Any] | None) -> None:
-    """Metadata are for a human or a job's number, not for the job itself.
+    """Check the size of metadata: they are for a note or a job's number, not for the job itself.
 
     Raises:
         Invalid: it is too large.
@@ -100,7 +100,7 @@ def check_metadata(metadata: dict[str, Any] | None) -> None:
 
 
 def unfit(value: Any, most: int) -> str | None:
-    """Why a value cannot be kept in the log, if it cannot: too large, or so deep that a reader of it would fail."""
+    """Why a value cannot be kept in the log (too large, or nested too deep for some readers); None: it can."""
     if _deeper(value, MAX_DEPTH):
         return f"must nest at most {MAX_DEPTH} deep"
     return f"must be at most {most} bytes of JSON" if len(msgspec.json.encode(value)) > most else None
@@ -112,7 +112,7 @@ def _deeper(value: Any, levels: int) -> bool:
 
 
 def _wrong(value: Any, shape: Any) -> Any:
-    """What is wrong with a value: a sentence, or a dict of them by field, or nothing."""
+    """What is wrong with a value: a sentence, a dict of sentences by field, or None."""
     if isinstance(shape, type) and issubclass(shape, msgspec.Struct) and isinstance(value, dict):
         hints = get_type_hints(shape, include_extras=True)
         found = {}
@@ -135,9 +135,9 @@ def _wrong(value: Any, shape: Any) -> Any:
 
 
 def _not_finite(value: Any) -> Any:
-    """Where a value has a number that JSON cannot hold."""
+    """Where a value has NaN or an infinity, in the form that `_wrong` returns."""
     if isinstance(value, dict):
-        # a name may hold half a surrogate pair, which no answer can carry
+        # a name may hold half a surrogate pair, which cannot be encoded
         return {_ascii(name): wrong for name, each in value.items() if (wrong := _not_finite(each))}
     if isinstance(value, list):
         return next((wrong for each in value if (wrong := _not_finite(each))), None)
@@ -156,10 +156,10 @@ def _names(wrong: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def number(request: web.Request, name: str, default: float, high: float) -> float:
-    """A query parameter from 0 up; more than `high` is taken as `high`.
+    """A query parameter that is a number from 0; a value above `high` becomes `high`.
 
     Raises:
-        Invalid: it is no such number.
+        Invalid: it is negative or no number.
     """
     text = request.query.get(name)
     if text is None:

@@ -30,13 +30,13 @@ from nullworker.service import Commit, Service
 MAX_RESULT_BYTES: Final = 64 * 1024
 MAX_WAIT_SECONDS: Final = 60.0
 MAX_PAGE: Final = 1000
-#: Both ports, for tools: OpenAPI 3.1. Read once, so that it describes the worker that runs.
+#: The OpenAPI 3.1 description of both ports. Read at the start, so that it describes the running version.
 OPENAPI: Final = Path(__file__).with_name("openapi.json").read_bytes()
 _LOCAL_NAMES: Final = frozenset(("127.0.0.1", "localhost", "::1"))
 
 
 class ReleaseBody(msgspec.Struct):
-    """What /release may say."""
+    """The body of /release."""
 
     reservation_id: str | None = None
     result: Any | UnsetType = UNSET
@@ -44,7 +44,7 @@ class ReleaseBody(msgspec.Struct):
 
 
 class ExtendBody(msgspec.Struct):
-    """What /extend may say."""
+    """The body of /extend."""
 
     seconds: Annotated[float, Meta(ge=0)]
     reservation_id: str | None = None
@@ -61,7 +61,7 @@ class ControlHandlers:
         self.watchers = Watchers()
 
     async def release(self, request: web.Request) -> web.Response:
-        """The consumer is done."""
+        """POST /release: the consumer is done."""
         body = await read_body(request)
         asked = decode(body, ReleaseBody) if body.strip() else ReleaseBody()
         if asked.reason not in ("explicit", "consumer_exit"):
@@ -80,7 +80,7 @@ class ControlHandlers:
         return json_response({"released": True} if plain else {"released": True, "reservation_id": held.id})
 
     async def extend(self, request: web.Request) -> web.Response:
-        """The consumer needs more time, or less."""
+        """POST /extend: move the deadline."""
         asked = decode(await read_body(request), ExtendBody)
         held = self._service.book.held
         if held is None:
@@ -98,7 +98,7 @@ class ControlHandlers:
         return json_response({"reservation_id": held.id, "ends_at": ends_at})
 
     async def reservation(self, request: web.Request) -> web.Response:
-        """What is held, or what will be within `wait` seconds."""
+        """GET /reservation: the held one, or the one that is held within `wait` seconds."""
         wait = number(request, "wait", 0.0, MAX_WAIT_SECONDS)
         held = self._service.book.held
         if held is None and wait > 0:
@@ -110,7 +110,7 @@ class ControlHandlers:
         return json_response(reservation_json(held, self._service.now()))
 
     async def reservations(self, request: web.Request) -> web.Response:
-        """The history, newest first; or the one reservation that is asked for."""
+        """GET /reservations: the history, newest first, or with `id` one reservation."""
         state = request.query.get("state") or None
         if state is not None and state not in STATES:
             raise Invalid("state is wrong", state=f"must be one of {', '.join(STATES)}")
@@ -126,18 +126,18 @@ class ControlHandlers:
         return json_response({"reservations": found})
 
     async def readyz(self, request: web.Request) -> web.Response:
-        """Whether this worker takes reservations, and each check with why it fails."""
+        """GET /readyz: whether this worker takes reservations, and each check with its reason."""
         readiness = self._service.readiness
         ready = readiness.state == "ready"
         checks = {name: {"ok": check.ok, "why": check.why} for name, check in readiness.checks().items()}
         return json_response({"ready": ready, "state": readiness.state, "checks": checks}, 200 if ready else 503)
 
     async def status(self, request: web.Request) -> web.Response:
-        """All that this worker knows of itself now."""
+        """GET /status: the status document."""
         return json_response(self._status.document())
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        """Every event, live; after a seq, or where a reader that lost its connection left off."""
+        """GET /events: all events after `after` or Last-Event-ID, and new ones as they come."""
         resume = request.headers.get("Last-Event-ID") or request.query.get("after") or "0"
         if not resume.isascii() or not resume.isdigit() or len(resume) > 18:
             raise Invalid("after is wrong", after=f"must be a seq, a whole number from 0, not {resume!r}")
@@ -166,20 +166,20 @@ class ControlHandlers:
 
 
 async def health(request: web.Request) -> web.Response:
-    """The stub: this worker runs, and there is no consumer's endpoint to ask."""
+    """GET /health, when BACKEND_HEALTH_URL is not set: always ok."""
     return json_response({"status": "ok"})
 
 
 async def openapi(request: web.Request) -> web.Response:
-    """What can be asked of this worker, for tools."""
+    """GET /openapi.json."""
     return web.Response(body=OPENAPI, content_type="application/json", headers={"Cache-Control": "no-cache"})
 
 
 def local_only(request: web.Request) -> None:
-    """Refuse what a browser may have been tricked into sending.
+    """Refuse requests that a browser may have been tricked into sending.
 
     Raises:
-        Forbidden: the Host or the Origin is not this machine.
+        Forbidden: the Host or the Origin is not local.
     """
     host = request.headers.get("Host", "")
     if "@" in host or _hostname(f"//{host}") not in _LOCAL_NAMES:

@@ -28,12 +28,12 @@ from nullworker.service import Service
 
 log = get_log(__name__)
 
-#: Where Vast's start script looks for a wanted update (vastai 1.9.1, server/lib/backend.py, pyworker_update_handler).
+#: Makes the start script update the worker (vastai 1.9.1, server/lib/backend.py, pyworker_update_handler).
 FORCE_UPDATE: Final = Path("/.force_update")
 
 
 class ReservePayload(msgspec.Struct):
-    """What /reserve may say. Unknown fields are ignored."""
+    """The payload of /reserve. Unknown fields are ignored."""
 
     duration: Annotated[float, Meta(ge=0)] | None = None  # seconds
     metadata: dict[str, Any] | None = None
@@ -52,17 +52,17 @@ class ExternalHandlers:
         self._token = master_token
 
     async def reserve(self, request: web.Request) -> web.StreamResponse:
-        """Claim the slot, or wait for the end of a session; answers when the reservation has ended."""
+        """POST /reserve: claim the slot, or wait for the end of a session; answers when the reservation has ended."""
         body = await read_body(request)
         grant = await self._authenticator.authenticate(body)
         payload = grant.read(ReservePayload)
         reservation = self._claim(grant, payload)
         stream = bool(payload.stream)
-        del body, grant, payload  # each caller that waits would keep 1 kB of them
+        del body, grant, payload  # they would use 1 kB for each waiting caller
         return await self._verdict(request, reservation, stream)
 
     async def update(self, request: web.Request) -> web.Response:
-        """Vast's rolling update: leave the mark for which the start script looks."""
+        """POST /pyworker/update: create the file by which the start script updates the worker."""
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if not self._token or not same_secret(given, self._token):
             raise Unauthorized("the token is not this worker's MASTER_TOKEN", reason="token")
@@ -74,7 +74,7 @@ class ExternalHandlers:
         return json_response({"ok": True})
 
     def _claim(self, grant: Grant, payload: ReservePayload) -> Reservation:
-        """A new reservation; or with a session_id the session that is held."""
+        """A new reservation, or with a session_id the held session."""
         check_metadata(payload.metadata)
         if grant.session_id is None:
             return self._service.claim(
@@ -86,7 +86,7 @@ class ExternalHandlers:
         return session
 
     async def _verdict(self, request: web.Request, reservation: Reservation, stream: bool) -> web.StreamResponse:
-        """How the reservation has ended, once it has. A request ends when its caller is gone, or we fail him."""
+        """Wait for the end and answer with it. A hang-up or an error here ends a request reservation."""
         if reservation.state not in ENDED:
             request[HELD] = True
         try:
@@ -95,7 +95,7 @@ class ExternalHandlers:
             return verdict_response(await self._service.ended(reservation))
         except BaseException as error:
             hung_up = isinstance(error, (asyncio.CancelledError, ConnectionError))
-            if reservation.terms.kind == "request":  # a session stays, whoever waits for its end
+            if reservation.terms.kind == "request":  # a session does not depend on this connection
                 self._service.cancel(reservation.id, "client_disconnect" if hung_up else "worker_error")
             raise
 

@@ -30,13 +30,13 @@ log = get_log(__name__)
 
 
 class Ports:
-    """The listening sockets of one worker, all of them, from the start until `close`.
+    """All listening sockets of one worker, open from the constructor until `close`.
 
     Attributes:
-        settings: with the ports that were taken, where any free one was asked for.
+        settings: the given ones, with 0 replaced by the port that the kernel chose.
 
     Raises:
-        CannotStart: a port or the certificate cannot be had.
+        CannotStart: a port is taken, or the certificate cannot be read.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -66,7 +66,7 @@ class Ports:
         *,
         shutdown_seconds: float,
     ) -> list[Server]:
-        """A server for each socket, to be started. `shutdown_seconds`: how long a stop waits for open requests."""
+        """A server for each socket, not yet started. `shutdown_seconds`: how long a stop waits for open requests."""
         settings = self.settings
         sessions = SessionHandlers(service, authenticator, own_addresses=self._own_addresses())
         external = ExternalHandlers(service, event_log, authenticator, master_token=settings.master_token)
@@ -85,7 +85,7 @@ class Ports:
         ]
 
     def close(self) -> None:
-        """Listen no more."""
+        """Close all sockets."""
         for sock in self._sockets:
             sock.close()
 

@@ -42,7 +42,7 @@ def reservation_json(reservation: Reservation, now: float) -> ReservationJson:
 
 
 def find(service: Service, event_log: EventLog, reservation_id: str) -> ReservationJson | None:
-    """A reservation wherever it is: live, ended and not yet written, or in the log. None: nobody knows it."""
+    """A reservation by its id: live, ended but not yet written, or in the log. None: it is unknown."""
     found = service.find(reservation_id)
     if found is not None:
         return reservation_json(found, service.now())
@@ -52,7 +52,7 @@ def find(service: Service, event_log: EventLog, reservation_id: str) -> Reservat
 async def newest(
     service: Service, event_log: EventLog, *, state: str | None, limit: int, before: str | None
 ) -> list[ReservationJson]:
-    """The newest reservations first: those whose last events still wait for the log, then the log's.
+    """The newest reservations first: those with events not yet written, then those of the log.
 
     Yields after each batch of the search so that the event loop stays responsive.
 
@@ -66,7 +66,7 @@ async def newest(
     elif before is not None:
         try:
             at = from_shown(before)
-        except ValueError:  # it is an id in the log: those in memory came on an earlier page
+        except ValueError:  # an id of the log: those in memory were on an earlier page
             at = 0.0
         first = [each for each in first if each.queued_at < at]
     rows = [reservation_json(each, service.now()) for each in first if state in (None, each.state)]
@@ -78,7 +78,7 @@ async def newest(
 
 
 def verdict(reservation: Reservation) -> tuple[int, dict[str, Any]]:
-    """Status and body for the caller of /reserve: how the reservation has ended."""
+    """Status and body of the answer to /reserve; the reservation has ended."""
     assert reservation.ended_at is not None
     held_at = reservation.held_at
     edge = ending(reservation.state, reservation.reason, was_held=held_at is not None)
@@ -102,7 +102,7 @@ def verdict(reservation: Reservation) -> tuple[int, dict[str, Any]]:
 
 
 def verdict_response(reservation: Reservation) -> web.Response:
-    """The plain answer of /reserve."""
+    """The answer to /reserve without a stream."""
     status, body = verdict(reservation)
     headers = {RESERVATION_HEADER: reservation.id}
     if status in (429, 503):

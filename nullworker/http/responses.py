@@ -24,12 +24,12 @@ RESERVATION_HEADER: Final = "Nullworker-Reservation"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-#: Set on a request that waited for a reservation: its duration says nothing about this server.
+#: Set on a request that waited for a reservation, whose duration is left out of the histogram.
 HELD = web.RequestKey("held", bool)
 
 
 class Counts(Protocol):
-    """What answers are counted in."""
+    """Counters of HTTP answers; the exporter implements it."""
 
     def count_request(self, port: str, route: str, status: int, seconds: float | None) -> None:
         """An HTTP request was answered."""
@@ -41,7 +41,7 @@ class Counts(Protocol):
 
 
 def json_response(body: Any, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    """Any JSON, not to be cached by anybody."""
+    """A JSON response that must not be cached."""
     return web.Response(
         body=msgspec.json.encode(body),
         status=status,
@@ -51,14 +51,14 @@ def json_response(body: Any, status: int = 200, headers: dict[str, str] | None =
 
 
 class Answers:
-    """What every answer of one port has in common: an error is JSON with `error`, and each is counted."""
+    """Error responses and counters of one port."""
 
     def __init__(self, port: str, counts: Counts) -> None:
         self._port = port
         self._counts = counts
 
     def to_error(self, request: web.BaseRequest, error: Exception) -> web.Response:
-        """The answer to a request that was not done; call it while the error is handled."""
+        """The response for an exception; call it in the `except` block, since a bug is logged with its traceback."""
         if isinstance(error, RequestError):
             if isinstance(error, Unauthorized):
                 self._counts.count_auth_failure(error.reason)
@@ -68,31 +68,31 @@ class Answers:
             return json_response(body, LogUnavailable.status, {"Retry-After": str(RETRY_AFTER_SECONDS)})
         if isinstance(error, web.HTTPException):
             return _http_error(request, error)
-        if isinstance(error, web.RequestPayloadError):  # not compressed, or not in chunks, as its headers say
+        if isinstance(error, web.RequestPayloadError):  # compression or chunks are not as the headers say
             return json_response({"error": f"the body cannot be read: {' '.join(str(error).split())}"}, 400)
-        if isinstance(error, ConnectionError):  # raised on, it would be a bug to aiohttp
+        if isinstance(error, ConnectionError):  # if raised, aiohttp would log it as a bug
             return json_response({"error": "the client hung up"}, 499)
         error_id = secrets.token_hex(4)
         log.exception("bug", error_id=error_id, route=request.path, method=request.method)
         return json_response({"error": f"a bug in nullworker; its log has the details under {error_id}"}, 500)
 
     def count(self, request: web.BaseRequest, status: int, seconds: float) -> None:
-        """A request was answered; of one that waited for a reservation the seconds say nothing about this server."""
+        """Count an answered request. The seconds of one that waited for a reservation are not counted."""
         info = request.match_info.route.resource if isinstance(request, web.Request) else None
         route = info.canonical if info is not None else "unknown"
         self._counts.count_request(self._port, route, status, None if request.get(HELD) else seconds)
 
     def count_unreadable(self, status: int) -> None:
-        """What was no request was answered."""
+        """Count the answer to something that could not be parsed as a request."""
         self._counts.count_request(self._port, "unknown", status, None)
 
 
-#: Of an app; http/server.py answers by it.
+#: The Answers of an app, for http/server.py.
 ANSWERS: web.AppKey[Answers] = web.AppKey("answers", Answers)
 
 
 def make_app(port: str, counts: Counts, guard: Callable[[web.Request], None] | None = None) -> web.Application:
-    """An app whose every answer is counted and whose every error is JSON. `guard` may refuse any request."""
+    """An app with JSON errors and counted answers. `guard` is called before each handler and may raise."""
 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -103,7 +103,7 @@ def make_app(port: str, counts: Counts, guard: Callable[[web.Request], None] | N
     async def name_server(request: web.Request, response: web.StreamResponse) -> None:
         response.headers["Server"] = SERVER_NAME
 
-    # without a guard no middleware: each costs a request that waits 0.7 kB
+    # no middleware without a guard: each costs 0.7 kB for every waiting request
     app = web.Application(middlewares=[] if guard is None else [guarded])
     app.on_response_prepare.append(name_server)
     app[ANSWERS] = Answers(port, counts)
@@ -122,5 +122,5 @@ def _http_error(request: web.BaseRequest, error: web.HTTPException) -> web.Respo
 
 
 def same_secret(given: str, ours: str) -> bool:
-    """Whether a header has our secret, in constant time; a header may hold any bytes (PEP 383)."""
+    """Compare a header with our secret in constant time; a header may hold any bytes (PEP 383)."""
     return hmac.compare_digest(given.encode(errors="surrogateescape"), ours.encode())

@@ -30,30 +30,30 @@ from nullworker.logs import get_log
 
 log = get_log(__name__)
 
-#: Bytes of a request line and of one header, and how many headers: what aiohttp has by itself, said here so that it
-#: stays. The official client puts its api key into the query, and sends six headers.
+#: Bytes of a request line and of one header, and the number of headers: aiohttp's defaults, fixed here. The official
+#: client puts its API key into the query, and sends six headers.
 MAX_LINE_BYTES: Final = 8190
 MAX_HEADER_BYTES: Final = 8190
 MAX_HEADERS: Final = 128
 _TOO_MANY_HEADERS: Final = "Too many headers received"  # aiohttp's words
 
-#: Seconds for a TLS handshake, for the head of a request, and for a connection that cannot be read.
+#: Seconds for a TLS handshake, for the head of a request, and for a connection that is not being read.
 PATIENCE_SECONDS: Final = 10.0
-#: Seconds that a connection may wait for its next request: longer than the 15 s of aiohttp's client, so that it is
-#: the client that closes and no request meets a closed door.
+#: Seconds that a connection may wait for its next request: longer than the 15 s of aiohttp's client, so that the
+#: client closes first and no request arrives on a closed connection.
 KEEPALIVE_SECONDS: Final = 75.0
-#: Seconds between two looks at whose time is over.
+#: Seconds between two checks for connections whose time is over.
 LOOK_SECONDS: Final = 1.0
-#: Connections taken from the kernel at once, before others have their turn.
+#: Connections accepted in one turn of the event loop.
 AT_ONCE: Final = 64
-#: Seconds without accepting when the machine has no more descriptors or memory.
+#: Seconds without accepting after the machine ran out of descriptors or memory.
 EXHAUSTED_SECONDS: Final = 1.0
 #: Seconds between two log lines that say that a port is full.
 FULL_LINE_SECONDS: Final = 60.0
 
 
 class Connection(web.RequestHandler):
-    """One connection. It tells its port what happens to it."""
+    """One connection, which tells its server when it opens, receives data and closes."""
 
     __slots__ = ("_port", "busy", "line")
 
@@ -93,14 +93,14 @@ class Connection(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """What aiohttp cannot parse, as JSON. It closes the connection: nobody knows where the next request begins."""
+        """Answer what aiohttp cannot parse, as JSON, and close: the start of the next request is unknown."""
         if request.writer.output_size > 0:
             raise ConnectionError("a part of an answer is sent already")
         if status == 400:
             if isinstance(exc, LineTooLong) or message == _TOO_MANY_HEADERS:
                 status = 431
             error = f"the request is no valid HTTP: {' '.join((message or '').split())[:200]}"
-        else:  # outside of `Server._handle`, so a bug
+        else:  # raised outside of `Server._handle`, so it is a bug
             log.exception("bug", route=request.path, method=request.method)
             error = "a bug in nullworker; its log has the details"
         self._port.answers.count_unreadable(status)
@@ -109,10 +109,10 @@ class Connection(web.RequestHandler):
         return answer
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
-        """aiohttp tells of a bug. A body that cannot be read, or is late, is none: its sender has had the answer.
+        """Log a bug. A body that is unreadable or late is none: its sender has had an answer.
 
-        Nor is an InvalidStateError at a stop: aiohttp itself raises it, when a handler ends in the very turn of the
-        loop in which the patience of the shutdown ends (aiohttp 3.14, web_protocol.py, _handle_request).
+        Nor is an InvalidStateError during a stop: aiohttp raises it when a handler ends in the same turn of the event
+        loop in which the shutdown timeout ends (aiohttp 3.14, web_protocol.py, _handle_request).
         """
         error = kw.get("exc_info")
         its_own = isinstance(error, asyncio.InvalidStateError) and self._port.stopping
@@ -121,17 +121,17 @@ class Connection(web.RequestHandler):
 
     @property
     def stuck(self) -> bool:
-        """No request is under way, or its caller's end could not be noticed: a line that is not read has no end."""
+        """Whether no request is under way, or the transport is not being read, so that a hang-up goes unnoticed."""
         return not self.busy or self.line is None or self.line.is_closing() or not self.line.is_reading()
 
     def abort(self) -> None:
-        """Close it now: no goodbye, which a TLS peer could draw out."""
+        """Close it at once, without a TLS goodbye, which a peer could delay."""
         if self.line is not None:
             self.line.abort()
 
 
 class Server:
-    """One app on one listening socket, with `max_connections` connections at most."""
+    """Serves one app on one listening socket, with at most `max_connections` connections."""
 
     def __init__(
         self,
@@ -149,29 +149,29 @@ class Server:
         self._tls: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": PATIENCE_SECONDS}
         self.stopping = False
         self._open = 0
-        # Each in the order of its deadlines, since all in it have the same time.
-        self._greeting: dict[asyncio.Task[None], None] = {}  # accepted, perhaps in a TLS handshake
-        self._pressed: dict[Connection, float] = {}  # whose head must come, or which must be read again
+        # Connections by what they wait for, each in the order of deadlines, since one dict has one timeout.
+        self._greeting: dict[asyncio.Task[None], None] = {}  # accepted, maybe in a TLS handshake
+        self._pressed: dict[Connection, float] = {}  # must send a request's head, or be read again, in time
         self._idle: dict[Connection, float] = {}  # answered, and no next request yet
         self._look: asyncio.TimerHandle | None = None
         self._next_full_line = 0.0
 
     async def start(self) -> None:
-        """Accept."""
+        """Begin to accept connections."""
         self._loop = asyncio.get_running_loop()
         await self._runner.setup()
         assert self._runner.server is not None
         self._server = self._runner.server
         self._answer = self._server.request_handler
-        # Attributes without an underscore, but not documented. Around the app rather than in a middleware, since
-        # aiohttp answers `Expect` before any middleware, and each frame costs memory for every request that waits.
+        # Undocumented attributes without an underscore. `_handle` wraps the app, since aiohttp answers `Expect` before
+        # any middleware, and a middleware's frame costs memory for every waiting request.
         self._server.request_handler = self._handle
         self._listener.setblocking(False)
         self._look = self._loop.call_later(LOOK_SECONDS, self._close_late)
         self._listen()
 
     async def stop(self) -> None:
-        """Accept nothing more, let requests end for `shutdown_seconds`, close all."""
+        """Stop accepting, wait `shutdown_seconds` for open requests, close all connections."""
         self.stopping = True
         if self._look is not None:
             self._look.cancel()
@@ -181,15 +181,15 @@ class Server:
             task.cancel()
         await self._runner.cleanup()
 
-    # -- what a connection tells -----------------------------------------------------------------------------------
+    # -- called by connections -------------------------------------------------------------------------------------
 
     def opened(self, connection: Connection) -> None:
-        """It is there, and its first request must come."""
+        """A connection was made; its first request must arrive in time."""
         self._open += 1
         self._pressed[connection] = self._loop.time() + PATIENCE_SECONDS
 
     def heard(self, connection: Connection) -> None:
-        """Bytes have come: of the next request, or so many that no more are read."""
+        """Data arrived: of the next request, or so much that reading was paused."""
         if connection.busy:
             if connection.stuck:
                 self._pressed.setdefault(connection, self._loop.time() + PATIENCE_SECONDS)
@@ -197,7 +197,7 @@ class Server:
             self._pressed[connection] = self._loop.time() + PATIENCE_SECONDS
 
     def closed(self, connection: Connection) -> None:
-        """It is gone."""
+        """A connection was closed."""
         self._open -= 1
         self._pressed.pop(connection, None)
         self._idle.pop(connection, None)
@@ -224,10 +224,10 @@ class Server:
                 self._pressed.pop(connection, None)
                 self._idle[connection] = self._loop.time() + KEEPALIVE_SECONDS + PATIENCE_SECONDS
 
-    # -- newcomers -------------------------------------------------------------------------------------------------
+    # -- new connections --------------------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        if self._look is not None:  # else it was stopped in the meantime
+        if self._look is not None:  # it may have been stopped meanwhile
             self._loop.add_reader(self._listener, self._accept)
 
     def _accept(self) -> None:
@@ -236,7 +236,7 @@ class Server:
                 sock, _ = self._listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
-            except OSError as error:  # no descriptor or no memory is left: the kernel keeps them for a while
+            except OSError as error:  # out of descriptors or memory; the kernel keeps the connections for a while
                 log.error("cannot_accept", why=error.strerror)
                 self._loop.remove_reader(self._listener)
                 self._loop.call_later(EXHAUSTED_SECONDS, self._listen)
@@ -257,7 +257,7 @@ class Server:
         return Connection(self, self._server, self._loop)
 
     def _make_room(self) -> bool:
-        """Close the oldest of the largest crowd that has nothing under way. False: all have."""
+        """Close the oldest connection of the largest group without a request under way; False if there is none."""
         if self._loop.time() >= self._next_full_line:
             self._next_full_line = self._loop.time() + FULL_LINE_SECONDS
             log.warning("port_full", port=self._listener.getsockname()[1], connections=self._open)

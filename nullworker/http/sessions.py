@@ -32,7 +32,7 @@ _LOCAL: Final = frozenset(("127.0.0.1", "localhost", "::1", "0.0.0.0", "::"))  #
 
 
 class CreatePayload(msgspec.Struct):
-    """What /session/create may say. Unknown fields are ignored."""
+    """The payload of /session/create. Unknown fields are ignored."""
 
     lifetime: Annotated[float, Meta(gt=0)] | None = None  # seconds
     on_close_route: str | None = None
@@ -41,7 +41,7 @@ class CreatePayload(msgspec.Struct):
 
 
 class Named(msgspec.Struct):
-    """A session by its id, and the auth_data it was created with."""
+    """The body of /session/get, /health and /end: an id, and the auth_data of its creation."""
 
     session_id: str
     session_auth: Any = None
@@ -58,7 +58,7 @@ class SessionHandlers:
         self._own = frozenset(own_addresses)
 
     async def create(self, request: web.Request) -> web.Response:
-        """Claim the slot for a session, at once or not at all."""
+        """POST /session/create: claim the slot for a session, which never queues."""
         grant = await self._authenticator.authenticate(await read_body(request))
         payload = grant.read(CreatePayload)
         check_metadata(payload.metadata)
@@ -88,7 +88,7 @@ class SessionHandlers:
         return json_response(body, 201, {RESERVATION_HEADER: session.id})
 
     async def end(self, request: web.Request) -> web.Response:
-        """The owner ends its session."""
+        """POST /session/end: release a session."""
         named = await self._named(request)
         session = self._find(named.session_id)
         if session is None:
@@ -99,7 +99,7 @@ class SessionHandlers:
         return json_response(body, headers={RESERVATION_HEADER: session.id})
 
     async def get(self, request: web.Request) -> web.Response:
-        """All about a session, for who can show its auth."""
+        """POST /session/get: the terms of a session, for its owner."""
         named = await self._named(request)
         session = self._find(named.session_id)
         if session is None:
@@ -118,7 +118,7 @@ class SessionHandlers:
         )
 
     async def health(self, request: web.Request) -> web.Response:
-        """Whether a session is open."""
+        """POST /session/health: whether a session is open."""
         named = await self._named(request)
         session = self._find(named.session_id)
         if session is None:
@@ -127,7 +127,7 @@ class SessionHandlers:
         return json_response({"ok": True})
 
     async def ping(self, request: web.Request) -> web.Response:
-        """Renew a session: it lives for its lifetime from now, and never less long than before."""
+        """POST /ping: renew a session by its lifetime; a later deadline stays."""
         grant = await self._authenticator.authenticate(await read_body(request))
         if grant.session_id is None:
             raise Invalid("session_id is missing: a ping renews a session", session_id="missing parameter")

@@ -12,24 +12,24 @@ from typing import Final
 
 from nullworker.errors import CannotStart
 
-#: Where Vast's start script puts the instance's certificate (vastai 1.9.1, server/lib/server.py).
+#: Where Vast's start script stores the instance's certificate (vastai 1.9.1, server/lib/server.py).
 CERTIFICATE: Final = Path("/etc/instance.crt")
 PRIVATE_KEY: Final = Path("/etc/instance.key")
 
-#: Connections that the kernel keeps for us while the process is busy.
+#: Connections that the kernel queues while the process is busy.
 BACKLOG: Final = 4096
 
-#: A peer that vanished without a word is noticed after idle + interval * count = 60 s: what is held for it is held for
-#: nobody. Accepted sockets inherit these (Linux, tcp(7)); the kernel's own default is two hours.
+#: A peer that vanished is noticed after idle + interval * count = 60 s, so that its reservation does not stay held.
+#: Accepted sockets inherit these options (Linux, tcp(7)); the kernel's default is two hours.
 KEEPALIVE: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}
 
-#: Connections of the external port beside those in the queue, and of a port on 127.0.0.1.
+#: Connections of the external port in addition to the queue's, and of each port on 127.0.0.1.
 SPARE_CONNECTIONS: Final = 4096
 LOCAL_CONNECTIONS: Final = 1024
 
 
 def raise_fd_limit() -> int:
-    """As many open files as this process may have. Returns how many."""
+    """Raise the soft limit of open files to the hard limit. Returns the limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -38,18 +38,18 @@ def raise_fd_limit() -> int:
 
 
 def shares(files: int, max_queued: int) -> tuple[int, int]:
-    """Most connections of the external port, and of each other one, so that some files are left for the worker itself.
+    """The maximum connections of the external port and of each other port, which leave files for the worker itself.
 
-    Where there are few files, a third of them is kept from the external port; where there are many, 4096.
+    The external port gets all but 3/8 of the files, or all but 4096 where there are many.
     """
     return min(max_queued + SPARE_CONNECTIONS, files - min(files * 3 // 8, 4096)), min(LOCAL_CONNECTIONS, files // 16)
 
 
 def listen(port: int, *, host: str | None, variable: str) -> socket.socket:
-    """A listening socket; host None is every address of this machine, IPv6 included where there is any.
+    """A listening socket; host None is every address of this machine, with IPv6 if it has that.
 
     Raises:
-        CannotStart: it cannot be had; the sentence names the variable that says which port.
+        CannotStart: it cannot be opened; the sentence names the variable that sets the port.
     """
     try:
         if host is None and socket.has_dualstack_ipv6():
@@ -72,7 +72,7 @@ def listen(port: int, *, host: str | None, variable: str) -> socket.socket:
 
 
 def tls(certificate: Path = CERTIFICATE, key: Path = PRIVATE_KEY) -> ssl.SSLContext:
-    """The external port's TLS.
+    """The TLS context of the external port.
 
     Raises:
         CannotStart: the certificate or its key cannot be used.

@@ -33,7 +33,7 @@ BATCH: Final = 200
 
 
 class Watchers:
-    """Who only watches, on one port: a stop of the worker does not wait for them, and cuts none of them off."""
+    """The readers of one port's streams, which are ended properly, without delay, when the worker stops."""
 
     def __init__(self) -> None:
         self.dismissed = False
@@ -41,7 +41,7 @@ class Watchers:
 
     @contextlib.contextmanager
     def wakeup(self) -> Iterator[AutoResetEvent]:
-        """A wakeup that rings at the stop too."""
+        """An event that is also set when the worker stops."""
         wakeup = AutoResetEvent()
         if self.dismissed:
             wakeup.set()
@@ -52,7 +52,7 @@ class Watchers:
             self._wakeups.discard(wakeup)
 
     async def dismiss(self, _: web.Application) -> None:
-        """The port stops: for aiohttp's `on_shutdown`."""
+        """Wake all readers; aiohttp calls it as `on_shutdown`."""
         self.dismissed = True
         for wakeup in self._wakeups:
             wakeup.set()
@@ -61,7 +61,7 @@ class Watchers:
 async def stream_reservation(
     request: web.Request, service: Service, event_log: EventLog, reservation: Reservation
 ) -> web.StreamResponse:
-    """Answer once it is held: an event for each of its events, and as the last data what the plain call would get."""
+    """Once the reservation is held, stream its events, and as the last `data` the body of the plain answer."""
     wakeup = AutoResetEvent()
     service.watch(reservation.id, wakeup.set)
     try:
@@ -82,7 +82,7 @@ async def stream_reservation(
 async def stream_events(
     request: web.Request, event_log: EventLog, after: int, watchers: Watchers
 ) -> web.StreamResponse:
-    """Every event after a seq, and every one to come, until the reader goes or the worker stops."""
+    """Stream all events after a seq, and new ones, until the reader hangs up or the worker stops."""
     with watchers.wakeup() as wakeup, _cut_off_by_errors(request):
         response = await _begin(request)
         await _follow(response, event_log, wakeup, after, None, until=lambda: watchers.dismissed)
@@ -92,7 +92,7 @@ async def stream_events(
 
 @contextlib.contextmanager
 def _cut_off_by_errors(request: web.Request) -> Iterator[None]:
-    """An error in the middle of an answer cannot be told as another one: its reader must see that it is cut off."""
+    """Abort the connection on an error: after the head was sent, that is the only way to show it."""
     try:
         yield
     except Exception as error:
@@ -121,10 +121,10 @@ async def _follow(
     *,
     until: Callable[[], bool],
 ) -> None:
-    event_log.on_append.append(wakeup.set)  # what has waited for the log comes when it is written
+    event_log.on_append.append(wakeup.set)  # also wakes for events that waited for the log
     try:
         while True:
-            over = until()  # asked before the log is read, so that the last events are not missed
+            over = until()  # evaluated before the read, so that the last events are not missed
             while batch := queries.events(event_log.conn, after=after, limit=BATCH, reservation_id=reservation_id):
                 after = batch[-1]["seq"]
                 await response.write(b"".join(b"id: %d\n" % event["seq"] + _data(event) for event in batch))

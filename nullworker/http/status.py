@@ -16,20 +16,20 @@ from nullworker.service import Service
 
 
 class QueueJson(TypedDict):
-    """Who waits for the slot."""
+    """The queue for the slot."""
 
     length: int
     limit: int
-    oldest_seconds: float | None  # how long the first has waited
+    oldest_seconds: float | None  # that the first has waited
 
 
 class ConsumerJson(TypedDict):
     """The consumer's health, as BACKEND_HEALTH_URL tells it."""
 
     healthy: bool
-    url: str | None  # None: nobody is asked
-    last: str | None  # what the last answer was
-    why: str | None  # why it gets no reservation
+    url: str | None  # None: BACKEND_HEALTH_URL is not set
+    last: str | None  # the last result in words
+    why: str | None  # why no reservation is taken for it
 
 
 class AutoscalerJson(TypedDict):
@@ -65,7 +65,7 @@ class StatusJson(TypedDict):
 
 
 class Status:
-    """Makes the document from the parts of one worker. `autoscaler` and `reporter` None: standalone."""
+    """Builds the status document. `autoscaler` and `reporter` are None for a standalone worker."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Status:
         self._own_url = own_url
 
     def document(self) -> StatusJson:
-        """The worker as it is now."""
+        """The present state of the worker."""
         service, readiness, now = self._service, self._service.readiness, self._service.now()
         book = service.book
         head = next(iter(book.queue.values()), None)
