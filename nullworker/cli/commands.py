@@ -14,26 +14,26 @@ import click
 from nullworker import __version__
 from nullworker.errors import BadSettings, NullworkerError
 
-#: Command, its line in `nullworker --help`, and where it is.
+#: Name of a command: its line in `nullworker --help`, and its module and function.
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "serve": ("Run the worker.", "nullworker.cli.serve:serve"),
     "reserve": ("Reserve a worker, with the official vastai client.", "nullworker.cli.reserve:reserve"),
     "work": ("Run a command once for each reservation.", "nullworker.cli.work:work"),
-    "status": ("What the worker knows of itself now.", "nullworker.cli.control:status"),
+    "status": ("Show the state of the worker.", "nullworker.cli.control:status"),
     "release": ("End the held reservation.", "nullworker.cli.control:release"),
     "extend": ("Move the deadline of the held reservation.", "nullworker.cli.control:extend"),
     "wait": ("Wait until a reservation is held.", "nullworker.cli.control:wait"),
-    "history": ("The reservations in the log.", "nullworker.cli.history:history"),
-    "events": ("The events in the log.", "nullworker.cli.history:events"),
-    "prune": ("Remove old reservations from the log.", "nullworker.cli.prune:prune"),
-    "demo": ("See the whole story on this machine.", "nullworker.cli.demo:demo"),
-    "dev": ("A stand-in for Vast Serverless on this machine.", "nullworker.cli.dev:dev"),
-    "doctor": ("Check this machine, and an endpoint's parameters.", "nullworker.cli.doctor:doctor"),
+    "history": ("List the reservations in the event log.", "nullworker.cli.history:history"),
+    "events": ("List the events in the event log.", "nullworker.cli.history:events"),
+    "prune": ("Remove old reservations from the event log.", "nullworker.cli.prune:prune"),
+    "demo": ("See all of it work on this machine, without an account.", "nullworker.cli.demo:demo"),
+    "dev": ("Run a fake Vast Serverless on this machine, for tests.", "nullworker.cli.dev:dev"),
+    "doctor": ("Check this machine and an endpoint's parameters.", "nullworker.cli.doctor:doctor"),
 }
 
 
 class _Commands(click.Group):
-    """Commands that are imported when they are called."""
+    """A group whose commands are imported when they are called."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -56,12 +56,12 @@ class _Commands(click.Group):
 def cli() -> None:
     """A Vast.ai Serverless worker for people with their own job queue.
 
-    A request comes in and you get a worker; release, and it scales back down.
+    A request holds a worker until your consumer releases it or its time is over. Then Vast scales the endpoint down.
     """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The entry point of every door. Never returns."""
+    """The entry point of all ways to start a command. Never returns."""
     try:
         sys.exit(cli.main(arguments, prog_name="nullworker", standalone_mode=False) or 0)
     except click.exceptions.Exit as done:

@@ -20,7 +20,7 @@ from nullworker.errors import NullworkerError, WorkerUnreachable
 
 #: Seconds of one long poll; the worker allows 60.
 POLL_SECONDS: Final = 30.0
-#: Seconds between two tries of a worker that has stopped to answer.
+#: Seconds between two tries while the worker does not answer.
 RETRY_SECONDS: Final = 1.0
 
 as_json = click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
@@ -30,33 +30,33 @@ reservation_id = click.option(
     metavar="ID",
     envvar="NULLWORKER_RESERVATION_ID",
     show_envvar=True,
-    help="Only this reservation, never another one that is held by now.",
+    help="Only this reservation, not another one that may be held by now.",
 )
 
 
 class NotDone(NullworkerError):
-    """The worker has answered, and what was asked for is not so."""
+    """The worker has answered that the request was not carried out."""
 
 
 @click.command()
 @with_control
 @as_json
 def status(control: ControlClient, *, as_json: bool) -> None:
-    """What the worker knows of itself now."""
-    told = control.ask("GET", "/status")
+    """Show the state of the worker: reservation, queue, consumer, autoscaler and log."""
+    answer = control.ask("GET", "/status")
     if as_json:
-        click.echo(json.dumps(told))
+        click.echo(json.dumps(answer))
         return
-    consumer, autoscaler, log, queue = told["consumer"], told["autoscaler"], told["log"], told["queue"]
+    consumer, autoscaler, log, queue = answer["consumer"], answer["autoscaler"], answer["log"], answer["queue"]
     waits = "" if queue["oldest_seconds"] is None else f", the oldest for {queue['oldest_seconds']} s"
-    reports = ", ".join(autoscaler["reports_to"] or ()) or "nobody (standalone)"
+    reports = ", ".join(autoscaler["reports_to"] or ()) or "no autoscaler (standalone)"
     facts = {
-        "worker": f"{told['state']}, {told['url']}, version {told['version']}",
-        "held": _in_short(told["held"]),
+        "worker": f"{answer['state']}, {answer['url']}, version {answer['version']}",
+        "held": _in_short(answer["held"]),
         "queue": f"{queue['length']} of {queue['limit']}{waits}",
         "consumer": consumer["why"] or _healthy(consumer),
-        "reports to": f"{reports}; {autoscaler['trouble'] or 'all well'}, {autoscaler['backlog']} outcomes owed",
-        "log": f"{log['path']}: {log['why'] or 'writable'}, {log['bytes']} bytes, the last event is {log['last_seq']}",
+        "reports to": f"{reports}; {autoscaler['trouble'] or 'ok'}, {autoscaler['backlog']} outcomes to be sent",
+        "log": f"{log['path']}: {log['why'] or 'writable'}, {log['bytes']} bytes, last event {log['last_seq']}",
     }
     show(facts)
 
@@ -64,7 +64,7 @@ def status(control: ControlClient, *, as_json: bool) -> None:
 @click.command()
 @click.argument("reservation", metavar="[ID]", required=False)
 @reservation_id
-@click.option("--result", metavar="JSON", help="Handed to the caller of /reserve, up to 64 KiB.")
+@click.option("--result", metavar="JSON", help="Passed to the caller of /reserve, up to 64 KiB.")
 @with_control
 @as_json
 def release(
@@ -72,7 +72,7 @@ def release(
 ) -> None:
     """End the held reservation: its work is done.
 
-    Give its id: without one, a consumer that is late ends the reservation of somebody else.
+    Give the ID, so that a late consumer cannot end the next reservation instead.
     """
     body: dict[str, Any] = {}
     if reservation or reservation_id:
@@ -82,11 +82,11 @@ def release(
             body["result"] = json.loads(result)
         except ValueError as error:
             raise click.BadParameter(f"it is not JSON: {error}", param_hint="--result") from None
-    told = _ask(control, "/release", body, as_json)
-    if not told["released"]:
-        raise NotDone(f"nothing was released: {told.get('reason', 'the worker does not say why')}")
+    answer = _ask(control, "/release", body, as_json)
+    if not answer["released"]:
+        raise NotDone(f"nothing was released: {answer.get('reason', 'the worker does not say why')}")
     if not as_json:
-        click.echo(f"released {told['reservation_id']}" if "reservation_id" in told else "released")
+        click.echo(f"released {answer['reservation_id']}" if "reservation_id" in answer else "released")
 
 
 @click.command()
@@ -105,9 +105,9 @@ def extend(
     if seconds is None:
         raise click.UsageError("say for how long: nullworker extend SECONDS")
     body = {"seconds": seconds, **({"reservation_id": reservation_id} if reservation_id else {})}
-    told = _ask(control, "/extend", body, as_json)
+    answer = _ask(control, "/extend", body, as_json)
     if not as_json:
-        click.echo(f"{told['reservation_id']} ends at {told['ends_at']}")
+        click.echo(f"{answer['reservation_id']} ends at {answer['ends_at']}")
 
 
 @click.command()
@@ -115,9 +115,9 @@ def extend(
 @with_control
 @as_json
 def wait(control: ControlClient, *, timeout: float | None, as_json: bool) -> None:
-    """Wait until a reservation is held, and show it. A restart of the worker meanwhile is waited for, too."""
+    """Wait until a reservation is held, and show it. A restart of the worker does not end the wait."""
     until = None if timeout is None else stopwatch() + timeout
-    held = control.ask("GET", "/reservation")  # a wrong address should not look like a long wait
+    held = control.ask("GET", "/reservation")  # a wrong address fails at once
     while held is None:
         left = POLL_SECONDS if until is None else min(until - stopwatch(), POLL_SECONDS)
         if left <= 0:
@@ -133,7 +133,7 @@ def wait(control: ControlClient, *, timeout: float | None, as_json: bool) -> Non
 
 
 def show(facts: dict[str, Any]) -> None:
-    """A table with a line for each fact."""
+    """Print one line for each item."""
     width = max(map(len, facts))
     for name, value in facts.items():
         text = value if isinstance(value, str) else json.dumps(value)
@@ -141,17 +141,17 @@ def show(facts: dict[str, Any]) -> None:
 
 
 def _ask(control: ControlClient, path: str, body: dict[str, Any], as_json: bool) -> Any:
-    """The answer, which --json shows whether it is yes or no."""
+    """POST and return the answer; with --json, print it, also when it is a refusal."""
     try:
-        told = control.ask("POST", path, body)
+        answer = control.ask("POST", path, body)
     except Refused as error:
         if as_json:
             click.echo(json.dumps(error.answer))
             sys.stdout.flush()
         raise
     if as_json:
-        click.echo(json.dumps(told))
-    return told
+        click.echo(json.dumps(answer))
+    return answer
 
 
 def _in_short(held: dict[str, Any] | None) -> str:
@@ -162,6 +162,6 @@ def _in_short(held: dict[str, Any] | None) -> str:
 
 def _healthy(consumer: dict[str, Any]) -> str:
     if not consumer["url"]:
-        return "not asked, no url is set"
-    lately = "" if consumer["last"] in (None, "healthy") else f", but at the last look: {consumer['last']}"
+        return "not polled, BACKEND_HEALTH_URL is not set"
+    lately = "" if consumer["last"] in (None, "healthy") else f", but the last poll: {consumer['last']}"
     return f"healthy, {consumer['url']}{lately}"

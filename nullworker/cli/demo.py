@@ -1,4 +1,4 @@
-"""`nullworker demo`: the whole story on this machine."""
+"""`nullworker demo`: shows all of it on this machine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from nullworker.local.demo import run
 @click.command()
 @click.option("--keep", is_flag=True, help="Keep the folder with the workers' event logs and output.")
 def demo(*, keep: bool) -> None:
-    """See the whole story on this machine: no account, no GPU, half a minute.
+    """See all of it work on this machine: no account, no GPU, half a minute.
 
-    A stand-in for Vast Serverless, three reservations, workers that are started and stopped on demand, consumers that
-    release, and the event logs. All of it is real processes; only the autoscaler is a stand-in.
+    Three reservations, workers that are started and stopped on demand, consumers that release, and the event logs. All
+    of these are real processes; only the autoscaler is a fake.
     """
     with contextlib.ExitStack() as stack:
         if keep:

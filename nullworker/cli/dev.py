@@ -20,20 +20,23 @@ from nullworker.testing import Parameters
 
 @click.command(context_settings={"show_default": True, "allow_interspersed_args": False})
 @click.argument("consumer", metavar="[-- CONSUMER [ARG]...]", nargs=-1, type=click.UNPROCESSED)
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="Of the stand-in, on 127.0.0.1; 0: any.")
-@click.option("--endpoint", default="null", metavar="NAME", help="The name of its one endpoint.")
-@click.option("--max-workers", type=click.IntRange(1), default=5, help="Never more processes than this.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="On 127.0.0.1; 0: any free one.")
+@click.option("--endpoint", default="null", metavar="NAME", help="The name of its only endpoint.")
+@click.option("--max-workers", type=click.IntRange(1), default=5, help="Maximum number of processes.")
 @click.option(
-    "--min-load", type=click.FloatRange(min=0), default=0.0, help="Load for which workers are always there; 100 is one."
+    "--min-load",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Load for which workers always run; 100 is one worker.",
 )
 @click.option("--cold-workers", type=click.IntRange(0), default=0, help="Stopped workers that keep number and log.")
-@click.option("--target-util", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Share of use aimed at.")
-@click.option("--max-queue-time", type=SECONDS, default=1.0, help="Seconds of load that one worker may have.")
+@click.option("--target-util", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Target utilization.")
+@click.option("--max-queue-time", type=SECONDS, default=1.0, help="Seconds of load that one worker may have queued.")
 @click.option("--target-queue-time", type=SECONDS, default=0.5, help="Seconds of load above which workers are added.")
 @click.option(
     "--inactivity-timeout", "--inactivity", type=float, default=10.0, help="Seconds until an idle worker is stopped."
 )
-@click.option("--loading-timeout", type=SECONDS, default=60.0, help="Seconds until one that is not ready is replaced.")
+@click.option("--loading-timeout", type=SECONDS, default=60.0, help="Seconds that a worker may take to be ready.")
 @click.option("--worker-port", type=click.IntRange(0, 65535), default=3000, help="Of the first worker; 0: any.")
 @click.option("--control-port", type=click.IntRange(0, 65535), default=18999, help="Of the first worker; 0: any.")
 @click.option(
@@ -58,12 +61,12 @@ def dev(
     control_port: int,
     folder: Path | None,
 ) -> None:
-    """A stand-in for Vast Serverless on this machine: real workers, on demand, for your own client and consumer.
+    """Run a fake Vast Serverless on this machine: real workers, started on demand, for your own client and consumer.
 
-    CONSUMER is run beside each worker, in this folder, and finds it by NULL_CONTROL_PORT, for example: nullworker work
-    -- ./job.sh. HEALTH_PORT is a free port for each, should it serve its health. Workers take their settings from this
-    environment. The endpoint's parameters have Vast's names. It is a tool to try and test against: production scale is
-    Vast's engine. Ctrl-C stops all; a second one lets nothing finish.
+    CONSUMER runs beside each worker, in this folder, with NULL_CONTROL_PORT set; for example: nullworker work --
+    ./job.sh. HEALTH_PORT is a free port on which it may serve its health. Workers take their settings from this
+    environment. The endpoint's parameters have Vast's names. It is a tool for tests; production scaling is done by
+    Vast. Ctrl-C stops everything in order; a second Ctrl-C at once.
     """
     settings = read_settings(
         {**os.environ, **COMMON, "CONTAINER_ID": "1", "WORKER_PORT": "0", "NULL_CONTROL_PORT": "0"}

@@ -19,20 +19,24 @@ _COLOURS: Final = {"ok": "green", "warning": "yellow", "wrong": "red"}
 
 
 @click.command()
-@click.option("--endpoint", metavar="NAME", help="Also look at this endpoint's scaling parameters and workers.")
+@click.option("--endpoint", metavar="NAME", help="Also check this endpoint's scaling parameters and workers.")
 @click.option(
-    "--cost", type=click.FloatRange(min=0, min_open=True), default=100, show_default=True, help="Clients send."
+    "--cost",
+    type=click.FloatRange(min=0, min_open=True),
+    default=100,
+    show_default=True,
+    help="Sent by clients.",
 )
-@click.option("--autoscaler", metavar="URL", help="A stand-in, in place of Vast.")
-@click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Of your account at Vast.")
+@click.option("--autoscaler", metavar="URL", help="A fake autoscaler instead of Vast.")
+@click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Your API key at Vast.")
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
 @click.pass_context
 def doctor(
     ctx: click.Context, *, endpoint: str | None, cost: float, autoscaler: str | None, api_key: str | None, as_json: bool
 ) -> None:
-    """Check this machine, and with --endpoint an endpoint's scaling parameters; say what to change.
+    """Check this machine, and with --endpoint an endpoint's scaling parameters, and say what to change.
 
-    Run it on the instance, with the environment that the worker has. Exit code 1 when something is wrong.
+    Run it on the instance, with the environment of the worker. The exit code is 1 if there is an error.
     """
     if endpoint is not None and autoscaler is None and not api_key:
         raise click.UsageError("no API key for --endpoint: set VAST_API_KEY, or give --api-key")
@@ -51,7 +55,7 @@ def doctor(
 
 
 def show(findings: Iterable[Finding]) -> None:
-    """A paragraph for each that needs one, a line for each that does not."""
+    """Print one line for each finding, and its reason and fix if it is not ok."""
     for each in findings:
         level = click.style(f"{each.level:<8}", fg=_COLOURS[each.level])
         click.echo(f"{level} {each.check:<18} {each.what}")

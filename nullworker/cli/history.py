@@ -28,7 +28,7 @@ from nullworker.eventlog.opening import open_for_reading
 from nullworker.eventlog.sqlite import transaction
 from nullworker.fsm.table import EVENT_KINDS, STATES
 
-#: Seconds between two looks at a log that is followed.
+#: Seconds between two polls of a log that is followed.
 LOOK_SECONDS: Final = 0.2
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
@@ -86,8 +86,8 @@ def _options(states: Iterable[str]) -> Callable[[Callable[[ControlClient, Asked]
         decorated: Callable[..., None] = asked
         for option in (
             click.option("--json", "as_json", is_flag=True, help="JSON, one object a line."),
-            click.option("--follow", "-f", is_flag=True, help="Go on with what is to come, oldest first."),
-            click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="The newest so many."),
+            click.option("--follow", "-f", is_flag=True, help="Print new ones as they come, oldest first."),
+            click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="Only the newest."),
             click.option("--state", type=click.Choice(list(states)), help="Only these."),
             click.option("--since", metavar="TIME", callback=_since, help="An age as 15m, 6h or 2d, or an ISO time."),
             click.option(
@@ -95,7 +95,7 @@ def _options(states: Iterable[str]) -> Callable[[Callable[[ControlClient, Asked]
                 metavar="PATH",
                 envvar="NULL_EVENT_LOG",
                 show_envvar=True,
-                help="This log.  [default: the running worker's]",
+                help="The log file.  [default: the running worker's]",
             ),
         ):
             decorated = option(decorated)
@@ -107,10 +107,10 @@ def _options(states: Iterable[str]) -> Callable[[Callable[[ControlClient, Asked]
 @click.command()
 @_options(STATES)
 def history(control: ControlClient, asked: Asked) -> None:
-    """The reservations, newest first; with --follow oldest first, and then each again when something happens to it."""
+    """List reservations, newest first. With --follow: oldest first, and each again with every new event."""
     with _opened(control, asked.log) as conn:
         last = _last(conn)
-        with transaction(conn, "DEFERRED"):  # rows of one moment, whatever the worker appends meanwhile
+        with transaction(conn, "DEFERRED"):  # one snapshot, whatever the worker appends meanwhile
             rows = queries.reservations(conn, state=asked.state, since=asked.since, limit=asked.limit)
         printer = _Printer(_RESERVATION, as_json=asked.as_json)
         printer.print(rows[::-1] if asked.follow else rows)
@@ -123,7 +123,7 @@ def history(control: ControlClient, asked: Asked) -> None:
 @click.command()
 @_options(EVENT_KINDS)
 def events(control: ControlClient, asked: Asked) -> None:
-    """The events in their order: the newest --limit of them; with --follow, all that are to come as well."""
+    """List the newest --limit events, in order. With --follow: new ones as they come."""
     with _opened(control, asked.log) as conn:
         last = _last(conn)
         printer = _Printer(_EVENT, as_json=asked.as_json)
@@ -145,18 +145,18 @@ def _opened(control: ControlClient, log: str | None) -> Iterator[sqlite3.Connect
 
 
 def _find(control: ControlClient) -> Path:
-    """The log of the worker that answers, or that of the one that would be started here."""
+    """The log of the running worker, or that of a worker started here."""
     from nullworker.settings import read_settings
 
     try:
         path = Path(control.ask("GET", "/status")["log"]["path"])
         where = f"the worker on {control.url} keeps its log in {path}, which is not on this machine"
-    except WorkerUnreachable as nobody:
+    except WorkerUnreachable as unreachable:
         try:
             path = read_settings({**os.environ, "UNSECURED": "true"}).event_log
         except BadSettings:
-            raise nobody from None
-        where = f"{nobody}; and there is no log {path.absolute()}"
+            raise unreachable from None
+        where = f"{unreachable}; and there is no log {path.absolute()}"
     if not path.exists():
         raise CannotStart(f"{where}: give --log PATH or NULL_EVENT_LOG")
     return path
@@ -188,7 +188,7 @@ def _events_to_come(conn: sqlite3.Connection, after: int) -> Iterator[dict[str, 
 
 
 class _Printer:
-    """Rows as lines: JSON, or columns under a head."""
+    """Prints rows as JSON lines, or as columns under a head."""
 
     def __init__(self, columns: Columns, *, as_json: bool) -> None:
         self._columns = columns

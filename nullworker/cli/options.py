@@ -42,7 +42,7 @@ SECONDS = Seconds()
 
 
 def _url(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
-    """A control port is spoken to in plain HTTP, and its address is a host and a port."""
+    """Check a URL of a control port: plain HTTP, a host and a port."""
     if text is None:
         return None
     try:
@@ -56,7 +56,7 @@ def _url(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
 
 
 def with_control(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say where the worker is; the command gets `control`."""
+    """Add the options that locate the control port; the command gets the argument `control`."""
 
     @click.option("--control-url", metavar="URL", callback=_url, help="The control port, as http://HOST:PORT.")
     @click.option(

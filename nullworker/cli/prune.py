@@ -32,7 +32,7 @@ def _age(_: click.Context, __: click.Parameter, text: str) -> float:
 
 @click.command()
 @click.option("--keep", required=True, metavar="AGE", callback=_age, help="Keep what ended since then: 30d, 12h, 15m.")
-@click.option("--dry-run", is_flag=True, help="Only say what would go; also while the worker runs.")
+@click.option("--dry-run", is_flag=True, help="Only print what would be removed; works beside a running worker.")
 @click.option("--json", "as_json", is_flag=True, help="JSON.")
 @click.option(
     "--log",
@@ -40,19 +40,19 @@ def _age(_: click.Context, __: click.Parameter, text: str) -> float:
     metavar="PATH",
     envvar="NULL_EVENT_LOG",
     show_envvar=True,
-    help="This log.  [default: that of a worker started here]",
+    help="The log file.  [default: that of a worker started here]",
 )
 def prune(keep: float, *, dry_run: bool, as_json: bool, path: str | None) -> None:
-    """Remove the reservations that ended before AGE, with all their events, in one transaction.
+    """Remove the reservations that ended more than AGE ago, with all their events, in one transaction.
 
-    Those stay that are queued or held, that the autoscaler has not acknowledged, or whose callback is still owed. The
-    worker must not run: set NULL_LOG_KEEP, and it does this by itself, daily.
+    Live reservations stay, and those that the autoscaler has not acknowledged or whose callback is pending. The worker
+    must not be running; with NULL_LOG_KEEP a running worker prunes its log daily.
     """
     file = Path(path) if path else read_settings({**os.environ, "UNSECURED": "true"}).event_log
     if not file.exists():
         raise CannotStart(f"there is no event log {file.absolute()}: give --log PATH or NULL_EVENT_LOG")
     before = SystemClock().now() - keep
-    open_for_reading(file).close()  # what is no log gets no lock beside it
+    open_for_reading(file).close()  # fails for a file that is no log, before a lock file is made
     with contextlib.closing(open_for_reading(file) if dry_run else open_log(file, fix=False)) as log:
         size = log.size()
         try:
@@ -62,7 +62,7 @@ def prune(keep: float, *, dry_run: bool, as_json: bool, path: str | None) -> Non
                 _remove(log, gone, quiet=as_json)
         except sqlite3.Error as error:
             raise CannotStart(f"the event log {log.path} cannot be pruned: {error}") from error
-    told = {  # after the close, which folds the write-ahead log into the file
+    summary = {  # after the close, which folds the write-ahead log into the file
         "log": str(log.path),
         "before": iso(before),
         "reservations": len(gone),
@@ -71,7 +71,7 @@ def prune(keep: float, *, dry_run: bool, as_json: bool, path: str | None) -> Non
         "bytes_before": size,
         "bytes": log.size(),
     }
-    click.echo(json.dumps(told) if as_json else _sentence(told))
+    click.echo(json.dumps(summary) if as_json else _sentence(summary))
 
 
 def _remove(log: EventLog, gone: list[str], *, quiet: bool) -> None:
@@ -83,11 +83,15 @@ def _remove(log: EventLog, gone: list[str], *, quiet: bool) -> None:
     log.give_back(0)
 
 
-def _sentence(told: dict[str, Any]) -> str:
-    would = "would go" if told["dry_run"] else "are gone"
-    sizes = f"{told['bytes_before'] / 1e6:.1f} MB" + ("" if told["dry_run"] else f", now {told['bytes'] / 1e6:.1f} MB")
-    kept = (
-        f"; {told['kept']} more stay: not acknowledged, a callback owed, or the last of the log" if told["kept"] else ""
+def _sentence(summary: dict[str, Any]) -> str:
+    would = "would be removed" if summary["dry_run"] else "were removed"
+    sizes = f"{summary['bytes_before'] / 1e6:.1f} MB" + (
+        "" if summary["dry_run"] else f", now {summary['bytes'] / 1e6:.1f} MB"
     )
-    ended = f"{told['reservations']} reservations that ended before {told['before']}"
-    return f"{ended} {would} from {told['log']} ({sizes}){kept}"
+    kept = (
+        f"; {summary['kept']} more are kept: not acknowledged, a callback is pending, or the last of the log"
+        if summary["kept"]
+        else ""
+    )
+    ended = f"{summary['reservations']} reservations that ended before {summary['before']}"
+    return f"{ended} {would} from {summary['log']} ({sizes}){kept}"

@@ -22,7 +22,7 @@ __all__ = ["HoldError", "hold", "hold_at", "hold_session", "reserve"]
 
 
 def json_object(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, Any] | None:
-    """A JSON object, if any."""
+    """Parse an option that is a JSON object."""
     if value is None:
         return None
     try:
@@ -35,11 +35,17 @@ def json_object(ctx: click.Context, param: click.Parameter, value: str | None) -
 
 
 @click.command(short_help="Hold a worker until its consumer releases it.")
-@click.option("--endpoint", metavar="NAME", help="The endpoint, by its name at Vast.")
-@click.option("--url", help="An UNSECURED worker's own address, as http://HOST:PORT, in place of an endpoint.")
-@click.option("--duration", type=SECONDS, help="Seconds. [default: as long as the worker allows]")
-@click.option("--metadata", metavar="JSON", callback=json_object, help="Handed to the consumer; up to 4 KiB.")
-@click.option("--cost", type=click.IntRange(1), default=100, show_default=True, help="Workload, as NULL_MAX_PERF.")
+@click.option("--endpoint", metavar="NAME", help="The name of the endpoint at Vast.")
+@click.option("--url", help="Instead of --endpoint: the address of one UNSECURED worker, as http://HOST:PORT.")
+@click.option("--duration", type=SECONDS, help="Seconds.  [default: the cap of the worker]")
+@click.option("--metadata", metavar="JSON", callback=json_object, help="Passed to the consumer; up to 4 KiB.")
+@click.option(
+    "--cost",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Workload; as NULL_MAX_PERF.",
+)
 @click.option("--session", is_flag=True, help="Hold a session, at an endpoint: it survives a restarted worker.")
 @click.option(
     "--lifetime",
@@ -48,8 +54,8 @@ def json_object(ctx: click.Context, param: click.Parameter, value: str | None) -
     show_default=True,
     help="Seconds that a session outlives this client, should it die.",
 )
-@click.option("--autoscaler", metavar="URL", help="Of the endpoint: a stand-in, in place of Vast.")
-@click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Of your account at Vast.")
+@click.option("--autoscaler", metavar="URL", help="A fake autoscaler instead of Vast.")
+@click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Your API key at Vast.")
 @click.option(
     "--timeout",
     type=SECONDS,
@@ -57,7 +63,7 @@ def json_object(ctx: click.Context, param: click.Parameter, value: str | None) -
     show_default=True,
     help="Longest wait for a worker, in seconds.",
 )
-@click.option("--stream/--no-stream", default=True, help="Wait on a stream, or on a plain request for older workers.")
+@click.option("--stream/--no-stream", default=True, help="Wait on a stream of events (default) or on a plain request.")
 @click.option("--json", "as_json", is_flag=True, help="Only the final answer, as one line of JSON.")
 @click.pass_context
 def reserve(
@@ -110,7 +116,7 @@ def reserve(
     except HoldError as error:
         if error.answer is not None:
             show(error.answer, as_json)
-        message = str(error).replace(api_key, "***") if api_key else str(error)  # what others say may quote it
+        message = str(error).replace(api_key, "***") if api_key else str(error)  # other programs' messages may quote it
         click.echo(f"nullworker reserve: {message}", err=True)
         ctx.exit(1)
 
@@ -144,5 +150,5 @@ async def interruptible(start: Callable[[], Awaitable[Answer]]) -> Answer:
 
 
 def show(answer: Answer, as_json: bool) -> None:
-    """The answer on stdout: one line for scripts, indented for people."""
+    """Print the answer: on one line for scripts, indented for people."""
     click.echo(json.dumps(answer) if as_json else json.dumps(answer, indent=2))

@@ -18,7 +18,7 @@ def _option_name(field: str) -> str:
 
 
 def _with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
-    """An option for each setting. They are all texts here: settings.py reads them, wherever they come from."""
+    """Add an option for each setting. Values stay texts here; settings.py parses them like the environment's."""
     for field in reversed(dataclasses.fields(Settings)):
         kind = field.metadata["kind"]
         default = "unset" if field.default is None else _shown(field.default)
@@ -45,7 +45,7 @@ def serve(**options: str | None) -> None:
     """Run the worker: hold one reservation at a time until the consumer releases it.
 
     Every option is also an environment variable; an option wins over the variable. SIGTERM and SIGINT stop the worker:
-    new reservations are refused, the held one may finish for --drain-seconds, the last reports are sent.
+    it refuses new reservations, lets the held one finish for up to --drain-seconds, and sends its last reports.
     """
     values = dict(os.environ)
     port = options.get("worker_port") or values.get("WORKER_PORT", "").strip() or "3000"

@@ -22,9 +22,9 @@ from nullworker.control_client import ControlClient
     type=SECONDS,
     default=5.0,
     show_default=True,
-    help="From SIGTERM to SIGKILL. Vast's supervisor allows 10 for all.",
+    help="Between SIGTERM and SIGKILL. Vast's supervisor kills after 10 s.",
 )
-@click.option("--extend", is_flag=True, help="Move the deadline for as long as CMD runs.")
+@click.option("--extend", is_flag=True, help="Extend the reservation for as long as CMD runs.")
 @click.option("--health-port", type=click.IntRange(0, 65535), help="Serve GET /health here, for BACKEND_HEALTH_URL.")
 @click.option(
     "--patience",
@@ -32,7 +32,7 @@ from nullworker.control_client import ControlClient
     type=SECONDS,
     default=PATIENCE_SECONDS,
     show_default=True,
-    help="How long the worker may be silent before CMD is ended.",
+    help="How long the worker may not answer before CMD is ended.",
 )
 @click.option("--log-format", envvar="NULL_LOG_FORMAT", type=click.Choice(["console", "json"]), default="console")
 @click.option(
@@ -49,11 +49,11 @@ def work(
     log_format: str,
     log_level: str,
 ) -> None:
-    """Run CMD once for each reservation; its end ends the reservation, with the exit code as the result.
+    """Run CMD once for each reservation. Its exit releases the reservation, with the exit code as the result.
 
-    CMD finds NULLWORKER_RESERVATION_ID, NULLWORKER_RESERVATION_DEADLINE and NULLWORKER_RESERVATION_METADATA (JSON) in
+    CMD has NULLWORKER_RESERVATION_ID, NULLWORKER_RESERVATION_DEADLINE and NULLWORKER_RESERVATION_METADATA (JSON) in
     its environment. When the reservation ends first, CMD and its process group get SIGTERM, then SIGKILL. SIGTERM to
-    this command does the same and releases what is held; a second one does not wait.
+    this command does the same and releases the reservation; a second SIGTERM kills at once.
     """
     if shutil.which(command[0]) is None:
         raise click.UsageError(f"there is no command {command[0]!r}: give a path, or set PATH")
