@@ -1,0 +1,1 @@
+"""`nullworker dispatch`: keeps as many workers reserved as a queue needs."""

@@ -1,0 +1,224 @@
+"""How many claims to open and to give up, as a pure function of one look at the queue.
+
+`decide` gets the time, the queue's numbers, the open claims, the holds that have ended since the last decision and the
+memory of that decision. It returns a `Decision` with every number that made it, and the memory for the next one. It
+never ends a hold: only consumers do.
+
+The claims handed in must be those that were open when the read of the queue began. A hold that takes a job and ends
+while the queue is being read would otherwise be missing from both counts, and a worker too many would be opened.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any, Final, NamedTuple
+
+#: Seconds: the longest time for which a hold that brought nothing counts as open.
+LONGEST_PAUSE_SECONDS: Final = 600.0
+
+
+class Policy(NamedTuple):
+    """What the user has asked for."""
+
+    max: int
+    min: int = 0
+    jobs_per_worker: int = 1
+    interval: float = 5.0  # seconds between two looks at the queue; also the first pause
+    settle: float = 10.0  # seconds after which a hold has surely taken its job
+
+
+class Counts(NamedTuple):
+    """One look at the queue."""
+
+    waiting: int  # jobs that nobody has taken
+    in_flight: int | None = None  # jobs that are being worked on; None: this queue cannot tell
+
+
+class Hold(NamedTuple):
+    """A claim that a worker holds or has held."""
+
+    claim_id: str
+    opened_at: float  # epoch seconds at which the claim was made
+    held_at: float  # epoch seconds
+    before: Counts  # the last look at the queue before it was held
+    reclaim: bool = False  # opened for work that somebody dropped
+
+
+class EndedHold(NamedTuple):
+    """A hold that is over."""
+
+    hold: Hold
+    ended_at: float  # epoch seconds
+    failed: bool  # cancelled, expired, or released with a result that says so
+    worked: bool = False  # its result says that jobs were done: no need to look at the queue
+
+
+class Open(NamedTuple):
+    """The claims that were open when the read of the queue began."""
+
+    pending: int = 0
+    granted: int = 0
+    held: tuple[Hold, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """All of them."""
+        return self.pending + self.granted + len(self.held)
+
+
+class Pause(NamedTuple):
+    """A hold that brought nothing, and counts as open until a time."""
+
+    ended: EndedHold
+    until: float  # epoch seconds
+
+
+class Memory(NamedTuple):
+    """What one decision leaves to the next."""
+
+    dropped_since: float | None = None  # epoch seconds since when more is in flight than the open claims can work on
+    pauses: tuple[Pause, ...] = ()
+    pause_seconds: float = 0.0  # length of the last pause; 0: the last hold to be judged brought something
+    lengthened_at: float = 0.0  # epoch seconds at which the length was set
+    useful: frozenset[str] = frozenset()  # claims, held now, that have brought something
+
+
+#: Of a dispatcher that has decided nothing yet.
+NOTHING: Final = Memory()
+
+
+class Decision(NamedTuple):
+    """What to do, and the numbers that led to it."""
+
+    opens: int
+    gives_up: int  # pending claims
+    reclaim: bool  # one of `opens` is for work that somebody dropped
+    desired: int
+    desired_high: int  # by the high estimate; the same where in flight is known
+    waiting: int
+    in_flight: int | None
+    low: int  # jobs in flight at least
+    high: int  # jobs in flight at most
+    pending: int
+    granted: int
+    held: int
+    paused: int  # holds that brought nothing and count as open
+    pause_seconds: float  # length of the last such pause
+    memory: Memory
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """For a log line and for /status."""
+        left_out = ("memory", "low", "high", "desired_high") if self.in_flight is not None else ("memory",)
+        return {name: value for name, value in self._asdict().items() if name not in left_out}
+
+
+def decide(
+    now: float,
+    counts: Counts,
+    open_: Open,
+    ended: Collection[EndedHold] = (),
+    memory: Memory = NOTHING,
+    *,
+    policy: Policy,
+) -> Decision:
+    """What to do after one look at the queue. `ended`: the holds that have ended since the last decision."""
+    memory = _judge(now, counts, open_.held, ended, memory, policy)
+    paused = len(memory.pauses)
+    counted = open_.count + paused
+
+    if counts.in_flight is None:
+        low = sum(now - hold.held_at > policy.settle for hold in open_.held) * policy.jobs_per_worker
+        high = len(open_.held) * policy.jobs_per_worker
+    else:
+        low = high = counts.in_flight
+    desired, desired_high = (_desired(counts.waiting + in_flight, policy) for in_flight in (low, high))
+
+    dropped = counts.in_flight is not None and counts.in_flight > counted * policy.jobs_per_worker
+    since = (now if memory.dropped_since is None else memory.dropped_since) if dropped else None
+    reclaim = since is not None and now - since > policy.settle and counted < policy.max
+
+    by_queue = min(desired - counted, math.ceil(counts.waiting / policy.jobs_per_worker))
+    opens = max(by_queue, policy.min - counted, int(reclaim), 0)
+    return Decision(
+        opens=opens,
+        gives_up=min(open_.pending, max(0, open_.count - desired_high)),
+        reclaim=reclaim,
+        desired=desired,
+        desired_high=desired_high,
+        waiting=counts.waiting,
+        in_flight=counts.in_flight,
+        low=low,
+        high=high,
+        pending=open_.pending,
+        granted=open_.granted,
+        held=len(open_.held),
+        paused=paused,
+        pause_seconds=memory.pause_seconds,
+        memory=memory._replace(dropped_since=since),
+    )
+
+
+def _desired(jobs: int, policy: Policy) -> int:
+    return min(max(math.ceil(jobs / policy.jobs_per_worker), policy.min), policy.max)
+
+
+def _judge(
+    now: float,
+    counts: Counts,
+    held: tuple[Hold, ...],
+    ended: Collection[EndedHold],
+    memory: Memory,
+    policy: Policy,
+) -> Memory:
+    """Which holds have brought something, which count as open although they have ended, and for how long."""
+    useful = {hold.claim_id for hold in held if _brings(hold, now - hold.held_at, counts, policy)}
+    relief = bool(useful - memory.useful)
+    useless = []
+    for each in ended:
+        if each.hold.claim_id in memory.useful and not each.failed:
+            continue
+        if _brought_nothing(each, counts, policy):
+            useless.append(each)
+        elif not each.failed:
+            relief = True
+    for pause in memory.pauses:  # the queue may show only now what a hold has done
+        relief |= not pause.ended.failed and _seen_in_queue(pause.ended.hold, counts)
+    kept = memory.useful | useful
+    memory = memory._replace(useful=frozenset(hold.claim_id for hold in held if hold.claim_id in kept))
+    if relief:
+        memory = memory._replace(pauses=(), pause_seconds=0.0)
+
+    pauses = [pause for pause in memory.pauses if pause.until > now]
+    seconds, lengthened_at = memory.pause_seconds, memory.lengthened_at
+    for each in useless:
+        if seconds == 0.0:
+            seconds, lengthened_at = policy.interval, now
+        elif each.hold.opened_at >= lengthened_at:  # not one of a crowd that was opened together
+            seconds, lengthened_at = min(seconds * 2, LONGEST_PAUSE_SECONDS), now
+        if each.ended_at + seconds > now:
+            pauses.append(Pause(each, each.ended_at + seconds))
+    return memory._replace(pauses=tuple(pauses), pause_seconds=seconds, lengthened_at=lengthened_at)
+
+
+def _brought_nothing(ended: EndedHold, counts: Counts, policy: Policy) -> bool:
+    if not ended.hold.reclaim and ended.ended_at - ended.hold.held_at > policy.settle:
+        return False
+    return ended.failed or not (ended.worked or _seen_in_queue(ended.hold, counts))
+
+
+def _brings(hold: Hold, seconds: float, counts: Counts, policy: Policy) -> bool:
+    return (seconds > policy.settle and not hold.reclaim) or _seen_in_queue(hold, counts)
+
+
+def _seen_in_queue(hold: Hold, counts: Counts) -> bool:
+    """Whether the queue's numbers have moved as they do when a job is taken, or dropped work is done.
+
+    More in flight counts beside fewer waiting: in a queue that only grows, short jobs would look like none.
+    """
+    if counts.in_flight is None or hold.before.in_flight is None:
+        return counts.waiting < hold.before.waiting
+    if hold.reclaim and counts.in_flight < hold.before.in_flight:
+        return True
+    return counts.waiting < hold.before.waiting or (not hold.reclaim and counts.in_flight > hold.before.in_flight)
