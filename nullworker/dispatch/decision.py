@@ -62,7 +62,7 @@ class Open(NamedTuple):
     held: tuple[Hold, ...] = ()
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         """All of them."""
         return self.pending + self.granted + len(self.held)
 
@@ -126,7 +126,7 @@ def decide(
     """What to do after one look at the queue. `ended`: the holds that have ended since the last decision."""
     memory = _judge(now, counts, open_.held, ended, memory, policy)
     paused = len(memory.pauses)
-    counted = open_.count + paused
+    counted = open_.total + paused
 
     if counts.in_flight is None:
         low = sum(now - hold.held_at > policy.settle for hold in open_.held) * policy.jobs_per_worker
@@ -143,7 +143,7 @@ def decide(
     opens = max(by_queue, policy.min - counted, int(reclaim), 0)
     return Decision(
         opens=opens,
-        gives_up=min(open_.pending, max(0, open_.count - desired_high)),
+        gives_up=min(open_.pending, max(0, open_.total - desired_high)),
         reclaim=reclaim,
         desired=desired,
         desired_high=desired_high,

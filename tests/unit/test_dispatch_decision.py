@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -22,7 +23,7 @@ from nullworker.dispatch.decision import (
 )
 
 T = 1_800_000_000.0
-IDLE = Counts(0, 0)
+IDLE, ONE = Counts(0, 0), Counts(1, 0)
 
 
 def hold(name: str = "a", *, age: float = 60.0, before: Counts = IDLE, reclaim: bool = False, now: float = T) -> Hold:
@@ -40,7 +41,7 @@ def ended(
     now: float = T,
     failed: bool = False,
     worked: bool = False,
-    before: Counts = Counts(1, 0),
+    before: Counts = ONE,
     reclaim: bool = False,
 ) -> EndedHold:
     return EndedHold(hold(name, age=seconds, before=before, reclaim=reclaim, now=now), now, failed, worked)
@@ -154,7 +155,7 @@ def test_reclaiming_what_cannot_be_reclaimed_becomes_rare() -> None:
         if run.look(0, 1).opens:
             opened.append(run.now)
             run.flap(Counts(0, 1), reclaim=True)
-    gaps = [later - earlier for earlier, later in zip(opened, opened[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(opened)]
     assert len(opened) <= 12
     assert gaps == sorted(gaps)
     assert gaps[-1] >= LONGEST_PAUSE_SECONDS
@@ -306,7 +307,7 @@ def test_what_holds_for_every_decision(
     counts: Counts, open_: Open, over: list[EndedHold], memory: Memory, policy: Policy
 ) -> None:
     made = decide(T, counts, open_, over, memory, policy=policy)
-    counted = open_.count + made.paused
+    counted = open_.total + made.paused
     by_waiting = math.ceil(counts.waiting / policy.jobs_per_worker)
     assert policy.min <= made.desired <= made.desired_high <= policy.max
     assert made.low <= made.high
@@ -316,7 +317,7 @@ def test_what_holds_for_every_decision(
     assert not made.opens or made.desired > counted
     assert counted + made.opens >= policy.min
     assert 0 <= made.gives_up <= open_.pending
-    assert open_.count - made.gives_up >= min(open_.count, made.desired_high)
+    assert open_.total - made.gives_up >= min(open_.total, made.desired_high)
     assert not (made.opens and made.gives_up)
     assert made.pause_seconds <= LONGEST_PAUSE_SECONDS
     assert len(made.memory.pauses) == made.paused

@@ -1,0 +1,145 @@
+"""The open claims of one dispatcher: each change is in the ledger first, then here, then told to the observers.
+
+Two kinds of change differ when the ledger cannot be written. What this dispatcher decides (a claim, a grant that is
+about to be used) is refused, and nothing has changed. What has happened elsewhere (a session is held, a consumer has
+attached, a session has ended) is true all the same: it is applied, and written as soon as the ledger takes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+from nullworker.clock import Clock
+from nullworker.dispatch.claims import (
+    Attached,
+    Claim,
+    Data,
+    Ended,
+    Event,
+    EventKind,
+    Granted,
+    Held,
+    Pending,
+    Priced,
+    Refused,
+    apply,
+)
+from nullworker.dispatch.decision import Counts, Open
+from nullworker.dispatch.ledger import Credential, Ledger
+from nullworker.errors import LogUnavailable
+
+#: Called with the claim after an event, and the event.
+Observer = Callable[[Claim, Event], None]
+
+
+class Book:
+    """The open claims, by id, in the order in which they were opened.
+
+    Attributes:
+        unwritten: events that have happened and are not in the ledger yet.
+        trouble: why the ledger cannot be written; None when it can.
+    """
+
+    def __init__(self, ledger: Ledger, clock: Clock) -> None:
+        self._ledger = ledger
+        self._clock = clock
+        self.claims: dict[str, Claim] = ledger.open_claims()
+        self.unwritten: list[Event] = []
+        self.trouble: str | None = None
+        self.observers: list[Observer] = []
+
+    def in_state(self, state: str) -> list[Claim]:
+        """The open claims in a state."""
+        return [claim for claim in self.claims.values() if claim.state == state]
+
+    @property
+    def open(self) -> Open:
+        """For the decision."""
+        held = tuple(claim.hold for claim in self.in_state("held"))
+        return Open(len(self.in_state("pending")), len(self.in_state("granted")), held)
+
+    def claim(self, counts: Counts, *, reclaim: bool = False, metadata: dict[str, Any] | None = None) -> Claim:
+        """A new claim, `pending`. Its id is added to the metadata as `claim`, so that the worker's log can be joined.
+
+        Raises:
+            LogUnavailable: there is none.
+        """
+        claim_id = uuid.uuid4().hex[:16]
+        opened = Pending(counts.waiting, counts.in_flight, reclaim, {**(metadata or {}), "claim": claim_id})
+        return self._decided(claim_id, "pending", opened)
+
+    def granted(self, claim_id: str, url: str, body: str) -> Claim:
+        """A worker has been named, and is about to be asked with this body.
+
+        Raises:
+            LogUnavailable: it must not be asked.
+        """
+        return self._decided(claim_id, "granted", Granted(url), Credential(url, body))
+
+    def refused(self, claim_id: str, why: str, status: int | None = None) -> Claim:
+        """The worker has surely not taken it."""
+        return self._happened(claim_id, "refused", Refused(why, status))
+
+    def held(self, claim_id: str, session_id: str, lifetime: float, counts: Counts) -> Claim:
+        """The worker holds a session for it."""
+        return self._happened(claim_id, "held", Held(session_id, lifetime, counts.waiting, counts.in_flight))
+
+    def priced(self, claim_id: str, price: float, instance: int | None = None) -> Claim:
+        """What its instance costs is known: dollars an hour."""
+        return self._happened(claim_id, "priced", Priced(price, instance))
+
+    def attached(self, claim_id: str) -> Claim:
+        """A consumer has attached."""
+        return self._happened(claim_id, "attached", Attached())
+
+    def ended(self, claim_id: str, reason: str, end: Ended = Ended()) -> Claim:  # noqa: B008  # it is frozen
+        """It is over."""
+        return self._happened(claim_id, "ended", end, reason)
+
+    def write(self) -> None:
+        """Write what has not been written yet, and find out whether the ledger can be written.
+
+        Raises:
+            LogUnavailable: it cannot.
+        """
+        try:
+            if self.unwritten:
+                self._ledger.append(self.unwritten)
+                self.unwritten = []
+            else:
+                self._ledger.probe()
+        except LogUnavailable as error:
+            self.trouble = str(error)
+            raise
+        self.trouble = None
+
+    def _decided(self, claim_id: str, kind: EventKind, data: Data, credential: Credential | None = None) -> Claim:
+        event = Event(self._clock.now(), claim_id, kind, data)
+        claim = apply(self.claims.get(claim_id), event)
+        try:
+            self._ledger.append([*self.unwritten, event], {claim_id: credential} if credential else None)
+        except LogUnavailable as error:
+            self.trouble = str(error)
+            raise
+        self.unwritten, self.trouble = [], None
+        return self._apply(claim, event)
+
+    def _happened(self, claim_id: str, kind: EventKind, data: Data, reason: str | None = None) -> Claim:
+        event = Event(self._clock.now(), claim_id, kind, data, reason)
+        claim = apply(self.claims.get(claim_id), event)
+        self.unwritten.append(event)
+        with contextlib.suppress(LogUnavailable):
+            self.write()
+        return self._apply(claim, event)
+
+    def _apply(self, claim: Claim, event: Event) -> Claim:
+        if claim.state == "ended":
+            self.claims.pop(claim.id, None)
+        else:
+            self.claims[claim.id] = claim
+        for observer in self.observers:
+            observer(claim, event)
+        return claim

@@ -1,0 +1,426 @@
+"""A claim's states, the ledger that keeps them, and the book that changes them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sqlite3
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nullworker.clock import Anchor
+from nullworker.dispatch import schema
+from nullworker.dispatch.book import Book
+from nullworker.dispatch.claims import (
+    DATA_OF,
+    EDGES,
+    STATES,
+    Attached,
+    Claim,
+    Ended,
+    Event,
+    EventKind,
+    Granted,
+    Held,
+    Pending,
+    Priced,
+    Refused,
+    apply,
+    from_row,
+    says_failed,
+    step,
+    to_row,
+)
+from nullworker.dispatch.decision import Counts
+from nullworker.dispatch.ledger import Credential, HeldTime, Ledger, open_ledger
+from nullworker.errors import CannotStart, IllegalMove, LogDamaged, LogUnavailable
+
+T = 1_800_000_000.0  # 2027-01-15T08:00:00Z
+SECRET = "c2lnbmF0dXJlLW9mLWEtZ3JhbnQ"
+KINDS = list(DATA_OF)
+DATA = {
+    "pending": Pending(3, 1, metadata={"job": "7"}),
+    "granted": Granted("https://10.0.0.1:3000"),
+    "refused": Refused("taken", 429),
+    "held": Held("s1", 300.0, 3, 1),
+    "priced": Priced(0.4, 17),
+    "attached": Attached(),
+    "ended": Ended({"state": "released", "reason": "consumer_exit", "result": {"exit_code": 0}}, 60.0),
+}
+#: The shortest way to each state.
+WAYS: dict[str | None, list[EventKind]] = {
+    None: [],
+    "pending": ["pending"],
+    "granted": ["pending", "granted"],
+    "held": ["pending", "granted", "held"],
+    "ended": ["pending", "ended"],
+}
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.time = T
+
+    def now(self) -> float:
+        return self.time
+
+    def settle(self) -> Anchor | None:
+        return None
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    opened = open_ledger(tmp_path / "ledger.db")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def book(ledger: Ledger, clock: FakeClock) -> Book:
+    return Book(ledger, clock)
+
+
+def event(kind: EventKind, claim_id: str = "c1", at: float = T) -> Event:
+    return Event(at, claim_id, kind, DATA[kind], "consumer_exit" if kind == "ended" else None)  # type: ignore[arg-type]
+
+
+def walk(ledger: Ledger, state: str | None, claim_id: str = "c1") -> None:
+    for number, kind in enumerate(WAYS[state]):
+        credential = {claim_id: Credential("https://10.0.0.1:3000", SECRET)} if kind == "granted" else None
+        ledger.append([event(kind, claim_id, T + number)], credential)
+
+
+def query(ledger: Ledger, sql: str) -> list[dict[str, Any]]:
+    with contextlib.closing(sqlite3.connect(f"file:{ledger.path}?mode=ro", uri=True)) as conn:
+        conn.row_factory = sqlite3.Row
+        return [dict(row) for row in conn.execute(sql)]
+
+
+@pytest.mark.parametrize("state", [None, *STATES])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_table_the_fold_and_the_database_allow_the_same_steps(ledger: Ledger, state: Any, kind: EventKind) -> None:
+    allowed = {(edge.source, edge.event): edge.target for edge in EDGES}
+    walk(ledger, state)
+    if (state, kind) in allowed:
+        assert step(state, kind) == allowed[state, kind]
+        ledger.append([event(kind, at=T + 9)])
+        after = query(ledger, "SELECT state FROM claims")
+        assert after == [{"state": allowed[state, kind]}]
+    else:
+        with pytest.raises(IllegalMove, match=kind):
+            step(state, kind)
+        with pytest.raises(LogUnavailable):
+            ledger.append([event(kind, at=T + 9)])
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE events SET at = 0",
+        "DELETE FROM events",
+        "INSERT OR REPLACE INTO events VALUES (1, 0, 'c1', 'pending', NULL, '{}')",
+        "INSERT INTO events VALUES (9, 0, 'c1', 'pending', NULL, '{}')",
+        "INSERT INTO events VALUES (9, 0, 'c2', 'paused', NULL, '{}')",
+        "INSERT INTO events VALUES (9, 0, 'c2', 'pending', NULL, 'x')",
+        "INSERT INTO events VALUES (9, 'now', 'c2', 'pending', NULL, '{}')",
+    ],
+)
+def test_an_event_cannot_be_changed_from_any_shell(ledger: Ledger, statement: str) -> None:
+    walk(ledger, "held")
+    with contextlib.closing(sqlite3.connect(ledger.path)) as conn, pytest.raises(sqlite3.IntegrityError):
+        conn.execute(statement)
+
+
+def test_an_append_is_all_or_nothing(ledger: Ledger) -> None:
+    with pytest.raises(LogUnavailable):
+        ledger.append([event("pending"), event("held")])
+    assert ledger.open_claims() == {}
+    ledger.append([event("pending"), event("granted")])
+    assert [claim.state for claim in ledger.open_claims().values()] == ["granted"]
+
+
+@pytest.mark.parametrize("kind", ["ended", "refused"])
+def test_credentials_are_nowhere_on_disk_once_a_claim_is_over(ledger: Ledger, kind: EventKind) -> None:
+    walk(ledger, "granted")
+    assert ledger.credential("c1") == Credential("https://10.0.0.1:3000", SECRET)
+    assert any(SECRET.encode() in path.read_bytes() for path in ledger.path.parent.iterdir())
+    ledger.append([event(kind)])
+    assert ledger.credential("c1") is None
+    assert not any(SECRET.encode() in path.read_bytes() for path in ledger.path.parent.iterdir())
+
+
+def test_no_view_and_no_event_has_a_credential(ledger: Ledger) -> None:
+    walk(ledger, "held")
+    for name in ("events", *schema.VIEWS):
+        assert SECRET not in json.dumps(query(ledger, f"SELECT * FROM {name}"))
+
+
+def test_the_files_are_the_owners_alone(tmp_path: Path) -> None:
+    old = os.umask(0)
+    try:
+        (tmp_path / "ledger.db").touch(0o644)
+        ledger = open_ledger(tmp_path / "ledger.db")
+        walk(ledger, "held")
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+        ledger.close()
+    finally:
+        os.umask(old)
+    assert set(modes) >= {"ledger.db", "ledger.db-wal", "ledger.db.lock"}
+    assert set(modes.values()) == {0o600}
+
+
+def _try_open(path: Path, answers: multiprocessing.Queue[str]) -> None:
+    try:
+        open_ledger(path).close()
+        answers.put("opened")
+    except CannotStart as error:
+        answers.put(str(error))
+
+
+def test_one_process_has_the_ledger_also_by_a_link(ledger: Ledger, tmp_path: Path) -> None:
+    (tmp_path / "link.db").symlink_to(ledger.path)
+    context = multiprocessing.get_context("spawn")
+    answers: multiprocessing.Queue[str] = context.Queue()
+    for name in ("ledger.db", "link.db"):
+        process = context.Process(target=_try_open, args=(tmp_path / name, answers))
+        process.start()
+        said = answers.get(timeout=30)
+        process.join()
+        assert f"pid {os.getpid()}" in said
+        assert "--ledger" in said
+
+
+@pytest.mark.parametrize("content", [b"no database" * 500, b"SQLite format 3\0" + b"\1" * 5000])
+def test_a_damaged_ledger_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "ledger.db"
+    path.write_bytes(content)
+    with pytest.raises(CannotStart, match="move it away"):
+        open_ledger(path)
+    assert path.read_bytes() == content
+    path.unlink()
+    open_ledger(path).close()  # the lock was given back
+
+
+def test_a_database_of_another_program_or_a_newer_version_is_refused(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as conn:
+        conn.execute("CREATE TABLE mine (x)")
+    with pytest.raises(CannotStart, match="another program"):
+        open_ledger(tmp_path / "other.db")
+    open_ledger(tmp_path / "newer.db").close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "newer.db")) as conn:
+        conn.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
+    with pytest.raises(CannotStart, match="newer"):
+        open_ledger(tmp_path / "newer.db")
+    (tmp_path / "a_file").touch()
+    with pytest.raises(CannotStart, match="set --ledger"):
+        open_ledger(tmp_path / "a_file" / "ledger.db")
+
+
+def test_a_ledger_that_was_removed_is_noticed(ledger: Ledger) -> None:
+    ledger.path.unlink()
+    with pytest.raises(LogUnavailable, match="moved or removed"):
+        walk(ledger, "pending")
+
+
+def test_the_views_tell_a_claims_whole_life(ledger: Ledger) -> None:
+    kinds: list[EventKind] = ["pending", "granted", "refused", "granted", "held", "priced", "attached", "ended"]
+    for number, kind in enumerate(kinds):
+        ledger.append([event(kind, at=T + 10 * number)])
+    ledger.append([event("pending", "c2", T + 100)])
+    ended, pending = query(ledger, "SELECT * FROM claims")
+    assert ended == {
+        "id": "c1",
+        "state": "ended",
+        "reason": "consumer_exit",
+        "opened_at": "2027-01-15T08:00:00.000Z",
+        "granted_at": "2027-01-15T08:00:30.000Z",
+        "held_at": "2027-01-15T08:00:40.000Z",
+        "attached_at": "2027-01-15T08:01:00.000Z",
+        "ended_at": "2027-01-15T08:01:10.000Z",
+        "wait_seconds": 40.0,
+        "held_seconds": 60.0,
+        "dollars": round(60 / 3600 * 0.4, 6),
+        "price": 0.4,
+        "url": "https://10.0.0.1:3000",
+        "instance": 17,
+        "session_id": "s1",
+        "refusals": 1,
+        "reclaim": 0,
+        "metadata": '{"job":"7"}',
+        "result": '{"exit_code":0}',
+        "final_status": '{"state":"released","reason":"consumer_exit","result":{"exit_code":0}}',
+        "why": None,
+    }
+    assert (pending["state"], pending["held_seconds"], pending["dollars"]) == ("pending", None, None)
+    assert [row["id"] for row in query(ledger, "SELECT id FROM open_claims")] == ["c2"]
+    assert query(ledger, "SELECT * FROM daily") == [
+        {
+            "day": "2027-01-15",
+            "claims": 2,
+            "held": 1,
+            "open": 1,
+            "hours": round(60 / 3600, 4),
+            "dollars": round(60 / 3600 * 0.4, 4),
+            "p50_wait_seconds": 40.0,
+            "p95_wait_seconds": 40.0,
+        }
+    ]
+
+
+def test_no_span_in_a_view_is_negative(ledger: Ledger) -> None:
+    walk(ledger, "held")
+    far = Ended({"state": "cancelled"})
+    ledger.append([Event(T - 5000, "c1", "ended", far, "worker_restart")])
+    (row,) = query(ledger, "SELECT wait_seconds, held_seconds FROM claims")
+    assert row == {"wait_seconds": 2.0, "held_seconds": 0.0}
+    assert ledger.held_time(T - 9000) == [HeldTime(T + 2, 0.0, None)]
+
+
+def test_held_time_has_what_is_held_and_what_has_ended_since(ledger: Ledger) -> None:
+    walk(ledger, "held", "c1")
+    walk(ledger, "held", "c2")
+    walk(ledger, "granted", "c3")
+    ledger.append([event("priced", "c1"), event("ended", "c1", T + 50)])
+    assert sorted(ledger.held_time(T), key=str) == [HeldTime(T + 2, 60.0, 0.4), HeldTime(T + 2, None, None)]
+    assert ledger.held_time(T + 60) == [HeldTime(T + 2, None, None)]
+
+
+def test_the_last_renewal_and_the_clocks_anchor_are_kept_while_they_matter(ledger: Ledger) -> None:
+    walk(ledger, "held")
+    assert ledger.renewed_at("c1") is None
+    ledger.renewed("c1", T + 5)
+    ledger.renewed("c1", T + 6)
+    ledger.store_anchor(Anchor("boot", 12.5))
+    assert ledger.renewed_at("c1") == T + 6
+    assert ledger.anchor() == Anchor("boot", 12.5)
+    ledger.append([event("ended")])
+    assert ledger.renewed_at("c1") is None
+    assert ledger.anchor() is None
+
+
+@given(st.lists(st.tuples(st.sampled_from(["c1", "c2", "c3"]), st.sampled_from(KINDS)), max_size=30))
+def test_what_a_restart_reads_is_what_the_book_had(steps: list[tuple[str, EventKind]]) -> None:
+    claims: dict[str, Claim] = {}
+    conn = sqlite3.connect(":memory:", isolation_level=None)
+    conn.executescript(schema.SCRIPT)
+    done: set[str] = set()
+    for seq, (claim_id, kind) in enumerate(steps, 1):
+        if claim_id in done:
+            continue
+        happened = event(kind, claim_id, T + seq)
+        try:
+            after = apply(claims.get(claim_id), happened)
+        except IllegalMove:
+            continue
+        conn.execute("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?)", (seq, *to_row(happened)))
+        if after.state == "ended":
+            done.add(claim_id)
+            del claims[claim_id]
+        else:
+            claims[claim_id] = after
+    states = dict(conn.execute("SELECT claim_id, state FROM live"))
+    assert states == {claim.id: claim.state for claim in claims.values()}
+    rows = conn.execute(
+        "SELECT at, claim_id, kind, reason, data FROM events WHERE claim_id IN (SELECT claim_id FROM live) ORDER BY seq"
+    ).fetchall()
+    conn.close()
+    read: dict[str, Claim] = {}
+    for row in rows:
+        happened = from_row(row)
+        read[happened.claim_id] = apply(read.get(happened.claim_id), happened)
+    assert read == claims
+
+
+def test_a_row_that_is_no_event_is_damage() -> None:
+    with pytest.raises(LogDamaged, match="c1"):
+        from_row((T, "c1", "paused", None, "{}"))
+    with pytest.raises(LogDamaged, match="c1"):
+        from_row((T, "c1", "held", None, "{}"))
+
+
+@pytest.mark.parametrize(
+    ("result", "failed"),
+    [
+        (None, False),
+        ({"exit_code": 0}, False),
+        ({"exit_code": 3}, True),
+        ({"exit_code": 0, "runs": 4, "failed": 1}, False),
+        ({"error": "no GPU"}, True),
+        ({"error": None}, False),
+        ("error", False),
+    ],
+)
+def test_a_result_that_says_failed(result: Any, failed: bool) -> None:
+    assert says_failed(result) is failed
+
+
+def test_what_the_decision_is_told_of_an_end(book: Book) -> None:
+    claim = book.claim(Counts(4, 0), reclaim=True)
+    book.granted(claim.id, "http://w", "{}")
+    book.held(claim.id, "s1", 300.0, Counts(5, 1))
+    final = {"state": "released", "result": {"exit_code": 0, "runs": 2, "failed": 0}}
+    over = book.ended(claim.id, "consumer_exit", Ended(final)).ended_hold
+    assert over is not None
+    assert (over.failed, over.worked, over.hold.before, over.hold.reclaim) == (False, True, Counts(5, 1), True)
+    claim = book.claim(Counts(4, 0))
+    assert book.ended(claim.id, "not_needed").ended_hold is None
+
+
+def test_what_is_decided_is_refused_without_a_ledger_and_what_has_happened_is_kept(book: Book, ledger: Ledger) -> None:
+    held, granted, pending = (book.claim(Counts(3, 0)) for _ in range(3))
+    for each in (held, granted):
+        book.granted(each.id, "http://w", "{}")
+    book.held(held.id, "s1", 300.0, Counts(2, 1))
+    hidden = ledger.path.with_suffix(".hidden")
+    ledger.path.rename(hidden)
+    with pytest.raises(LogUnavailable):
+        book.claim(Counts(3, 0))
+    with pytest.raises(LogUnavailable):
+        book.granted(pending.id, "http://w", "{}")
+    book.attached(held.id)
+    book.held(granted.id, "s2", 300.0, Counts(1, 2))
+    book.ended(held.id, "consumer_exit")
+    assert (len(book.unwritten), book.trouble is None) == (3, False)
+    assert {claim.id: claim.state for claim in book.claims.values()} == {granted.id: "held", pending.id: "pending"}
+    with pytest.raises(LogUnavailable):
+        book.write()
+    hidden.rename(ledger.path)
+    book.write()
+    assert (book.unwritten, book.trouble) == ([], None)
+    assert ledger.open_claims() == book.claims
+
+
+def test_a_full_disk_is_said_and_survived(book: Book, ledger: Ledger) -> None:
+    claim = book.claim(Counts(3, 0))
+    book.granted(claim.id, "http://w", "{}")
+    pages = ledger._conn.execute("PRAGMA page_count").fetchone()[0]
+    ledger._conn.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(LogUnavailable, match="full"):
+        book.claim(Counts(3, 0), metadata={"padding": "x" * 400_000})
+    book.held(claim.id, "s1", 300.0, Counts(2, 1))
+    assert book.claims[claim.id].state == "held"
+    ledger._conn.execute("PRAGMA max_page_count = 100000")
+    book.write()
+    assert ledger.open_claims() == book.claims
+
+
+def test_observers_hear_of_each_event_once_it_is_written(book: Book, ledger: Ledger) -> None:
+    heard: list[tuple[str, int]] = []
+    book.observers.append(lambda claim, event: heard.append((event.kind, len(ledger.open_claims()))))
+    claim = book.claim(Counts(3, 0), metadata={"job": "7"})
+    assert claim.opened.metadata == {"job": "7", "claim": claim.id}
+    book.ended(claim.id, "not_needed")
+    assert heard == [("pending", 1), ("ended", 0)]
