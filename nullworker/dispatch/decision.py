@@ -80,7 +80,7 @@ class Memory(NamedTuple):
     dropped_since: float | None = None  # epoch seconds since when more is in flight than the open claims can work on
     pauses: tuple[Pause, ...] = ()
     pause_seconds: float = 0.0  # length of the last pause; 0: the last hold to be judged brought something
-    lengthened_at: float = 0.0  # epoch seconds at which the length was set
+    lengthened_at: float = 0.0  # epoch seconds of the end that set the length
     useful: frozenset[str] = frozenset()  # claims, held now, that have brought something
 
 
@@ -184,7 +184,7 @@ def _judge(
         elif not each.failed:
             relief = True
     for pause in memory.pauses:  # the queue may show only now what a hold has done
-        relief |= not pause.ended.failed and _seen_in_queue(pause.ended.hold, counts)
+        relief |= not pause.ended.failed and seen_in_queue(pause.ended.hold, counts)
     kept = memory.useful | useful
     memory = memory._replace(useful=frozenset(hold.claim_id for hold in held if hold.claim_id in kept))
     if relief:
@@ -194,9 +194,9 @@ def _judge(
     seconds, lengthened_at = memory.pause_seconds, memory.lengthened_at
     for each in useless:
         if seconds == 0.0:
-            seconds, lengthened_at = policy.interval, now
+            seconds, lengthened_at = policy.interval, each.ended_at
         elif each.hold.opened_at >= lengthened_at:  # not one of a crowd that was opened together
-            seconds, lengthened_at = min(seconds * 2, LONGEST_PAUSE_SECONDS), now
+            seconds, lengthened_at = min(seconds * 2, LONGEST_PAUSE_SECONDS), each.ended_at
         if each.ended_at + seconds > now:
             pauses.append(Pause(each, each.ended_at + seconds))
     return memory._replace(pauses=tuple(pauses), pause_seconds=seconds, lengthened_at=lengthened_at)
@@ -205,14 +205,14 @@ def _judge(
 def _brought_nothing(ended: EndedHold, counts: Counts, policy: Policy) -> bool:
     if not ended.hold.reclaim and ended.ended_at - ended.hold.held_at > policy.settle:
         return False
-    return ended.failed or not (ended.worked or _seen_in_queue(ended.hold, counts))
+    return ended.failed or not (ended.worked or seen_in_queue(ended.hold, counts))
 
 
 def _brings(hold: Hold, seconds: float, counts: Counts, policy: Policy) -> bool:
-    return (seconds > policy.settle and not hold.reclaim) or _seen_in_queue(hold, counts)
+    return (seconds > policy.settle and not hold.reclaim) or seen_in_queue(hold, counts)
 
 
-def _seen_in_queue(hold: Hold, counts: Counts) -> bool:
+def seen_in_queue(hold: Hold, counts: Counts) -> bool:
     """Whether the queue's numbers have moved as they do when a job is taken, or dropped work is done.
 
     More in flight counts beside fewer waiting: in a queue that only grows, short jobs would look like none.

@@ -1,0 +1,122 @@
+"""One step of the dispatcher, without a network: the queue's numbers in, claims opened and given up in the ledger.
+
+It is what the simulation drives. The claims that are counted are those that were open when the read of the queue began:
+call `snapshot` before the read, and hand it to `step` after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from nullworker.clock import Clock
+from nullworker.dispatch.book import Book
+from nullworker.dispatch.claims import Claim, Ended, Event
+from nullworker.dispatch.decision import (
+    LONGEST_PAUSE_SECONDS,
+    NOTHING,
+    Counts,
+    Decision,
+    EndedHold,
+    Open,
+    Policy,
+    decide,
+    seen_in_queue,
+)
+from nullworker.dispatch.ledger import Ledger
+from nullworker.dispatch.limits import DAY_SECONDS, Limits, Room, room
+from nullworker.errors import LogUnavailable
+
+
+class Step(NamedTuple):
+    """What one look at the queue has led to."""
+
+    decision: Decision
+    room: Room
+    opened: tuple[Claim, ...]
+    given_up: tuple[Claim, ...]
+    trouble: str | None  # why fewer were opened than was decided: the ledger cannot be written
+
+
+class Core:
+    """Decides, and keeps what decisions need: the open claims, what has ended, the memory of the last decision."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        clock: Clock,
+        policy: Policy,
+        *,
+        limits: Limits = Limits(),  # noqa: B008  # it is frozen
+        lifetime: float = 300.0,
+        metadata: dict[str, Any] | None = None,
+        price: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self.book = Book(ledger, clock)
+        self.policy = policy
+        self.memory = NOTHING
+        self.counts = Counts(0)  # the last look
+        self._ledger = ledger
+        self._clock = clock
+        self._limits = limits
+        self._lifetime = lifetime
+        self._metadata = metadata
+        self._price = price
+        self._ended = self._ended_before(clock.now())
+        self.book.observers.append(self._observe)
+
+    def snapshot(self) -> Open:
+        """The claims that are open now. Call it before the queue is read."""
+        return self.book.open
+
+    def room(self) -> Room:
+        """What the limits leave."""
+        now = self._clock.now()
+        open_ = self.book.open
+        holds = self._ledger.held_time(now - DAY_SECONDS)
+        return room(
+            now, holds, open_.pending + open_.granted, self._limits, lifetime=self._lifetime, price=self._price()
+        )
+
+    def step(self, counts: Counts, open_: Open) -> Step:
+        """Decide, open and give up."""
+        now = self._clock.now()
+        decision = decide(now, counts, open_, self._ended, self.memory, policy=self.policy)
+        self.memory, self._ended, self.counts = decision.memory, [], counts
+        left = self.room()
+        gives_up = len(self.book.in_state("pending")) if left.over else decision.gives_up
+        # The newest first: the others have waited for longer, and are closer to a worker.
+        candidates = self.book.in_state("pending")[::-1][:gives_up]
+        given_up = [self.book.ended(claim.id, "limit" if left.over else "not_needed", Ended()) for claim in candidates]
+        opened: list[Claim] = []
+        trouble = None
+        opens = decision.opens if left.opens is None else min(decision.opens, left.opens)
+        try:
+            for number in range(opens):
+                reclaim = decision.reclaim and number == 0
+                opened.append(self.book.claim(counts, reclaim=reclaim, metadata=self._metadata))
+        except LogUnavailable as error:
+            trouble = str(error)
+        return Step(decision, left, tuple(opened), tuple(given_up), trouble)
+
+    def _observe(self, claim: Claim, event: Event) -> None:
+        if event.kind == "ended" and (over := claim.ended_hold) is not None:
+            self._ended.append(over)
+
+    def _ended_before(self, now: float) -> list[EndedHold]:
+        """The holds whose pause may still last: a dispatcher that is started again and again must not forget them.
+
+        What the queue showed at the time is known only from the claims that were held later.
+        """
+        recent = self._ledger.ended_since(now - 2 * LONGEST_PAUSE_SECONDS)
+        looks = [claim.hold for claim in (*recent, *self.book.claims.values()) if claim.held is not None]
+        useless: list[EndedHold] = []
+        for claim in recent:
+            if (over := claim.ended_hold) is None:
+                continue
+            later = [look.before for look in looks if look.held_at > over.hold.held_at]
+            if over.failed or not (over.worked or any(seen_in_queue(over.hold, counts) for counts in later)):
+                useless.append(over)
+            else:
+                useless.clear()
+        return useless

@@ -1,0 +1,98 @@
+"""Spending limits over the last 24 hours, as pure functions.
+
+What counts: the time for which workers were held in the last 24 hours, that of open holds included, and one lifetime
+for each claim that may still become a hold, since that is what a hold costs at least when nobody comes for it.
+Machines that start, load or idle are not in it: their time is not the dispatcher's to know.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Final, Literal, NamedTuple
+
+from nullworker.dispatch.ledger import HeldTime
+
+DAY_SECONDS: Final = 86_400.0
+
+
+class Limits(NamedTuple):
+    """What the user has set; None is no limit."""
+
+    hours: float | None = None  # held hours in 24 hours
+    dollars: float | None = None  # dollars in 24 hours
+    price: float | None = None  # dollars an hour of every instance; None: each has its own
+
+
+class Spent(NamedTuple):
+    """What the last 24 hours came to."""
+
+    hours: float
+    dollars: float
+
+
+class Room(NamedTuple):
+    """How much may still be opened."""
+
+    opens: int | None  # claims; None: as many as one likes
+    spent: Spent
+    reached: Literal["hours", "dollars"] | None = None  # the limit because of which nothing may be opened
+    over: bool = False  # what has been held alone has reached it
+    again_at: float | None = None  # epoch seconds at which one claim may be opened, if all holds ended now
+
+
+def spent(now: float, holds: Iterable[HeldTime], price: float) -> Spent:
+    """Hours and dollars of the last 24 hours. `price`: dollars an hour where a hold's own is not known."""
+    hours = dollars = 0.0
+    for hold in holds:
+        end = now if hold.seconds is None else min(now, hold.held_at + hold.seconds)
+        held = max(0.0, end - max(hold.held_at, now - DAY_SECONDS)) / 3600
+        hours += held
+        dollars += held * (price if hold.price is None else hold.price)
+    return Spent(hours, dollars)
+
+
+def room(
+    now: float, holds: Sequence[HeldTime], waiting_claims: int, limits: Limits, *, lifetime: float, price: float
+) -> Room:
+    """How many claims may be opened now. `waiting_claims`: pending and granted ones; `price`: of the next machine."""
+    used = spent(now, holds, price)
+    if limits.hours is None and limits.dollars is None:
+        return Room(None, used)
+    one = lifetime / 3600
+    rooms = []
+    if limits.hours is not None:
+        rooms.append(("hours", _fits(limits.hours - used.hours, one), used.hours >= limits.hours))
+    if limits.dollars is not None:
+        rooms.append(("dollars", _fits(limits.dollars - used.dollars, one * price), used.dollars >= limits.dollars))
+    name, fits, over = min(rooms, key=lambda each: (each[1], not each[2]))
+    opens = max(0, fits - waiting_claims)
+    if opens:
+        return Room(opens, used)
+    again = _again(now, holds, limits, one, price) if not waiting_claims or fits <= 0 else None
+    return Room(0, used, "hours" if name == "hours" else "dollars", over, again)
+
+
+def _fits(left: float, one: float) -> int:
+    if left <= 0:
+        return 0
+    return math.floor(left / one + 1e-9) if one > 0 else 1_000_000
+
+
+def _again(now: float, holds: Sequence[HeldTime], limits: Limits, one: float, price: float) -> float | None:
+    """When one claim fits, if every hold ended now: what is spent only falls from then on."""
+    ended = [hold._replace(seconds=now - hold.held_at) if hold.seconds is None else hold for hold in holds]
+
+    def fits(at: float) -> bool:
+        used = spent(at, ended, price)
+        return (limits.hours is None or used.hours + one <= limits.hours) and (
+            limits.dollars is None or used.dollars + one * price <= limits.dollars
+        )
+
+    early, late = now, now + DAY_SECONDS
+    if not fits(late):
+        return None  # one lifetime alone is more than the limit
+    while late - early > 1.0:
+        middle = (early + late) / 2
+        early, late = (early, middle) if fits(middle) else (middle, late)
+    return late

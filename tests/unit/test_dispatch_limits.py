@@ -1,0 +1,89 @@
+"""The spending limits: what counts, how many claims fit, and when one fits again."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nullworker.dispatch.ledger import HeldTime
+from nullworker.dispatch.limits import DAY_SECONDS, Limits, Spent, room, spent
+
+T = 1_800_000_000.0
+HOUR = 3600.0
+
+
+def test_only_the_last_24_hours_count_and_open_holds_until_now() -> None:
+    holds = [
+        HeldTime(T - 30 * HOUR, 7 * HOUR, 1.0),  # the last hour of it
+        HeldTime(T - 2 * HOUR, HOUR, 0.5),
+        HeldTime(T - HOUR / 2, None, None),
+        HeldTime(T - 30 * HOUR, HOUR, 1.0),
+    ]
+    assert spent(T, holds, 2.0) == pytest.approx(Spent(2.5, 1.0 + 0.5 + 1.0))
+
+
+def test_without_a_limit_there_is_room() -> None:
+    assert room(T, [HeldTime(T - HOUR, None, 1.0)], 3, Limits(), lifetime=300, price=1.0).opens is None
+
+
+@pytest.mark.parametrize(
+    ("held_hours", "pending", "opens", "over"),
+    [
+        (0.0, 0, 12, False),
+        (0.5, 0, 6, False),
+        (0.5, 4, 2, False),
+        (0.5, 9, 0, False),
+        (0.95, 0, 0, False),
+        (1, 0, 0, True),
+    ],
+)
+def test_each_claim_that_may_become_a_hold_takes_a_lifetime(
+    held_hours: float, pending: int, opens: int, over: bool
+) -> None:
+    left = room(T, [HeldTime(T - held_hours * HOUR, None, None)], pending, Limits(hours=1), lifetime=300, price=0.0)
+    assert (left.opens, left.over, left.reached) == (opens, over, None if opens else "hours")
+
+
+def test_dollars_are_counted_by_each_instances_price_and_the_next_ones() -> None:
+    holds = [HeldTime(T - HOUR, HOUR, 0.4), HeldTime(T - HOUR, HOUR, 0.6)]
+    left = room(T, holds, 0, Limits(dollars=2.0), lifetime=HOUR, price=0.5)
+    assert left.opens == 2
+    assert left.spent.dollars == pytest.approx(1.0)
+    left = room(T, holds, 0, Limits(hours=2.0, dollars=9.0), lifetime=HOUR, price=0.5)
+    assert (left.opens, left.reached, left.over) == (0, "hours", True)
+
+
+def test_it_says_when_it_will_open_again() -> None:
+    left = room(T, [HeldTime(T - 2 * HOUR, HOUR, None)], 0, Limits(hours=1.0), lifetime=360, price=0.0)
+    assert left.opens == 0
+    assert left.again_at == pytest.approx(T + 22 * HOUR + 360, abs=2)
+    left = room(T, [], 0, Limits(hours=0.01), lifetime=360, price=0.0)
+    assert (left.opens, left.again_at) == (0, None)  # one lifetime is more than the limit
+
+
+@given(
+    st.lists(
+        st.builds(
+            lambda ago, share, price: HeldTime(T - ago, None if share is None else ago * share, price),
+            st.floats(0, 2 * DAY_SECONDS),
+            st.none() | st.floats(0, 1),
+            st.none() | st.floats(0, 5),
+        ),
+        max_size=20,
+    ),
+    st.integers(0, 10),
+    st.floats(0.01, 100),
+    st.floats(1, 3600),
+)
+def test_what_may_be_opened_never_exceeds_the_limit(
+    holds: list[HeldTime], pending: int, hours: float, lifetime: float
+) -> None:
+    left = room(T, holds, pending, Limits(hours=hours, dollars=hours), lifetime=lifetime, price=1.0)
+    assert left.opens is not None
+    assert left.spent.hours <= 24.0 * len(holds) + 1e-9
+    if left.opens:
+        assert left.spent.hours + (pending + left.opens) * lifetime / 3600 <= hours * (1 + 1e-9) + 1e-6
+        assert left.spent.dollars + (pending + left.opens) * lifetime / 3600 <= hours * (1 + 1e-9) + 1e-6
+    elif left.again_at is not None:
+        assert T <= left.again_at <= T + DAY_SECONDS
