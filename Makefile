@@ -8,7 +8,7 @@ KILLS ?= 300
 MINUTES ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools demo test quick lint oldest stress simulate crash soak bench clean
+.PHONY: help install tools demo test quick lint oldest stress simulate days crash soak bench clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -32,10 +32,13 @@ lint: install  ## ruff and mypy
 oldest: $(VENV)-3.10/.installed  ## run the core of the tests on Python 3.10, which Vast's template has
 	$(VENV)-3.10/bin/python -m pytest -n 3 --dist loadfile -m "not slow"
 
-stress: simulate crash soak  ## what takes hours: simulation, kills, soak; the suite has a short form of each
+stress: simulate days crash soak  ## what takes hours: simulation, kills, soak; the suite has a short form of each
 
 simulate: install  ## play STEPS reservations from SEED on, with crashes and faults, in simulated time
 	$(BIN)/python -m stress.simulation --seed $(SEED) --steps $(STEPS)
+
+days: install  ## play days of queues through the dispatcher's decision and through KEDA's, in simulated time
+	$(BIN)/python -m stress.dispatch_simulation
 
 crash: install  ## kill a real worker KILLS times under load, and check that nothing is lost
 	$(BIN)/python -m stress.crash --kills $(KILLS)

@@ -18,6 +18,7 @@ from nullworker.clock import Anchor, wall_iso
 from nullworker.dispatch import schema
 from nullworker.dispatch.claims import Claim, Event, Row, from_row, replay, to_row
 from nullworker.errors import CannotStart, LogDamaged, LogUnavailable
+from nullworker.eventlog.sqlite import transaction
 
 #: Milliseconds that an append waits for a stranger's write lock; renewals wait with it.
 BUSY_MILLISECONDS: Final = 500
@@ -168,14 +169,8 @@ class Ledger:
         if not self._is_there():  # SQLite would go on in a file that has no name any more
             raise LogUnavailable(f"the ledger {self.path} was moved or removed; restart the dispatcher")
         try:
-            self._conn.execute("BEGIN IMMEDIATE")
-            try:
+            with transaction(self._conn):
                 yield
-                self._conn.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):  # SQLite itself may have done it, and would hide the cause
-                    self._conn.execute("ROLLBACK")
-                raise
         except sqlite3.Error as error:
             raise LogUnavailable(f"the ledger {self.path} cannot be written: {error}") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -304,12 +305,10 @@ def _pid(folder: Path) -> int:
 
 
 async def test_a_server_that_never_answers_is_given_up() -> None:
-    listener = await asyncio.start_server(lambda reader, writer: asyncio.sleep(60), "127.0.0.1", 0)
-    port = listener.sockets[0].getsockname()[1]
-    queue = open_queue(f"redis://127.0.0.1:{port}?list=jobs")
-    with pytest.raises(QueueUnreadableError, match=r"does not answer within 0\.3 s"):
-        await look(queue, 0.3)
-    listener.close()
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        queue = open_queue(f"redis://127.0.0.1:{listener.getsockname()[1]}?list=jobs")
+        with pytest.raises(QueueUnreadableError, match=r"does not answer within 0\.3 s"):
+            await look(queue, 0.3)
 
 
 @pytest.mark.parametrize(
