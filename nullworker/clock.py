@@ -90,8 +90,11 @@ def to_ms(at: float) -> float:
 
 
 def elapsed(start: float, end: float) -> float | int:
-    """Seconds between two times as they are shown, to the millisecond; a whole number where it is one."""
-    return tidy(to_ms(end) - to_ms(start))
+    """Seconds between two times as they are shown, to the millisecond; a whole number where it is one.
+
+    Never negative: between two starts of a worker the clock may have been set back.
+    """
+    return tidy(max(to_ms(end) - to_ms(start), 0.0))
 
 
 def tidy(seconds: float) -> float | int:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import signal
+import socket
 from collections.abc import Coroutine
 from typing import Any, Final
 
@@ -114,6 +115,7 @@ class Worker:
         clock = SystemClock(event_log.anchor())
         with contextlib.suppress(LogUnavailable):
             event_log.store_anchor(clock.anchor)
+            event_log.set_instance(str(settings.container_id or socket.gethostname()))
         self.service = service = Service(event_log, clock, limits, readiness)
         self.reporter: Reporter | None = None
         self.exporter = exporter = Exporter(

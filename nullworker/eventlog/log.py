@@ -30,6 +30,8 @@ class EventLog:
 
     Attributes:
         last_seq: the seq of the last event in the file; 0 in an empty one.
+        log_id: random, made with the file: a copy of it is the same log, a new file another one.
+        sink_key: random and secret: by it a collector knows that a log is the one which it has heard before.
         on_append: called after each append, with the number of its events and the seconds that it took.
     """
 
@@ -40,6 +42,8 @@ class EventLog:
         self._file = os.stat(path)
         self.on_append: list[Callable[[int, float], None]] = []
         self.last_seq: int = conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
+        self.log_id = self._meta("log_id") or ""
+        self.sink_key = self._meta("sink_key") or ""
 
     def append(self, events: Sequence[tuple[int, Event]]) -> None:
         """Write events with the seqs that the caller gives them, all or none.
@@ -85,6 +89,33 @@ class EventLog:
             "INSERT INTO cursors VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET seq = excluded.seq",
             [(name, min(seq, self.last_seq))],
         )
+
+    @property
+    def instance(self) -> str:
+        """On which instance the log was last written: its CONTAINER_ID, or the host's name where there is none."""
+        return self._meta("instance") or ""
+
+    def set_instance(self, instance: str) -> None:
+        """Remember on which instance the log is written.
+
+        Raises:
+            LogUnavailable: it is not remembered.
+        """
+        if instance != self.instance:
+            self._write("INSERT OR REPLACE INTO meta VALUES ('instance', ?)", [(instance,)])
+
+    def set_sink(self, name: str | None) -> None:
+        """Pruning waits for the cursor of this sink from now on, and for no other sink's; None: for no sink's.
+
+        Raises:
+            LogUnavailable: it is as it was.
+        """
+        if name == self._meta("sink"):
+            return
+        if name is None:
+            self._write("DELETE FROM meta WHERE name = ?", [("sink",)])
+        else:
+            self._write("INSERT OR REPLACE INTO meta VALUES ('sink', ?)", [(name,)])
 
     def settle(self, name: str, seqs: Iterable[int], at: float, outcome: str, detail: str | None = None) -> None:
         """Remember that a reader is done with single events beyond its cursor, or has given them up.
@@ -152,6 +183,10 @@ class EventLog:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def _meta(self, name: str) -> str | None:
+        row = self.conn.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+        return None if row is None else str(row[0])
 
     def _is_there(self) -> bool:
         with contextlib.suppress(OSError):

@@ -1,14 +1,16 @@
 """The tables, triggers and views of the event log.
 
 Triggers refuse to change or remove an event, to end a reservation twice and to hold two at once, whoever writes: this
-worker, a second one, or a sqlite3 shell. INSERT OR REPLACE bypasses the triggers for UPDATE and DELETE, so an insert
-must also come after the last event.
+worker, a second one, or a sqlite3 shell. Each raises ABORT before the row is there; none leaves it to a UNIQUE index,
+since an outer INSERT OR REPLACE or OR IGNORE decides what happens at a constraint, within triggers too
+(sqlite.org/lang_createtrigger.html), but not at a RAISE.
 
 Rows are only removed by inserting a reservation's id into `pruning`, which is allowed once the view `done_with` lists
 it: it has ended and every reader has passed it.
 
-`live` is derived from `events` by triggers, so that a start reads only what is open. Times are stored as epoch seconds;
-the views show them as ISO 8601 UTC with milliseconds.
+`live` is derived from `events` by triggers, so that a start reads only what is open. It is keyed by state: a claim
+writes three pages, of events, their index and live. Times are stored as epoch seconds; the views show them as ISO 8601
+UTC with milliseconds.
 
 `user_version` is the version of a file's tables. A later version adds a step to MIGRATIONS that changes tables;
 triggers and views hold no data, so a migrated file gets all of them anew.
@@ -17,6 +19,8 @@ triggers and views hold no data, so a migrated file gets all of them anew.
 from __future__ import annotations
 
 import re
+import secrets
+import socket
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -47,18 +51,18 @@ CREATE TABLE events (
 CREATE INDEX events_by_reservation ON events (reservation_id, kind);
 
 CREATE TABLE live (
-    reservation_id TEXT PRIMARY KEY,
     state TEXT NOT NULL CHECK (state IN ('queued', 'held')),
-    callback INTEGER NOT NULL  -- whether a session's end is to be POSTed somewhere
+    reservation_id TEXT NOT NULL,
+    callback INTEGER NOT NULL,  -- whether a session's end is to be POSTed somewhere
+    PRIMARY KEY (state, reservation_id)
 ) STRICT, WITHOUT ROWID;
-CREATE UNIQUE INDEX one_held ON live (state) WHERE state = 'held';
 
 CREATE TABLE callbacks (
     seq INTEGER PRIMARY KEY  -- the end of a session whose on_close_route has not been settled
 ) STRICT;
 
 CREATE TABLE cursors (
-    name TEXT PRIMARY KEY,  -- who reads along: worker_status, delete_requests
+    name TEXT PRIMARY KEY,  -- who reads along: worker_status, delete_requests, a sink
     seq INTEGER NOT NULL  -- the last event that the other side has acknowledged
 ) STRICT;
 CREATE TABLE settled (
@@ -73,7 +77,7 @@ CREATE TABLE pruning (
     reservation_id TEXT PRIMARY KEY  -- named here, a reservation is removed; empty outside of a transaction
 ) STRICT;
 CREATE TABLE meta (
-    name TEXT PRIMARY KEY,
+    name TEXT PRIMARY KEY,  -- log_id, instance, sink_key, sink, clock, probe
     value TEXT NOT NULL
 ) STRICT;
 """
@@ -87,22 +91,49 @@ BEGIN SELECT RAISE(ABORT, 'events are append-only: no DELETE'); END;
 CREATE TRIGGER events_come_after_the_last BEFORE INSERT ON events
 WHEN NEW.seq <= (SELECT max(seq) FROM events)
 BEGIN SELECT RAISE(ABORT, 'events are append-only: seq must be greater than every other'); END;
-CREATE TRIGGER events_end_only_what_is_live BEFORE INSERT ON events
-WHEN NEW.kind <> 'queued' AND NOT EXISTS (SELECT 1 FROM live WHERE reservation_id = NEW.reservation_id)
-BEGIN SELECT RAISE(ABORT, 'the reservation of this event is not live'); END;
 CREATE TRIGGER events_queue_only_what_is_new BEFORE INSERT ON events
 WHEN NEW.kind = 'queued' AND EXISTS (SELECT 1 FROM events WHERE reservation_id = NEW.reservation_id)
 BEGIN SELECT RAISE(ABORT, 'the reservation of this event exists already'); END;
+CREATE TRIGGER events_hold_only_what_is_queued BEFORE INSERT ON events
+WHEN NEW.kind = 'held'
+ AND NOT EXISTS (SELECT 1 FROM live WHERE state = 'queued' AND reservation_id = NEW.reservation_id)
+BEGIN SELECT RAISE(ABORT, 'the reservation of this event is not queued'); END;
+CREATE TRIGGER events_hold_one_at_a_time BEFORE INSERT ON events
+WHEN NEW.kind = 'held' AND EXISTS (SELECT 1 FROM live WHERE state = 'held')
+BEGIN SELECT RAISE(ABORT, 'another reservation is held'); END;
+CREATE TRIGGER events_release_only_what_is_held BEFORE INSERT ON events
+WHEN NEW.kind IN ('extended', 'released')
+ AND NOT EXISTS (SELECT 1 FROM live WHERE state = 'held' AND reservation_id = NEW.reservation_id)
+BEGIN SELECT RAISE(ABORT, 'the reservation of this event is not held'); END;
+CREATE TRIGGER events_end_only_what_is_live BEFORE INSERT ON events
+WHEN NEW.kind IN ('expired', 'cancelled')
+ AND NOT EXISTS (SELECT 1 FROM live WHERE state IN ('queued', 'held') AND reservation_id = NEW.reservation_id)
+BEGIN SELECT RAISE(ABORT, 'the reservation of this event is not live'); END;
+
+CREATE TRIGGER live_begins_with_its_event BEFORE INSERT ON live
+WHEN NEW.state <> 'queued'
+  OR NOT EXISTS (SELECT 1 FROM events WHERE reservation_id = NEW.reservation_id AND kind = 'queued')
+  OR EXISTS (SELECT 1 FROM events WHERE reservation_id = NEW.reservation_id
+                AND kind IN ('held', 'released', 'expired', 'cancelled'))
+BEGIN SELECT RAISE(ABORT, 'live follows events: no INSERT'); END;
+CREATE TRIGGER live_is_held_with_its_event BEFORE UPDATE ON live
+WHEN OLD.state <> 'queued' OR NEW.state <> 'held' OR NEW.reservation_id <> OLD.reservation_id
+  OR NOT EXISTS (SELECT 1 FROM events WHERE reservation_id = NEW.reservation_id AND kind = 'held')
+BEGIN SELECT RAISE(ABORT, 'live follows events: no UPDATE'); END;
+CREATE TRIGGER live_ends_with_its_event BEFORE DELETE ON live
+WHEN NOT EXISTS (SELECT 1 FROM events WHERE reservation_id = OLD.reservation_id
+                    AND kind IN ('released', 'expired', 'cancelled'))
+BEGIN SELECT RAISE(ABORT, 'live follows events: no DELETE'); END;
 
 CREATE TRIGGER live_queued AFTER INSERT ON events WHEN NEW.kind = 'queued'
-BEGIN INSERT INTO live VALUES (NEW.reservation_id, 'queued', NEW.data ->> '$.session.on_close_route' IS NOT NULL); END;
+BEGIN INSERT INTO live VALUES ('queued', NEW.reservation_id, NEW.data ->> '$.session.on_close_route' IS NOT NULL); END;
 CREATE TRIGGER live_held AFTER INSERT ON events WHEN NEW.kind = 'held'
-BEGIN UPDATE live SET state = 'held' WHERE reservation_id = NEW.reservation_id; END;
+BEGIN UPDATE live SET state = 'held' WHERE state = 'queued' AND reservation_id = NEW.reservation_id; END;
 CREATE TRIGGER live_ended AFTER INSERT ON events WHEN NEW.kind IN ('released', 'expired', 'cancelled')
 BEGIN
     INSERT INTO callbacks
-        SELECT NEW.seq FROM live WHERE reservation_id = NEW.reservation_id AND callback AND state = 'held';
-    DELETE FROM live WHERE reservation_id = NEW.reservation_id;
+        SELECT NEW.seq FROM live WHERE state = 'held' AND reservation_id = NEW.reservation_id AND callback;
+    DELETE FROM live WHERE state IN ('queued', 'held') AND reservation_id = NEW.reservation_id;
 END;
 CREATE TRIGGER callbacks_settled AFTER INSERT ON settled WHEN NEW.name = 'callbacks'
 BEGIN DELETE FROM callbacks WHERE seq = NEW.seq; END;
@@ -129,6 +160,11 @@ def _iso(column: str) -> str:
     return f"strftime('%Y-%m-%dT%H:%M:%fZ', {_ms(column)}, 'unixepoch')"
 
 
+def _span(start: str, end: str) -> str:
+    """Seconds between two times, as clock.elapsed: never negative, whatever the clock has done; NULL if one is."""
+    return f"round(max({_ms(end)} - {_ms(start)}, 0.0), 3)"
+
+
 _TIMELINE: Final = f"""
 SELECT seq, {_iso("at")} AS at, reservation_id, kind, reason, data FROM events
 """
@@ -142,12 +178,13 @@ SELECT q.reservation_id AS id,
        {_iso("h.at")} AS held_at,
        {_iso("coalesce(x.data ->> 'ends_at', h.data ->> 'ends_at')")} AS ends_at,
        {_iso("e.at")} AS ended_at,
-       round({_ms("coalesce(h.at, e.at)")} - {_ms("q.at")}, 3) AS queued_seconds,
-       round({_ms("e.at")} - {_ms("h.at")}, 3) AS held_seconds,
+       {_span("q.at", "coalesce(h.at, e.at)")} AS queued_seconds,
+       {_span("h.at", "e.at")} AS held_seconds,
        q.data ->> 'duration_cap' AS duration_cap,
        q.data ->> 'request_idx' AS request_idx,
        q.data -> 'metadata' AS metadata,
-       e.data -> 'result' AS result
+       e.data -> 'result' AS result,
+       {_span("h.at", "e.data ->> 'attached_at'")} AS attach_seconds
   FROM events AS q
   LEFT JOIN events AS h ON h.reservation_id = q.reservation_id AND h.kind = 'held'
   LEFT JOIN events AS e ON e.reservation_id = q.reservation_id AND e.kind IN ('released', 'expired', 'cancelled')
@@ -163,7 +200,7 @@ SELECT * FROM reservations WHERE id IN (SELECT reservation_id FROM live)
 
 _DAILY: Final = f"""
 WITH ended AS (
-    SELECT date({_ms("q.at")}, 'unixepoch') AS day, e.kind AS state, {_ms("e.at")} - {_ms("h.at")} AS held
+    SELECT date({_ms("q.at")}, 'unixepoch') AS day, e.kind AS state, {_span("h.at", "e.at")} AS held
       FROM events AS q
       LEFT JOIN events AS h ON h.reservation_id = q.reservation_id AND h.kind = 'held'
       LEFT JOIN events AS e ON e.reservation_id = q.reservation_id AND e.kind IN ('released', 'expired', 'cancelled')
@@ -188,12 +225,17 @@ SELECT day,
  ORDER BY day
 """
 
+#: Whose cursors pruning waits for. `meta.sink` names the cursor of the sink that is in force.
+_READERS: Final = """
+SELECT 'worker_status' AS name UNION ALL SELECT 'delete_requests' UNION ALL SELECT value FROM meta WHERE name = 'sink'
+"""
+
 _DONE_WITH: Final = """
 SELECT seq, at, reservation_id
   FROM events
  WHERE kind IN ('released', 'expired', 'cancelled')
    AND seq < (SELECT max(seq) FROM events)
-   AND seq <= (SELECT iif(count(*) = 2, min(seq), -1) FROM cursors WHERE name IN ('worker_status', 'delete_requests'))
+   AND seq <= (SELECT min(coalesce(cursors.seq, 0)) FROM readers LEFT JOIN cursors USING (name))
    AND NOT EXISTS (SELECT 1 FROM callbacks WHERE callbacks.seq = events.seq)
 """
 
@@ -202,6 +244,7 @@ VIEWS: Final = {
     "reservations": _RESERVATIONS,
     "open_reservations": _OPEN,
     "daily": _DAILY,
+    "readers": _READERS,
     "done_with": _DONE_WITH,
 }
 
@@ -231,6 +274,8 @@ def migrate(conn: sqlite3.Connection) -> None:
         with transaction(conn):
             for statement in statements(TABLES):
                 conn.execute(statement)
+            ids = {"log_id": secrets.token_hex(8), "instance": socket.gethostname(), "sink_key": secrets.token_hex(32)}
+            conn.executemany("INSERT INTO meta VALUES (?, ?)", ids.items())
             _finish(conn, VERSION)
         return
     from sqlite_utils import Database  # 30 ms that a worker with a new or current log does not pay

@@ -56,6 +56,7 @@ class Ended(msgspec.Struct, frozen=True):
     """It is over: `released`, `expired`, `cancelled`."""
 
     result: Any | UnsetType = UNSET  # what the consumer handed over with its release
+    attached_at: float | UnsetType = UNSET  # epoch seconds at which a consumer first attached
 
 
 Data = Queued | Held | Extended | Ended

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import UNSET
 from sqlite_utils import Database
 
 from nullworker.errors import CannotStart
@@ -46,10 +48,12 @@ def begin(name: str, seq: int) -> list[tuple[int, Event]]:
         "events VALUES (9, 0, 'open', 'extended', 'extend', NULL)",
         "events VALUES (9, 0, 'open', 'extended', 'extend', 'no json')",
         "events VALUES (9, 0, 'open', 'begun', NULL, '{}')",
-        "live VALUES ('x', 'ended', 0)",
-        "live VALUES ('x', NULL, 0)",
-        "live VALUES ('x', 'queued', NULL)",
-        "live VALUES ('x', 'queued', 'perhaps')",
+        "live VALUES ('ended', 'x', 0)",
+        "live VALUES (NULL, 'x', 0)",
+        "live VALUES ('queued', 'x', NULL)",
+        "live VALUES ('queued', 'x', 'perhaps')",
+        "live VALUES ('queued', 'x', 0)",
+        "live VALUES ('queued', 'open', 0)",
         "callbacks VALUES (7), (7)",
         "cursors VALUES ('reader', NULL)",
         "cursors VALUES ('reader', 'the last')",
@@ -154,6 +158,66 @@ def test_what_is_pruned_takes_only_its_own_settlements_with_it(log: EventLog) ->
     log.prune(["old"])
     settled = log.conn.execute("SELECT name, seq FROM settled ORDER BY name").fetchall()
     assert settled == [("callbacks", ends["new"]), ("delete_requests", ends["new"])]
+
+
+def test_pruning_waits_for_the_cursor_of_the_sink_that_is_in_force_and_for_no_others(log: EventLog) -> None:
+    put(log, *(event for _, event in begin("old", 0)))
+    log.settle("callbacks", [put(log, Event(2, "old", "released", "explicit", Ended()))], 3, "delivered")
+    queue(log, "open", 3)
+    told_all(log)
+    log.move_cursor("sink of before", 1)
+
+    def prunable() -> list[tuple[str]]:
+        return log.conn.execute("SELECT reservation_id FROM done_with").fetchall()
+
+    log.set_sink("sink")
+    assert prunable() == [], "it has heard nothing yet"
+    log.move_cursor("sink", 2)
+    assert prunable() == []
+    log.move_cursor("sink", 3)
+    assert prunable() == [("old",)]
+    log.set_sink("sink of before")
+    assert prunable() == []
+    log.set_sink(None)
+    assert prunable() == [("old",)]
+
+
+def test_no_duration_is_negative_whatever_the_clock_did(log: EventLog) -> None:
+    """A log of a machine whose clock went back by hours in the middle of a hold."""
+    queue(log, "a", 30_000.0)
+    put(log, Event(29_000.0, "a", "held", None, Held(29_060.0)))
+    end = Ended("done", attached_at=28_000.0)
+    put(log, Event(1_200.0, "a", "released", "explicit", end))
+    rows = log.conn.execute("SELECT queued_seconds, held_seconds, attach_seconds FROM reservations").fetchall()
+    assert rows == [(0.0, 0.0, 0.0)]
+    days = log.conn.execute("SELECT p50_hold_seconds, p95_hold_seconds, busy_seconds FROM daily").fetchall()
+    assert days == [(0.0, 0.0, 0.0)]
+    shown = queries.reservation(log.conn, "a")
+    assert shown is not None
+    assert (shown["queued_seconds"], shown["held_seconds"]) == (0, 0)
+
+
+def test_the_view_says_how_long_it_took_a_consumer_to_attach(log: EventLog) -> None:
+    for name, attached_at in (("a", 13.5004), ("b", UNSET)):
+        put(log, *(event for _, event in begin(name, 11)))
+        put(log, Event(20, name, "released", "explicit", Ended(attached_at=attached_at)))
+    assert log.conn.execute("SELECT attach_seconds FROM reservations").fetchall() == [(2.5,), (None,)]
+
+
+def test_a_log_knows_its_instance_and_has_an_id_and_a_key_of_its_own(tmp_path: Path) -> None:
+    ids = set[tuple[str, str]]()
+    for name in ("a", "b"):
+        for instance in (None, "4711", None):
+            with contextlib.closing(open_log(tmp_path / name)) as log:
+                if instance is not None:
+                    log.set_instance(instance)
+                ids.add((log.log_id, log.sink_key))
+                assert re.fullmatch("[0-9a-f]{16}", log.log_id)
+                assert re.fullmatch("[0-9a-f]{64}", log.sink_key)
+                last = log.instance
+        assert last == "4711"
+    assert len(ids) == 2
+    assert len({key for _, key in ids}) == len({log_id for log_id, _ in ids}) == 2
 
 
 def test_an_outcome_that_is_settled_settles_no_callback(log: EventLog) -> None:
