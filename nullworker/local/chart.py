@@ -6,11 +6,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Final, NamedTuple
 
-COLUMNS: Final = 64  # of the time axis; with the names it stays within 80
+COLUMNS: Final = 64  # of the time axis; 80 with the names
 
 
 class Bar(NamedTuple):
-    """One worker. Seconds since the start; `holds`: from, to."""
+    """The bar of one worker, in seconds since the start. `holds`: pairs of begin and end."""
 
     name: str
     started: float
@@ -20,7 +20,7 @@ class Bar(NamedTuple):
 
 
 def chart(bars: Iterable[Bar], seconds: float) -> str:
-    """The bars over one time axis, and how many there were at each moment."""
+    """The bars over one time axis, and the number of workers in each column."""
     starting, idle, held = _glyphs()
     per_column = seconds / COLUMNS
     lines, alive = [], [0] * COLUMNS
@@ -42,7 +42,7 @@ def chart(bars: Iterable[Bar], seconds: float) -> str:
 
 
 def _axis(seconds: float) -> str:
-    """A number every so many seconds, where it belongs."""
+    """The labels of the time axis."""
     step = next((step for step in (1, 2, 5, 10, 20, 60) if seconds / step <= 8), 300)
     axis = ""
     for mark in range(0, int(seconds) + 1, step):
@@ -51,7 +51,7 @@ def _axis(seconds: float) -> str:
 
 
 def table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns as wide as they need to be; nothing is `-`."""
+    """A table with columns as wide as their contents; None is shown as `-`."""
     cells = [list(names), *([("-" if cell is None else str(cell)) for cell in row] for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(names))]
     cells.insert(1, ["-" * width for width in widths])

@@ -31,14 +31,13 @@ from nullworker.local.fleet_worker import Change, Plan
 from nullworker.settings import Settings, variable
 from nullworker.testing import FakeAutoscaler, Parameters
 
-#: What is in the queue: seconds of work, and seconds after the start at which it is asked for.
+#: The jobs of the queue: name, seconds of work, and when it asks for a worker, in seconds after the start.
 JOBS: Final = (Job("render-1", 6.0, 0.0), Job("render-2", 6.0, 2.0), Job("render-3", 6.0, 4.0))
 PARAMETERS: Final = Parameters(max_workers=3, inactivity_timeout=3.0)
-#: Seconds until a job must be done, and until the fleet must be gone after that: a slow machine needs half of it.
+#: Time limits in seconds for the jobs, and then for the end of the fleet; a slow machine needs half of them.
 JOBS_SECONDS, GONE_SECONDS = 60.0, 25.0
 
-#: The consumer's command. It stands for any program: it is started when there is a reservation, and its end is the
-#: release.
+#: The consumer's command, in place of any program: started for each reservation, which its exit releases.
 _JOB: Final = """\
 import json, os, time
 
@@ -59,11 +58,11 @@ _FORGERY: Final = "DELETE FROM events"
 
 
 class DemoFailed(NullworkerError):
-    """It went another way than it should have."""
+    """The demo did not run as it should."""
 
 
-class Teller:
-    """Prints what happens, with the seconds since the start, and remembers what the workers did."""
+class Narrator:
+    """Prints each step with the seconds since the start, and records the changes of workers."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
@@ -71,11 +70,11 @@ class Teller:
         self.changes: list[Change] = []
 
     def say(self, who: str, what: str) -> None:
-        """A line of the story."""
+        """Print one line."""
         click.echo(f"{self._now() - self.since:6.1f} s  {who:<9} {what}")
 
     def changed(self, change: Change) -> None:
-        """A worker's state, as far as the story needs it: who holds it is told by the clients."""
+        """Print a change of a worker's state; holds are printed by the clients."""
         first = not any(each.worker == change.worker and each.state == "ready" for each in self.changes)
         self.changes.append(change)
         words = {"starting": "starts", "stopping": f"stops: {change.why}", "gone": "is gone", "cold": "is gone"}
@@ -88,7 +87,7 @@ class Teller:
 
 
 async def run(folder: Path) -> None:
-    """The demo; SIGINT and SIGTERM end it in order, and a second one does not make that disorder."""
+    """Run the demo. SIGINT and SIGTERM end it in order; further signals are ignored."""
     task = asyncio.ensure_future(_demo(folder))
     came: list[int] = []
 
@@ -114,25 +113,25 @@ async def _demo(folder: Path) -> None:
         parameters=dataclasses.replace(PARAMETERS), mtoken=secrets.token_hex(8), clock=now
     ) as vast:
         _introduce(vast)
-        teller = Teller(now)
-        teller.say("fleet", "no workers, no costs")
-        async with Fleet(vast, plan, now, teller.changed) as fleet:
+        narrator = Narrator(now)
+        narrator.say("fleet", "no workers, no costs")
+        async with Fleet(vast, plan, now, narrator.changed) as fleet:
             try:
-                await _watched(fleet, _jobs(vast, teller), JOBS_SECONDS, "the jobs are not done")
+                await _watched(fleet, _jobs(vast, narrator), JOBS_SECONDS, "the jobs are not done")
                 await _watched(fleet, fleet.until_empty(), GONE_SECONDS, "the fleet is not back at zero")
             except BaseException:
                 fleet.hurry()
                 raise
-        teller.say("fleet", "no workers, no costs")
-        _check(vast, teller)
-    numbers = sorted({change.worker for change in teller.changes})
+        narrator.say("fleet", "no workers, no costs")
+        _check(vast, narrator)
+    numbers = sorted({change.worker for change in narrator.changes})
     click.echo(_heading("What the workers did"))
-    click.echo(chart(_bars(folder, numbers, teller), now() - teller.since))
+    click.echo(chart(_bars(folder, numbers, narrator), now() - narrator.since))
     _audit(folder, numbers)
 
 
 def environment() -> dict[str, str]:
-    """This process's, without the settings of a worker that somebody may have set here for another one."""
+    """The environment of this process without worker settings, which may belong to another worker."""
     settings = {variable(each.name) for each in dataclasses.fields(Settings)}
     return {name: value for name, value in os.environ.items() if name not in settings}
 
@@ -148,7 +147,7 @@ def _introduce(vast: FakeAutoscaler) -> None:
 
 
 async def _watched(fleet: Fleet, work: Any, seconds: float, failure: str) -> None:
-    """The work, to its end, unless the time is over or the fleet breaks."""
+    """Await `work`, and fail when the time is over or the fleet fails."""
     task, keeping = asyncio.ensure_future(work), asyncio.ensure_future(fleet.run())
     try:
         done, _ = await asyncio.wait({task, keeping}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -162,47 +161,47 @@ async def _watched(fleet: Fleet, work: Any, seconds: float, failure: str) -> Non
         await asyncio.gather(task, keeping, return_exceptions=True)
 
 
-async def _jobs(vast: FakeAutoscaler, teller: Teller) -> None:
+async def _jobs(vast: FakeAutoscaler, narrator: Narrator) -> None:
     reserve = official if official_version() else plain
 
     async def one(job: Job) -> None:
         await asyncio.sleep(job.asked_at)
-        teller.say(job.name, "asks for a worker")
-        answer = await reserve(vast, job, environment(), lambda line: teller.say(job.name, line))
+        narrator.say(job.name, "asks for a worker")
+        answer = await reserve(vast, job, environment(), lambda line: narrator.say(job.name, line))
         if answer.get("released") != "consumer_exit" or answer.get("result") != {"exit_code": 0}:
             raise DemoFailed(f"{job.name} ended as {answer}")
-        teller.say(job.name, f"is done: its consumer released the worker after {answer['held_seconds']:.1f} s")
+        narrator.say(job.name, f"is done: its consumer released the worker after {answer['held_seconds']:.1f} s")
 
     await asyncio.gather(*(one(job) for job in JOBS))
 
 
-def _check(vast: FakeAutoscaler, teller: Teller) -> None:
-    told = Counter(outcome["status"] for outcome in vast.outcomes)
-    workers = len({change.worker for change in teller.changes})
-    if (told, workers) != ({"Success": len(JOBS)}, PARAMETERS.max_workers):
-        raise DemoFailed(f"{workers} workers were started, and the autoscaler was told {dict(told)}")
-    teller.say("autoscaler", f"was told: {len(JOBS)} requests, {len(JOBS)} times Success")
+def _check(vast: FakeAutoscaler, narrator: Narrator) -> None:
+    outcomes = Counter(outcome["status"] for outcome in vast.outcomes)
+    workers = len({change.worker for change in narrator.changes})
+    if (outcomes, workers) != ({"Success": len(JOBS)}, PARAMETERS.max_workers):
+        raise DemoFailed(f"{workers} workers were started, and the autoscaler was told {dict(outcomes)}")
+    narrator.say("autoscaler", f"was told: {len(JOBS)} requests, {len(JOBS)} times Success")
 
 
-def _bars(folder: Path, numbers: list[int], teller: Teller) -> Iterator[Bar]:
-    """The processes' lives as they were seen, and the holds as the logs have them; in seconds since the start."""
+def _bars(folder: Path, numbers: list[int], narrator: Narrator) -> Iterator[Bar]:
+    """One bar for each worker: process times as observed, holds from its log; in seconds since the start."""
     for number in numbers:
         at: dict[str, float] = {}
-        for change in teller.changes:
+        for change in narrator.changes:
             if change.worker == number:
-                at.setdefault(change.state, change.at - teller.since)
+                at.setdefault(change.state, change.at - narrator.since)
         with _opened(folder, number) as conn:
             holds = conn.execute(
                 "SELECT h.at, e.at FROM events h JOIN events e USING (reservation_id)"
                 " WHERE h.kind = 'held' AND e.kind IN ('released', 'expired', 'cancelled')"
             ).fetchall()
         end = at.get("gone", at.get("cold", at["starting"]))
-        spans = [(begin - teller.since, end - teller.since) for begin, end in holds]
+        spans = [(begin - narrator.since, end - narrator.since) for begin, end in holds]
         yield Bar(f"worker {number}", at["starting"], at.get("ready", end), end, spans)
 
 
 def _audit(folder: Path, numbers: list[int]) -> None:
-    """Questions to the logs, as anybody may ask them with any SQLite."""
+    """Query the logs with plain SQL."""
     _ask("Which job held which worker, and how did it end?", _OUTCOMES, folder, numbers)
     _ask("What happened to render-2, step by step?", _STEPS, folder, numbers)
     _ask("How long was each worker of use?", _DAILY, folder, numbers)

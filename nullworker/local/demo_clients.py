@@ -16,7 +16,8 @@ from nullworker.errors import NullworkerError
 from nullworker.local.fleet_worker import ROOT
 from nullworker.testing import FakeAutoscaler
 
-POLL_SECONDS = 0.5  # between two questions for a worker
+#: Seconds between two calls of /route/.
+POLL_SECONDS = 0.5
 
 
 class Job(NamedTuple):
@@ -28,12 +29,12 @@ class Job(NamedTuple):
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """What the consumer gets of it."""
+        """The metadata of its reservation, for the consumer."""
         return {"job": self.name, "seconds": self.seconds}
 
 
 class NotReserved(NullworkerError):
-    """The client gave up; with its own last words."""
+    """The client failed; the message is its own."""
 
 
 @functools.cache
@@ -47,7 +48,7 @@ def official_version() -> str | None:
 async def official(
     vast: FakeAutoscaler, job: Job, env: Mapping[str, str], say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """`nullworker reserve`, which is the official client; what it says of a hold goes to `say`."""
+    """Run `nullworker reserve`, which uses the official client, and pass its progress messages to `say`."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-W", "ignore", "-m", "nullworker", "reserve", "--endpoint", vast.endpoint),
         *("--autoscaler", vast.url, "--metadata", json.dumps(job.metadata)),
@@ -79,7 +80,7 @@ async def official(
 
 
 async def plain(vast: FakeAutoscaler, job: Job, env: Mapping[str, str], say: Callable[[str], None]) -> dict[str, Any]:
-    """The same by hand: ask the autoscaler for a grant until there is one, and give it to the worker."""
+    """The same over plain HTTP: poll the autoscaler for a grant and send it to the worker."""
     import aiohttp
 
     ask = {"endpoint": vast.endpoint, "api_key": "", "cost": 100, "request_idx": 0}
@@ -96,7 +97,7 @@ async def plain(vast: FakeAutoscaler, job: Job, env: Mapping[str, str], say: Cal
         say(f"held on {grant['url']}, by a plain request")
         body = {"auth_data": grant, "payload": {"metadata": job.metadata}, "session_id": None}
         async with http.post(f"{grant['url']}/reserve", json=body) as answer:
-            told: dict[str, Any] = await answer.json()
+            body_of_answer: dict[str, Any] = await answer.json()
             if not answer.ok:
-                raise NotReserved(f"{job.name}: {grant['url']} answered {answer.status} {told}")
-            return told
+                raise NotReserved(f"{job.name}: {grant['url']} answered {answer.status} {body_of_answer}")
+            return body_of_answer

@@ -21,10 +21,10 @@ from nullworker.testing import FakeAutoscaler, Parameters
 
 
 async def run(port: int, endpoint: str, parameters: Parameters, plan: Plan) -> None:
-    """The stand-in on `port`, and a fleet of workers for it, until SIGINT, SIGTERM or SIGHUP.
+    """Run the fake autoscaler on `port` and a fleet of workers, until SIGINT, SIGTERM or SIGHUP.
 
     Raises:
-        CannotStart: the port cannot be had.
+        CannotStart: the port is taken.
     """
     now = SystemClock().now
     show: Show = Screen(now) if sys.stdout.isatty() else Lines(now)
@@ -34,21 +34,21 @@ async def run(port: int, endpoint: str, parameters: Parameters, plan: Plan) -> N
     fleet = Fleet(vast, plan, now, show.changed)
     stop = asyncio.Event()
 
-    def told_to_stop() -> None:
+    def on_signal() -> None:
         if stop.is_set():
             fleet.hurry()
         else:
-            show.say("stopping all; again: what is held ends now")
+            show.say("stopping all workers; a second signal cancels what they hold")
         stop.set()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, told_to_stop)
+        asyncio.get_running_loop().add_signal_handler(number, on_signal)
     async with contextlib.AsyncExitStack() as stack:
         try:
             await stack.enter_async_context(vast)
         except OSError as error:
             raise CannotStart(
-                f"port {port} cannot be had ({error.strerror}): is another one running? --port"
+                f"port {port} is not free ({error.strerror}): is another one running? use --port"
             ) from error
         _introduce(vast, plan, show)
         drawing = asyncio.ensure_future(show.draw(vast, fleet))
@@ -64,12 +64,12 @@ async def run(port: int, endpoint: str, parameters: Parameters, plan: Plan) -> N
 
 def _introduce(vast: FakeAutoscaler, plan: Plan, show: Show) -> None:
     show.say(f"a stand-in for Vast Serverless, endpoint {vast.endpoint!r}, at {vast.url}")
-    show.say("to try and test against: production scale is Vast's engine; Ctrl-C stops all")
+    show.say("for tests: production scaling is done by Vast; Ctrl-C stops everything")
     show.say(f"reserve with: nullworker reserve --endpoint {vast.endpoint} --autoscaler {vast.url}")
     if vast.port == 8080:
         show.say('or with the official client: Serverless(api_key="any", instance="local")')
     if plan.consumer:
         show.say(f"beside each worker: {' '.join(plan.consumer)}")
     else:
-        show.say("no consumer is given: release by the control port of the worker, or start with -- CONSUMER")
+        show.say("no consumer: release on the control port of the worker, or start dev with -- CONSUMER")
     show.say(f"logs: {plan.folder}")

@@ -19,21 +19,21 @@ from nullworker.processes import OrphanGuard, how_it_ended
 from nullworker.testing import FakeAutoscaler
 from nullworker.testing.routing import FRESH_SECONDS
 
-#: Seconds between two looks at the processes and their reports.
+#: Seconds between two checks of the processes and their reports.
 LOOK_SECONDS: Final = 0.1
-#: Seconds of the first pause after a worker that came to nothing, and of the longest: it doubles in between.
+#: Seconds until the next start after a worker that failed before it was ready; doubled after each, up to the second.
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 1.0, 30.0
 
 
 class Fleet:
-    """`async with Fleet(vast, plan, now):` keeps as many workers as the stand-in's parameters ask for.
+    """`async with Fleet(vast, plan, now):` keeps as many workers as the endpoint's parameters ask for.
 
     Args:
-        now: epoch seconds; the stand-in must have the same clock.
-        tell: gets every change.
+        now: the time in epoch seconds; the fake autoscaler must use the same clock.
+        tell: called with every change of a worker's state.
 
     Attributes:
-        members: the workers that there are, by number, cold ones included.
+        members: the workers by number, including cold ones.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Fleet:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop every worker; what is held may finish within its drain time."""
+        """Stop every worker; a held reservation may finish within the drain time."""
         self._keeper.cancel()
         await asyncio.wait({self._keeper})
         try:
@@ -76,20 +76,20 @@ class Fleet:
 
     @property
     def processes(self) -> list[FleetWorker]:
-        """The workers that run, those that are being stopped included."""
+        """The running workers, including those that are stopping."""
         return [member for member in self.members.values() if member.worker is not None]
 
     async def run(self) -> None:
-        """Wait for ever; raises what has gone wrong in keeping the workers."""
+        """Wait forever; raises the error of the task that keeps the workers."""
         await asyncio.shield(self._keeper)
 
     async def until_empty(self) -> None:
-        """Wait until nothing runs."""
+        """Wait until no worker runs."""
         self._empty.clear()
         await self._empty.wait()
 
     def hurry(self) -> None:
-        """Nothing that is being stopped may finish what it holds."""
+        """Stop now: workers that are stopping cancel what they hold."""
         for member in self.members.values():
             member.hurry(self._now())
 
@@ -106,11 +106,11 @@ class Fleet:
             await asyncio.sleep(LOOK_SECONDS)
 
     def _reap(self) -> None:
-        """Take note of what has ended."""
+        """Handle processes that have ended."""
         for member in list(self.members.values()):
             failed = member.consumer_failed
             code = member.reap(self._now())
-            if member.consumer_failed != failed:  # told once, and not at each of its starts
+            if member.consumer_failed != failed:  # reported once, not at each restart
                 why = f"{member.consumer_failed}: see {member.file('consumer')}"
                 self._tell(Change(self._now(), member.number, member.state, why))
             if code is None:
@@ -120,7 +120,8 @@ class Fleet:
             self._vast.fleet.retired.add(member.number)
             stopping = member.state == "stopping"
             if code == 0 or (stopping and (member.was_ready or code == -signal.SIGTERM)):
-                self._change(member, "gone" if member.replaced else "cold")  # a supervisor takes 0 as: stay down
+                # as with a supervisor, which does not restart after exit code 0
+                self._change(member, "gone" if member.replaced else "cold")
             elif member.was_ready:
                 self._change(member, "dead", f"{how_it_ended(code)}; it is started again")
             else:
@@ -131,26 +132,26 @@ class Fleet:
     def _read_reports(self) -> None:
         now = self._now()
         for member in self.processes:
-            machine = self._vast.fleet.machines.get(member.number)
-            if member.state == "stopping" or machine is None:
+            reported = self._vast.fleet.workers.get(member.number)
+            if member.state == "stopping" or reported is None:
                 continue
-            working = [each for each in machine.status["working_request_idxs"] if each not in machine.ended]
+            working = [each for each in reported.status["working_request_idxs"] if each not in reported.ended]
             member.held_by, member.queued = next(iter(working), None), max(len(working) - 1, 0)
-            if now >= machine.reported_at + FRESH_SECONDS:
+            if now >= reported.reported_at + FRESH_SECONDS:
                 self._change(member, "errored", f"silent for {FRESH_SECONDS:g} s")
-            elif error := machine.status["error_msg"]:
+            elif error := reported.status["error_msg"]:
                 self._change(member, "errored", error)
-            elif machine.ready:
+            elif reported.ready:
                 if not member.was_ready:
                     member.was_ready, self._failures = True, 0
-                if member.state != "ready" or machine.load(now):
+                if member.state != "ready" or reported.load(now):
                     member.idle_since = now
                 self._change(member, "held" if working else "ready")
 
     def _replace(self) -> None:
-        """What is of no use makes room for another; an errored worker may finish what it holds.
+        """Stop workers that are errored or not ready in time; an errored one may finish what it holds.
 
-        One that is errored before it has been ready may be a start that fails: it ends by itself, with its last words.
+        A worker that is errored before it was ready may be failing its start; it then ends by itself and logs why.
         """
         for member in self.processes:
             if member.state == "stopping":
@@ -184,7 +185,7 @@ class Fleet:
             self._stop(member, why, replaced=cold >= parameters.cold_workers)
 
     def _next(self) -> FleetWorker:
-        """A cold worker if there is one, which has its number and its log; else a new one."""
+        """A cold worker, which keeps its number and log, or a new one."""
         for member in self.members.values():
             if member.state == "cold":
                 return member
@@ -193,7 +194,7 @@ class Fleet:
 
     def _start(self, member: FleetWorker) -> None:
         self.members[member.number] = member
-        self._vast.fleet.machines.pop(member.number, None)
+        self._vast.fleet.workers.pop(member.number, None)
         self._vast.fleet.retired.discard(member.number)
         taken = {port for each in self.processes for port in (each.port, each.port + 1, each.control_port)}
         member.start(self._vast.url, self._vast.mtoken or "", taken)
@@ -209,18 +210,18 @@ class Fleet:
         self._change(member, "stopping", why)
 
     def _failed(self) -> None:
-        """A worker came to nothing: the next one has to wait, or a broken template would start one after the other."""
+        """A worker failed: delay the next start, so that a broken template does not start one after the other."""
         pause = min(FIRST_PAUSE_SECONDS * 2**self._failures, LONGEST_PAUSE_SECONDS)
         self._failures = min(self._failures + 1, 10)
         self._not_before = self._now() + pause
 
     def _load(self, member: FleetWorker) -> float:
-        machine = self._vast.fleet.machines.get(member.number)
-        return 0.0 if machine is None else machine.load(self._now())
+        reported = self._vast.fleet.workers.get(member.number)
+        return 0.0 if reported is None else reported.load(self._now())
 
     def _is_silent(self, member: FleetWorker) -> bool:
-        machine = self._vast.fleet.machines.get(member.number)
-        return machine is None or self._now() >= machine.reported_at + FRESH_SECONDS
+        reported = self._vast.fleet.workers.get(member.number)
+        return reported is None or self._now() >= reported.reported_at + FRESH_SECONDS
 
     def _change(self, member: FleetWorker, state: State, why: str = "") -> None:
         if member.state != state:

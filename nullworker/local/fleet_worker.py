@@ -19,20 +19,20 @@ from nullworker.errors import CannotStart
 from nullworker.http.sockets import listen
 from nullworker.processes import ChildProcess, OrphanGuard, how_it_ended
 
-#: Seconds that a worker needs for its stop beside NULL_DRAIN_SECONDS: 3, and as many again on a busy machine.
+#: Seconds that a stop may take beyond NULL_DRAIN_SECONDS: 3, doubled for a busy machine.
 STOP_SECONDS: Final = 6.0
-#: Seconds that a consumer has from SIGTERM to SIGKILL; `nullworker work` gives 5 of them to its command.
+#: Seconds between SIGTERM and SIGKILL for a consumer; `nullworker work` gives 5 of them to its command.
 CONSUMER_SECONDS: Final = 7.0
-#: The same when there is no more patience.
+#: The same after `hurry`.
 HURRY_SECONDS: Final = 1.0
 #: Seconds until a consumer that has ended by itself is started again.
 CONSUMER_PAUSE_SECONDS: Final = 1.0
 ROOT: Final = Path(__file__).parents[2]
-#: What every worker of a fleet has in common, whatever the environment says; empty is unset.
+#: Settings of every worker of a fleet, which override the environment; an empty value means unset.
 COMMON: Final = {
     "PUBLIC_IPADDR": "127.0.0.1",
     "WORKER_HTTP_PORT": "",  # the port after WORKER_PORT
-    "NULL_METRICS_HOST": "",  # one port cannot serve them all
+    "NULL_METRICS_HOST": "",  # a single port cannot serve several workers
     "NULL_METRICS_PORT": "",
     "USE_SSL": "false",
     "UNSECURED": "false",
@@ -42,7 +42,7 @@ State = Literal["starting", "ready", "held", "errored", "stopping", "dead", "col
 
 
 class Change(NamedTuple):
-    """A worker has got into another state. `at`: epoch seconds; `why`: words, or nothing."""
+    """A change of a worker's state. `at`: epoch seconds; `why`: a reason, or empty."""
 
     at: float
     worker: int
@@ -52,17 +52,17 @@ class Change(NamedTuple):
 
 @dataclass
 class Plan:
-    """What the workers of a fleet are.
+    """How to start the workers of a fleet.
 
     Attributes:
         folder: where the logs of workers and consumers are.
-        env: the environment of every worker and consumer; number, ports and addresses are put over it.
+        env: the environment of every worker and consumer; number, ports and addresses are added.
         perf: a worker's max_perf.
         drain: a worker's NULL_DRAIN_SECONDS.
-        consumer: a command that runs beside each worker, in `consumer_folder` or `folder`. It finds its worker by
-            NULL_CONTROL_PORT, and HEALTH_PORT is a port of its own, should it serve its health there.
-        first_port, first_control_port: of the first worker, the others count up from there; 0: any free ones.
-        loading: seconds that a worker may take until it is ready.
+        consumer: a command that runs beside each worker, in `consumer_folder` or `folder`. Its environment has
+            NULL_CONTROL_PORT, its worker's, and HEALTH_PORT, a free port on which it may serve its health.
+        first_port, first_control_port: ports of the first worker; further workers use the next ones. 0: any free port.
+        loading: seconds that a worker may take to become ready.
     """
 
     folder: Path
@@ -80,12 +80,12 @@ class FleetWorker:
     """One worker. Times are epoch seconds.
 
     Attributes:
-        since: when it got into its state; `started_at`: when its present process was started.
-        consumer_failed: how its consumer has ended by itself, in words, if it has.
-        held_by: the request_idx of what it holds, as it last reported; `queued`: how many wait on it.
+        since: when its state last changed; `started_at`: when its process was started.
+        consumer_failed: how its consumer ended unexpectedly, in words; empty if it did not.
+        held_by: the request_idx of its held reservation, from its last report; `queued`: the length of its queue.
         was_ready: whether its present process has been ready.
-        idle_since: since when it is ready and holds nothing.
-        replaced: it does not come back under its number.
+        idle_since: since when it has been ready and idle.
+        replaced: whether its number is not used again.
     """
 
     def __init__(self, number: int, plan: Plan, guard: OrphanGuard) -> None:
@@ -108,13 +108,13 @@ class FleetWorker:
 
     @property
     def runs(self) -> bool:
-        """Whether there is anything of it to wait for."""
+        """Whether its worker or its consumer runs."""
         return self.worker is not None or self.consumer is not None
 
     def start(self, vast: str, token: str, taken: Collection[int]) -> None:
-        """Start its process, which reports to the stand-in at `vast`; `taken` are ports of others of the fleet."""
+        """Start its process, which reports to the fake autoscaler at `vast`; `taken`: ports of other workers."""
         plan = self._plan
-        # two apart: the one above it is WORKER_HTTP_PORT; the same again if it can be, for a consumer that lives on
+        # step 2, since the next port is WORKER_HTTP_PORT; after a restart the same, for a consumer that still runs
         self.port = free_port(self.port or plan.first_port, taken, step=2, host=None)
         first = self.control_port or plan.first_control_port
         self.control_port = free_port(first, {*taken, self.port, self.port + 1}, step=1, host="127.0.0.1")
@@ -133,35 +133,35 @@ class FleetWorker:
         self.worker = self._spawn("worker", (sys.executable, "-m", "nullworker", "serve"), plan.folder)
 
     def stop(self, now: float) -> None:
-        """Tell its process to stop; what is held may finish within the drain time."""
+        """Send SIGTERM; a held reservation may finish within the drain time."""
         if self.worker is not None:
             self.worker.end(now + self._plan.drain + STOP_SECONDS)
 
     def hurry(self, now: float) -> None:
-        """It lets nothing finish any more: a worker that is told twice ends what it holds."""
+        """Send a second SIGTERM, which cancels the held reservation at once."""
         self._patience = HURRY_SECONDS
         if self.worker is not None:
-            self._tell_again(now)
+            self._repeat_end(now)
         elif self.consumer is not None:
             self.consumer.end(now + self._patience)
 
-    def _tell_again(self, now: float) -> None:
-        """Again and again: of two signals at the same moment a process sees one."""
+    def _repeat_end(self, now: float) -> None:
+        """Repeat SIGTERM, since a process sees two simultaneous signals as one."""
         if self.worker is not None and self._patience == HURRY_SECONDS and now >= self._again_at:
             self.worker.end(now + STOP_SECONDS)
             self._again_at = now + HURRY_SECONDS
 
     def reap(self, now: float) -> int | None:
-        """The exit code of its process, in the moment in which that has ended."""
+        """The exit code of its process, once, when it has ended; else None."""
         self._tend_consumer(now)
-        self._tell_again(now)
+        self._repeat_end(now)
         code = None
         if self.worker is not None and (code := self.worker.poll(now)) is not None:
             self.worker, self.held_by, self.queued = None, None, 0
         return code
 
     def file(self, what: str) -> Path:
-        """Where the output of its worker or its consumer is."""
+        """The file with the output of its worker or its consumer."""
         return self._plan.folder / f"{what}-{self.number}.log"
 
     def _tend_consumer(self, now: float) -> None:
@@ -186,10 +186,10 @@ class FleetWorker:
 
 
 def free_port(first: int, taken: Collection[int], *, step: int, host: str | None) -> int:
-    """The first port from `first` on that nobody has; 0: any. Somebody may take it before the worker does.
+    """The first free port from `first` on; 0: any. Another process may take it before the worker does.
 
     Raises:
-        CannotStart: there is none.
+        CannotStart: no port is free.
     """
     if first == 0:
         with socket.socket() as sock:

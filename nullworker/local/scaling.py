@@ -10,21 +10,21 @@ import math
 
 from nullworker.testing import Parameters
 
-#: What a sum of floats may be off, in workers: 300 of load over 100 each are three workers and not four.
+#: Rounding error of a sum of floats, in workers: a load of 300 is three workers of 100, not four.
 TOLERANCE = 1e-9
 
 
 def wanted(parameters: Parameters, *, load: float, perf: float, running: int) -> int:
-    """Workers for a load, in the unit of `perf`, a worker's max_perf; `running` are those that there are.
+    """The number of workers for a load in the unit of `perf`, a worker's max_perf. `running`: workers that exist.
 
-    `load` is all that is asked for: what is held, what waits on a worker, what waits for one. There are no further
-    workers for it while all of it is worth at most target_queue_time seconds of those that run. min_load is met always.
+    `load` is the sum of held reservations, queues and requests that wait for a worker. No worker is added while the
+    load is worth at most target_queue_time seconds of the running workers. min_load is always met.
     """
     needed = _workers(load, perf, parameters.target_util)
     if running and load / (running * perf) <= parameters.target_queue_time:
         needed = min(needed, running)
     floor = _workers(parameters.min_load, perf, parameters.target_util)
-    if parameters.inactivity_timeout < 0:  # never to zero
+    if parameters.inactivity_timeout < 0:  # never scales to zero
         floor = max(floor, 1)
     return min(max(needed, floor), parameters.max_workers)
 

@@ -15,7 +15,7 @@ from nullworker.local.fleet import Fleet
 from nullworker.local.fleet_worker import Change, FleetWorker
 from nullworker.testing import FakeAutoscaler
 
-#: Seconds between two pictures.
+#: Seconds between two redraws.
 DRAW_SECONDS: Final = 0.25
 
 _UP_AND_CLEAR: Final = "\033[{lines}F\033[J"
@@ -23,19 +23,19 @@ _WORDS: Final = {"cold": "stopped, and kept as cold", "gone": "gone", "dead": "d
 
 
 class Show(Protocol):
-    """Where dev says what happens."""
+    """The output of `nullworker dev`."""
 
     def say(self, line: str) -> None:
-        """A line."""
+        """Print a line."""
 
     def heard(self, line: str) -> None:
-        """A line of the stand-in's."""
+        """Print a line of the fake autoscaler."""
 
     def changed(self, change: Change) -> None:
-        """A worker has got into another state."""
+        """Print a change of a worker's state."""
 
     async def draw(self, vast: FakeAutoscaler, fleet: Fleet) -> None:
-        """Go on for ever with what is drawn."""
+        """Redraw the table, forever."""
 
 
 class Lines:
@@ -48,7 +48,7 @@ class Lines:
         click.echo(f"{iso(self._now())[11:19]}  {line}")
 
     def heard(self, line: str) -> None:
-        """Requests that wait and go, and how they end; the workers' states come from the fleet."""
+        """Only routing and outcomes; the workers' states come from the fleet."""
         call, _, rest = line.partition(" ")
         if call in ("route", "delete_requests"):
             self.say(rest.strip())
@@ -61,11 +61,11 @@ class Lines:
 
 
 class Screen(Lines):
-    """A table that is drawn again and again, beneath the lines."""
+    """Lines, and below them a table that is redrawn."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         super().__init__(now)
-        self._said: list[str] = []  # since the last picture
+        self._said: list[str] = []  # since the last redraw
         self._drawn = 0
 
     def say(self, line: str) -> None:
@@ -89,14 +89,14 @@ class Screen(Lines):
 
 
 def picture(vast: FakeAutoscaler, fleet: Fleet, now: float) -> str:
-    """The fleet as it is: a head, and a row for each worker."""
-    waiting = ", ".join(map(str, vast.waiting)) or "nobody"
+    """A head and a table with a row for each worker."""
+    waiting = ", ".join(map(str, vast.waiting)) or "none"
     head = (
         f"endpoint {vast.endpoint!r} at {vast.url}   workers: {len(fleet.processes)} of {vast.parameters.max_workers}"
     )
     names = ("worker", "state", "for", "held by", "queue", "control port")
     rows = [_row(member, now) for _, member in sorted(fleet.members.items()) if member.state != "gone"]
-    return f"{head}   waiting for one: {waiting}\n\n{table(names, rows)}"
+    return f"{head}   waiting requests: {waiting}\n\n{table(names, rows)}"
 
 
 def _row(member: FleetWorker, now: float) -> tuple[object, ...]:

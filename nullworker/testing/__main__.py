@@ -1,6 +1,6 @@
 """`python -m nullworker.testing`: the fake autoscaler as a process, until SIGINT or SIGTERM.
 
-The first line on stdout is JSON and says where it listens.
+The first line on stdout ends with its URL.
 """
 
 import asyncio
@@ -16,17 +16,17 @@ from nullworker.testing.fake_autoscaler import FakeAutoscaler
 
 @click.command(context_settings={"show_default": True})
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="On 127.0.0.1; 0 takes any free port.")
-@click.option("--endpoint", default="null", help="The name of its one endpoint.")
+@click.option("--endpoint", default="null", help="The name of its only endpoint.")
 @click.option("--key", type=click.Path(dir_okay=False, path_type=Path), help="PEM file of the RSA key; made if absent.")
-@click.option("--mtoken", help="Refuse reports that carry another MASTER_TOKEN. [default: take any]")
+@click.option("--mtoken", help="Refuse reports with another MASTER_TOKEN.  [default: accept any]")
 @click.option(
     "--record",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Append each accepted message to this file, as a JSON line.",
 )
-@click.option("--quiet", is_flag=True, help="Say where it listens, and no more.")
+@click.option("--quiet", is_flag=True, help="Print only where it listens.")
 def main(port: int, endpoint: str, key: Path | None, mtoken: str | None, record: Path | None, quiet: bool) -> None:
-    """A stand-in for Vast Serverless on this machine, for your own worker, client or SDK script.
+    """A fake Vast Serverless on this machine, for your own worker, client or SDK script.
 
     Point a worker at it with REPORT_ADDR, the official client with Serverless(instance="local") on port 8080.
     POST /faults makes it fail on demand: {"call": "worker_status", "how": "down", "times": 3}.
@@ -46,7 +46,7 @@ def main(port: int, endpoint: str, key: Path | None, mtoken: str | None, record:
     try:
         asyncio.run(run())
     except (OSError, ValueError) as error:
-        sys.exit(f"the stand-in cannot start: {error}")  # exit code 1
+        sys.exit(f"the fake autoscaler cannot start: {error}")  # exit code 1
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from typing import Any
 
 from nullworker.testing import payloads
 
-TIMES = ("entered_queue_at", "work_started_at", "work_completed_at")  # epoch seconds; 0 for what never came
+TIMES = ("entered_queue_at", "work_started_at", "work_completed_at")  # epoch seconds; 0: did not happen
 
 
 def lines(call: str, payload: Mapping[str, Any], accepted: bool, how: str | int | None) -> Iterator[str]:
-    """The lines for one call that came in; `how` is its fault."""
+    """The lines for one call; `how` is its fault, if any."""
     if how is not None:
         yield f"{call:<16} answered with a fault: {how} ({'accepted' if accepted else 'not accepted'})"
     elif not accepted:
@@ -24,7 +24,7 @@ def lines(call: str, payload: Mapping[str, Any], accepted: bool, how: str | int 
 
 
 def status(payload: Mapping[str, Any]) -> str:
-    """One worker_status."""
+    """The line for a worker_status."""
     payload = {**payloads.SILENT, **payload}
     state = payload["error_msg"] or ("ready" if payload["max_perf"] else "starting")
     return (
@@ -34,7 +34,7 @@ def status(payload: Mapping[str, Any]) -> str:
 
 
 def ending(outcome: Mapping[str, Any]) -> str:
-    """One outcome of a delete_requests."""
+    """The line for one outcome of a delete_requests."""
     line = f"request {outcome['request_idx']} {outcome.get('status')}"
     queued, started, ended = (outcome.get(name, 0) for name in TIMES)
     if queued and started:

@@ -22,16 +22,22 @@ from nullworker.testing import console, faults, keys, payloads
 from nullworker.testing.recorder import Json, Recorder, Seen
 from nullworker.testing.routing import Parameters, Router
 
-POLL_SECONDS = 15.0  # the SDK's client polls /route/ every 5 s at most: one that is silent for longer has gone away
+POLL_SECONDS = 15.0  # the SDK polls /route/ at least every 5 s: a client that is silent for longer is gone
 
 
 class FakeAutoscaler(Recorder):
     """`async with FakeAutoscaler() as vast:` listens until the block ends. One endpoint, any number of workers.
 
-    `port` 0 takes any free one; `key` is a key, or a PEM file to keep it in over restarts; with `mtoken` set, reports
-    that carry another get 403; with `api_key` set, the account's calls that carry another get 401; `record` gets each
-    accepted message as a JSON line; `tell` gets a line of prose for each event; `clock` gives epoch seconds.
-    Starting raises OSError when the port is taken.
+    Args:
+        port: on 127.0.0.1; 0 takes any free one. Entering the block raises OSError when it is taken.
+        endpoint: the name of the endpoint.
+        parameters: the endpoint's parameters.
+        key: an RSA key, or a PEM file that keeps it over restarts; None makes a new one.
+        mtoken: reports with another MASTER_TOKEN get 403; None accepts any.
+        api_key: the account's calls with another key get 401; None accepts any.
+        record: gets each accepted message as a JSON line.
+        tell: called with a line of text for each event.
+        clock: the time in epoch seconds.
     """
 
     def __init__(
@@ -59,7 +65,7 @@ class FakeAutoscaler(Recorder):
         self._tell, self._clock = tell, clock or SystemClock().now
         self._started_at = self._clock()
         self._idxs, self._reqnums = count(1), count(1)
-        self._signatures: dict[str, str] = {}  # the signature of a url never changes, and costs 0.6 ms
+        self._signatures: dict[str, str] = {}  # by url; a signature costs 0.6 ms
         self._waiting: dict[int, tuple[float, float]] = {}  # request_idx: (cost, last poll)
         self._closing = asyncio.Event()
         self._runner: web.AppRunner | None = None
@@ -68,7 +74,7 @@ class FakeAutoscaler(Recorder):
 
     @property
     def url(self) -> str:
-        """Where it listens: a worker's REPORT_ADDR, the client's autoscaler_url and webserver_url."""
+        """Its URL: the REPORT_ADDR of a worker, the autoscaler_url and webserver_url of the client."""
         return f"http://127.0.0.1:{self.port}"
 
     def grant(
@@ -80,7 +86,7 @@ class FakeAutoscaler(Recorder):
         reqnum: int | None = None,
         request_idx: int | None = None,
     ) -> Json:
-        """A signed `auth_data` for the worker at `url`. Unless given, reqnum and request_idx are new ones."""
+        """A signed `auth_data` for the worker at `url`. By default reqnum and request_idx are new ones."""
         if url not in self._signatures:
             self._signatures[url] = keys.sign(self.key, url)
         return {
@@ -93,21 +99,21 @@ class FakeAutoscaler(Recorder):
         }
 
     def fail(self, call: faults.Call, how: faults.How, *, times: int | None = None, seconds: float = 0.0) -> None:
-        """Makes the next `times` calls (None: until `clear`) fail as `how` says; see `Fault`. Raises ValueError."""
+        """Make the next `times` calls (None: until `clear`) fail as `how` says, see `Fault`. Raises ValueError."""
         self.faults.put(call, faults.Fault(how, times, seconds))
 
     def clear(self, call: faults.Call | None = None) -> None:
-        """Takes back the fault of one call, or every fault."""
+        """Remove the fault of one call, or all faults."""
         self.faults.clear(call)
 
     @property
     def waiting(self) -> list[int]:
-        """The request_idx of each client that asks for a worker and has none: what a scaler would start one for."""
+        """The request_idx of each client that polls for a worker and has none yet."""
         return list(self._asking())
 
     @property
     def waiting_load(self) -> float:
-        """The workload of all that `waiting` lists."""
+        """The sum of the costs of all requests in `waiting`."""
         return sum(self._asking().values())
 
     def _asking(self) -> dict[int, float]:
@@ -117,7 +123,7 @@ class FakeAutoscaler(Recorder):
     # ---- life ----
 
     async def __aenter__(self) -> "FakeAutoscaler":
-        app = web.Application(client_max_size=64 * 2**20)  # a backlog of hours may come as one batch
+        app = web.Application(client_max_size=64 * 2**20)  # a backlog of hours may arrive as one batch
         app.add_routes(
             [
                 web.get("/pubkey/", self._pubkey),
@@ -130,7 +136,7 @@ class FakeAutoscaler(Recorder):
                 web.route("*", "/faults", self._faults),
             ]
         )
-        # handler_cancellation: a caller that hangs up on a late answer ends its handler.
+        # handler_cancellation: a hang-up ends the handler of a late answer.
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1.0, access_log=None)
         await self._runner.setup()
         try:
@@ -180,7 +186,7 @@ class FakeAutoscaler(Recorder):
         def accept(asked: Json) -> web.Response:
             check(asked, payloads.ROUTE)
             if asked["endpoint"] != self.endpoint:
-                raise refused(404, f"no endpoint named {asked['endpoint']!r}: this stand-in has {self.endpoint!r}")
+                raise refused(404, f"no endpoint named {asked['endpoint']!r}: the only one is {self.endpoint!r}")
             if asked["api_key"] != payloads.endpoint_key(self.endpoint):
                 self._check_account(asked["api_key"])
             idx, cost = asked["request_idx"] or next(self._idxs), asked["cost"]
@@ -209,10 +215,10 @@ class FakeAutoscaler(Recorder):
     async def _workers(self, request: web.Request) -> web.Response:
         body = await json_object(request)
         self._check_account(body.get("api_key"))
-        return web.json_response([payloads.worker(each, self._clock()) for each in self.fleet.machines.values()])
+        return web.json_response([payloads.worker(each, self._clock()) for each in self.fleet.workers.values()])
 
     async def _faults(self, request: web.Request) -> web.Response:
-        """GET shows the faults that are set, POST sets one, DELETE takes back all or those of ?call=."""
+        """GET lists the faults, POST sets one, DELETE removes all or that of ?call=."""
         try:
             if request.method == "POST":
                 self.faults.put(*faults.parse(await json_object(request)))
@@ -222,12 +228,12 @@ class FakeAutoscaler(Recorder):
             raise refused(422, str(error)) from error
         return web.json_response({call: asdict(fault) for call, fault in self.faults.active.items()})
 
-    # ---- the one way in ----
+    # ---- the common path of all calls ----
 
     async def _take(
         self, call: faults.Call, request: web.Request, accept: Callable[[Json], web.Response]
     ) -> web.StreamResponse:
-        """Reads the call, lets it meet its fault, notes it. `accept` changes the state, or raises a refusal."""
+        """Read a call, apply its fault, record it. `accept` changes the state or raises a refusal."""
         payload = await json_object(request) if request.method == "POST" else {}
         fault = self.faults.take(call)
         accepted = fault is None or fault.accepts
@@ -250,11 +256,11 @@ class FakeAutoscaler(Recorder):
         if fault.how == "late":
             await self._pause(None)
         if request.transport is not None:
-            request.transport.abort()  # "down", and "late" when the stand-in closes: the answer goes nowhere
+            request.transport.abort()  # "down", and "late" at the end of the block: no answer is sent
         return answer
 
     async def _pause(self, seconds: float | None) -> None:
-        """Waits so long, or until the stand-in closes."""
+        """Wait for so many seconds (None: forever), or until the block ends."""
         try:
             await asyncio.wait_for(self._closing.wait(), seconds)
         except asyncio.TimeoutError:
@@ -263,18 +269,18 @@ class FakeAutoscaler(Recorder):
     def _check_sender(self, message: Json, kinds: payloads.Kinds) -> None:
         check(message, kinds)
         if self.mtoken is not None and message["mtoken"] != self.mtoken:
-            raise refused(403, "mtoken is not this stand-in's")
+            raise refused(403, "mtoken is not the one that is expected")
 
     def _check_account(self, api_key: object) -> None:
         if self.api_key is not None and api_key != self.api_key:
-            raise refused(401, "api_key is not this stand-in's")
+            raise refused(401, "api_key is not the one that is expected")
 
     def _described(self) -> Json:
         return payloads.endpoint(self.endpoint, self.parameters, self._started_at)
 
 
 async def json_object(request: web.Request) -> Json:
-    """The body, which must be a JSON object; otherwise a 400."""
+    """The body as a JSON object. Raises a 400 if it is none."""
     try:
         body = await request.json()
     except ValueError as error:
@@ -285,13 +291,13 @@ async def json_object(request: web.Request) -> Json:
 
 
 def check(message: Json, kinds: payloads.Kinds) -> None:
-    """Refuses a message that lacks a field, or has it of the wrong type, with a 400 that names it."""
+    """Raise a 400 that names the first field that is missing or of the wrong type."""
     if name := payloads.wrong(message, kinds):
         raise refused(400, f"{name} is missing or of the wrong type")
 
 
 def refused(status: int, error: str) -> web.HTTPException:
-    """An answer that says no, to be raised."""
+    """An error answer, to be raised."""
     kinds = {401: web.HTTPUnauthorized, 403: web.HTTPForbidden, 404: web.HTTPNotFound, 422: web.HTTPUnprocessableEntity}
     kind = kinds.get(status, web.HTTPBadRequest)
     return kind(text=json.dumps({"error": error}), content_type="application/json")

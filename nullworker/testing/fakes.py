@@ -15,7 +15,7 @@ from nullworker.service import Journal
 
 
 class FakeClock:
-    """Time in epoch seconds; it stands still between calls of `advance`."""
+    """A clock in epoch seconds that moves only with `advance`."""
 
     def __init__(self, now: float = 1_800_000_000.0) -> None:
         self._now = now
@@ -26,17 +26,17 @@ class FakeClock:
         return self._now
 
     def advance(self, seconds: float) -> None:
-        """Let time pass."""
+        """Move the time forward."""
         if seconds < 0:
             raise ValueError("time does not go backwards; to set the wall clock there is step_wall")
         self._now += seconds
 
     def step_wall(self, seconds: float) -> None:
-        """Somebody sets the wall clock; the worker's time follows when nothing is held."""
+        """Set the wall clock; the worker's time follows when nothing is held (`settle`)."""
         self._wall_ahead += seconds
 
     def settle(self) -> Anchor | None:
-        """Take the wall clock, if it was set."""
+        """Follow the wall clock, if it was set."""
         if not self._wall_ahead:
             return None
         self._now += self._wall_ahead
@@ -45,7 +45,7 @@ class FakeClock:
 
 
 class MemoryJournal:
-    """A journal in memory. While `failing` is set, it can be read and not written, as on a full disk."""
+    """A journal in memory. While `failing` is set it cannot be written, as on a full disk."""
 
     def __init__(self) -> None:
         self.rows: list[tuple[int, Event]] = []
@@ -54,37 +54,37 @@ class MemoryJournal:
 
     @property
     def last_seq(self) -> int:
-        """The last event's seq; 0 when there is none."""
+        """The seq of the last event; 0 if there is none."""
         return self.rows[-1][0] if self.rows else 0
 
     def append(self, events: Sequence[tuple[int, Event]]) -> None:
-        """All or none; through the stored form and back, as a file would do it."""
+        """Append all events or none, encoded and decoded as in a file."""
         self.probe()
         if [seq for seq, _ in events] != list(range(self.last_seq + 1, self.last_seq + 1 + len(events))):
             raise LogUnavailable("each seq must be greater than the last")
         self.rows += [(seq, from_row(to_row(event))) for seq, event in events]
 
     def live(self) -> Iterator[tuple[int, Event]]:
-        """The events of what has not ended."""
+        """The events of live reservations, in order."""
         ended = {event.reservation_id for _, event in self.rows if event.kind in ENDED}
         return iter([row for row in self.rows if row[1].reservation_id not in ended])
 
     def store_anchor(self, anchor: Anchor) -> None:
-        """Keep the clock's anchor."""
+        """Store the clock's anchor."""
         self.probe()
         self.anchor = anchor
 
     def probe(self) -> None:
-        """Fail if writing fails."""
+        """Raise LogUnavailable if the journal cannot be written."""
         if self.failing is not None:
             raise LogUnavailable(self.failing)
 
 
 def check_journal(make: Callable[[], Journal], reopen: Callable[[Journal], Journal]) -> None:
-    """What every journal promises. `make` gives an empty one, `reopen` the same one after a restart.
+    """Check the contract of a journal. `make` returns an empty one, `reopen` the same one after a restart.
 
     Raises:
-        AssertionError: it does not keep a promise.
+        AssertionError: the contract is broken.
     """
     journal = make()
     assert journal.last_seq == 0

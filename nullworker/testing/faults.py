@@ -14,11 +14,13 @@ CALLS: tuple[Call, ...] = get_args(Call)
 
 @dataclass(frozen=True)
 class Fault:
-    """One way to fail, checked when it is made.
+    """How a call fails. Raises ValueError for values that do not fit.
 
-    `how`: "down" drops the connection without an answer; "slow" accepts, and answers after `seconds`; "late" accepts,
-    and never answers; a number from 400 to 599 is answered as HTTP status. `times`: for the next n calls; None: until
-    cleared. Raises ValueError.
+    Attributes:
+        how: "down" closes the connection without an answer; "slow" accepts, and answers after `seconds`; "late"
+            accepts, and never answers; a number from 400 to 599 is the HTTP status of the answer.
+        times: for the next so many calls; None: until cleared.
+        seconds: the delay of "slow".
     """
 
     how: How
@@ -36,30 +38,30 @@ class Fault:
 
     @property
     def accepts(self) -> bool:
-        """Whether the message is delivered all the same: it was taken in, and only the answer is late or lost."""
+        """Whether the message counts as delivered, although its answer is late or lost."""
         return self.how in ("slow", "late")
 
 
 @dataclass
 class Faults:
-    """The faults that are set, one at most for each call, each with how many calls it still has."""
+    """The active faults, at most one for each call, with the number of calls that each still applies to."""
 
     active: dict[Call, Fault] = field(default_factory=dict)
     _left: dict[Call, int | None] = field(default_factory=dict)
 
     def put(self, call: Call, fault: Fault) -> None:
-        """Sets the fault of one call, in place of any it had. Raises ValueError for a call that does not exist."""
+        """Set the fault of one call, replacing an earlier one. Raises ValueError for an unknown call."""
         call_named(call)
         self.active[call] = fault
         self._left[call] = fault.times
 
     def clear(self, call: Call | None = None) -> None:
-        """Takes back the fault of one call, or all of them. A call that is under way keeps its fate."""
+        """Remove the fault of one call, or all faults. Calls under way keep theirs."""
         for each in (call,) if call else CALLS:
             self.active.pop(each, None)
 
     def take(self, call: Call) -> Fault | None:
-        """The fate of the call that has just come in, counted off."""
+        """The fault for a new call, or None; counts down `times`."""
         fault = self.active.get(call)
         left = self._left.get(call)
         if fault is not None and left is not None:
@@ -70,7 +72,7 @@ class Faults:
 
 
 def parse(body: object) -> tuple[Call, Fault]:
-    """The body of POST /faults: {"call", "how", "times"?, "seconds"?}. Raises ValueError with what is wrong with it."""
+    """Parse the body of POST /faults: {"call", "how", "times"?, "seconds"?}. Raises ValueError."""
     if not isinstance(body, Mapping) or not {"call", "how"} <= set(body) <= {"call", "how", "times", "seconds"}:
         raise ValueError(
             'a fault is {"call": name, "how": "down" | "slow" | "late" | status, "times"?: n, "seconds"?: s}'
@@ -82,7 +84,7 @@ def parse(body: object) -> tuple[Call, Fault]:
 
 
 def call_named(name: str) -> Call:
-    """The call of that name. Raises ValueError for one that does not exist."""
+    """The call of that name. Raises ValueError if there is none."""
     if name not in CALLS:
         raise ValueError(f"call must be one of {', '.join(CALLS)}, not {name!r}")
     return name

@@ -11,7 +11,7 @@ from pathlib import Path
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
-BITS = 2048  # the size of Vast's own key: a worker's verification then costs what it costs in production
+BITS = 2048  # as Vast's key, so that verification takes as long as in production
 
 
 def load_or_make(path: Path | None = None) -> rsa.RSAPrivateKey:
@@ -35,7 +35,7 @@ def load_or_make(path: Path | None = None) -> rsa.RSAPrivateKey:
 
 
 def public_pem(key: rsa.RSAPrivateKey) -> str:
-    """What GET /pubkey/ answers: PEM, SubjectPublicKeyInfo."""
+    """The answer of GET /pubkey/: PEM, SubjectPublicKeyInfo."""
     pem = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     return pem.decode()
 

@@ -14,25 +14,25 @@ NUMBER = (int, float)
 
 Kinds = Mapping[str, type | tuple[type, ...]]
 
-# What each message must have. Of a worker_status (server/lib/data_types.py, WorkerStatusData) it is no more than this:
-# Vast's start_server.sh reports a failed start with just these.
+# Required fields. A worker_status (server/lib/data_types.py, WorkerStatusData) may have only these: Vast's
+# start_server.sh sends no others when a start fails.
 STATUS: Kinds = {"id": (int, str), "mtoken": str, "url": str, "error_msg": str}
 BATCH: Kinds = {"worker_id": (int, str), "mtoken": str, "requests": list}
 ROUTE: Kinds = {"endpoint": str, "api_key": str, "cost": NUMBER, "request_idx": int}
 
-# What routing reads of a worker_status, and what a report without it means.
+# Fields of a worker_status that routing uses, and their defaults.
 LOADS = ("max_perf", "cur_load", "new_load", "rej_load", "cur_perf")
 SILENT: Mapping[str, Any] = {**dict.fromkeys(LOADS, 0), "working_request_idxs": []}
 REPORT: Kinds = {**dict.fromkeys(LOADS, NUMBER), "working_request_idxs": list}
 
 
 def wrong(message: Mapping[str, Any], kinds: Kinds) -> str | None:
-    """The first field that is missing or of the wrong type, if there is one."""
+    """The name of the first field that is missing or of the wrong type, or None."""
     return next((name for name, kind in kinds.items() if not isinstance(message.get(name), kind)), None)
 
 
 def endpoint_key(name: str) -> str:
-    """The endpoint's own api_key, which is not the account's: clients learn it from /api/v0/endptjobs/."""
+    """The API key of the endpoint, which clients get from /api/v0/endptjobs/. It is not the account's."""
     return f"key-of-{name}"
 
 
@@ -51,14 +51,14 @@ def endpoint(name: str, parameters: Parameters, created_at: float) -> dict[str, 
     }
 
 
-def worker(machine: ReportedWorker, now: float) -> dict[str, Any]:
+def worker(reported: ReportedWorker, now: float) -> dict[str, Any]:
     """An entry of POST /get_endpoint_workers/ (client/worker.py, Worker.from_dict)."""
-    status = machine.status
-    state = "ERROR" if status["error_msg"] else "IDLE" if machine.ready else "MODEL_LOADING"
+    status = reported.status
+    state = "ERROR" if status["error_msg"] else "IDLE" if reported.ready else "MODEL_LOADING"
     return {
         "id": status["id"],
         "status": state,
-        "cur_load": machine.load(now),
+        "cur_load": reported.load(now),
         "new_load": status["new_load"],
         "cur_load_rolling_avg": 0.0,
         "cur_perf": status["cur_perf"],

@@ -13,7 +13,7 @@ Json = dict[str, Any]
 
 
 class Seen(NamedTuple):
-    """One call as it came in. `at`: epoch seconds; `accepted`: False when a fault or a check refused it."""
+    """One call. `at`: epoch seconds; `accepted`: False when a fault or a check refused it."""
 
     at: float
     call: str
@@ -22,7 +22,7 @@ class Seen(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Workload over all accepted worker_status reports: what the worker says it received, refused and served."""
+    """Sums over all accepted worker_status reports: workload received, rejected and served."""
 
     new_load: float
     rej_load: float
@@ -30,10 +30,13 @@ class Totals(NamedTuple):
 
 
 class Recorder:
-    """Accepted messages are kept as they came, with `received_at` (epoch seconds) added.
+    """Keeps calls and accepted messages, the latter with `received_at` (epoch seconds) added.
 
-    `statuses`: the worker_status reports; `batches`: the delete_requests; `outcomes`: the entries of those, flat, each
-    with its `worker_id`.
+    Attributes:
+        seen: every call, accepted or not.
+        statuses: accepted worker_status reports.
+        batches: accepted delete_requests.
+        outcomes: the entries of the batches, each with its `worker_id`.
     """
 
     def __init__(self, record: TextIO | None = None) -> None:
@@ -45,9 +48,10 @@ class Recorder:
         self._wakers: set[asyncio.Future[None]] = set()
 
     async def wait_for(self, predicate: Callable[[], T], timeout: float = 5.0) -> T:
-        """What `predicate()` gives as soon as that is true; it is asked now and after each arrival, never in between.
+        """Return the value of `predicate()` once it is true; it is called now and after each call that arrives.
 
-        Raises TimeoutError, with what has been seen, after `timeout` seconds.
+        Raises:
+            TimeoutError: it was not true within `timeout` seconds; the message says what has arrived.
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout
@@ -65,25 +69,25 @@ class Recorder:
         return value
 
     def outcomes_of(self, request_idx: int) -> list[Json]:
-        """The delivered outcomes of one request, oldest first: more than one when a worker had to say it again."""
+        """The accepted outcomes of one request, oldest first; several if a worker had to repeat it."""
         return [outcome for outcome in self.outcomes if outcome["request_idx"] == request_idx]
 
     def totals(self) -> Totals:
-        """Sums over the accepted reports; a report that was answered "late" and sent again counts twice, as at Vast."""
+        """Sums over the accepted reports. A report repeated after a "late" answer counts twice, as at Vast."""
         return Totals(*(sum(status.get(name, 0) for status in self.statuses) for name in Totals._fields))
 
     def take_status(self, status: Json, at: float) -> None:
-        """Keeps an accepted worker_status."""
+        """Keep an accepted worker_status."""
         self.statuses.append({**status, "received_at": at})
 
     def take_batch(self, batch: Json, at: float) -> None:
-        """Keeps an accepted delete_requests, whole and entry by entry."""
+        """Keep an accepted delete_requests, whole and entry by entry."""
         self.batches.append({**batch, "received_at": at})
         known = {"worker_id": batch["worker_id"], "received_at": at}
         self.outcomes.extend({**outcome, **known} for outcome in batch["requests"])
 
     def note(self, seen: Seen) -> None:
-        """Keeps any call, and wakes who waits. An accepted message is in the record file before it is answered."""
+        """Keep a call and wake `wait_for`. An accepted message is in the record file before it is answered."""
         self.seen.append(seen)
         if self._record is not None and seen.accepted and seen.payload:
             self._record.write(json.dumps({"at": seen.at, "call": seen.call, "payload": seen.payload}) + "\n")

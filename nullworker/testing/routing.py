@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-FRESH_SECONDS = 30.0  # three of the 10 s between a quiet worker's reports (vastai 1.9.1, server/lib/metrics.py)
-GRANT_SECONDS = 5.0  # a grant that no report shows by then was not used: reports of a change follow within a second
+FRESH_SECONDS = 30.0  # three reports of an idle worker, which come every 10 s (vastai 1.9.1, server/lib/metrics.py)
+GRANT_SECONDS = 5.0  # after that, a grant that no report shows was not used; changes are reported within 1 s
 
 
 @dataclass
 class Parameters:
     """The endpoint's parameters, under Vast's names (vastai 1.9.1, data/endpoint.py). Times are in seconds.
 
-    Only `max_queue_time` moves anything here. A busy worker gets one more request only while its whole load, with that
-    request, is worth at most so many seconds (load / max_perf); an idle one always gets one. So with workers whose
-    max_perf is the workload of one request, anything up to 1 means one request at a time each, and n means n.
+    Routing uses only `max_queue_time`: a busy worker gets another request only while its load including that request is
+    worth at most so many seconds (load / max_perf); an idle worker always gets one. With workers whose max_perf is the
+    workload of one request, a value up to 1 means one request at a time for each worker, and n means n.
     """
 
     min_load: float = 0.0
@@ -31,12 +31,12 @@ class Parameters:
 
 @dataclass
 class ReportedWorker:
-    """One worker, as its reports tell."""
+    """A worker as known from its last report."""
 
     status: Mapping[str, Any]
     reported_at: float
-    ended: set[int] = field(default_factory=set)  # outcomes that came in after this report
-    granted: dict[int, tuple[float, float]] = field(default_factory=dict)  # request_idx: (cost, at), not shown yet
+    ended: set[int] = field(default_factory=set)  # request_idxs of outcomes that arrived after this report
+    granted: dict[int, tuple[float, float]] = field(default_factory=dict)  # (cost, at) by request_idx, not reported yet
 
     @property
     def ready(self) -> bool:
@@ -52,47 +52,47 @@ class ReportedWorker:
 
 @dataclass
 class Router:
-    """Every worker that has reported, by its id."""
+    """Routes requests to the workers that have reported."""
 
     parameters: Parameters
-    machines: dict[int | str, ReportedWorker] = field(default_factory=dict)
-    retired: set[int | str] = field(default_factory=set)  # workers that get no more requests, whatever they report
+    workers: dict[int | str, ReportedWorker] = field(default_factory=dict)
+    retired: set[int | str] = field(default_factory=set)  # ids of workers that get no more requests
 
     def report(self, status: Mapping[str, Any], now: float) -> None:
-        """Takes in one worker_status. Grants that it shows are load of the report's own from here on."""
-        before = self.machines.get(status["id"])
+        """Process a worker_status. Grants that it lists are now part of its reported load."""
+        before = self.workers.get(status["id"])
         shown = set(status["working_request_idxs"])
         granted = {} if before is None else {i: grant for i, grant in before.granted.items() if i not in shown}
-        self.machines[status["id"]] = ReportedWorker(status, now, granted=granted)
+        self.workers[status["id"]] = ReportedWorker(status, now, granted=granted)
 
     def end(self, worker_id: int | str, request_idx: int) -> None:
-        """Takes in one outcome: what has ended is no load, whatever the last report said."""
-        if machine := self.machines.get(worker_id):
-            machine.ended.add(request_idx)
-            machine.granted.pop(request_idx, None)
+        """Process an outcome: its request is no load any more, whatever the last report says."""
+        if worker := self.workers.get(worker_id):
+            worker.ended.add(request_idx)
+            worker.granted.pop(request_idx, None)
 
     def grant(self, request_idx: int, cost: float, now: float) -> str | None:
-        """The url of the least loaded worker that may take `cost`, which is its load from now on; None: nobody may.
+        """The url of the least loaded worker that may take `cost`, which is added to its load; None if there is none.
 
-        A request that asks again has not used the grant it had: that one is forgotten.
+        A request that asks again has not used its earlier grant, which is dropped.
         """
-        for machine in self.machines.values():
-            machine.granted.pop(request_idx, None)
-        able = [machine for machine in self.ready(now) if self._takes(machine, cost, now)]
+        for worker in self.workers.values():
+            worker.granted.pop(request_idx, None)
+        able = [worker for worker in self.ready(now) if self._takes(worker, cost, now)]
         if not able:
             return None
-        best = min(able, key=lambda machine: machine.load(now))
+        best = min(able, key=lambda worker: worker.load(now))
         best.granted[request_idx] = (cost, now)
         return str(best.status["url"])
 
     def ready(self, now: float) -> list[ReportedWorker]:
-        """The workers that are ready, have reported lately and are not retired, busy or not."""
+        """The workers that are ready, have reported within FRESH_SECONDS and are not retired, busy or not."""
         return [
-            machine
-            for number, machine in self.machines.items()
-            if machine.ready and now < machine.reported_at + FRESH_SECONDS and number not in self.retired
+            worker
+            for number, worker in self.workers.items()
+            if worker.ready and now < worker.reported_at + FRESH_SECONDS and number not in self.retired
         ]
 
-    def _takes(self, machine: ReportedWorker, cost: float, now: float) -> bool:
-        load = machine.load(now)
-        return load == 0 or (load + cost) / machine.status["max_perf"] <= self.parameters.max_queue_time
+    def _takes(self, worker: ReportedWorker, cost: float, now: float) -> bool:
+        load = worker.load(now)
+        return load == 0 or (load + cost) / worker.status["max_perf"] <= self.parameters.max_queue_time

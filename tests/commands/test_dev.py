@@ -194,7 +194,7 @@ async def test_nothing_outlives_it_when_it_is_killed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "env", "code", "words"),
     [
-        (("--port", "PORT"), {}, 1, "port PORT cannot be had"),
+        (("--port", "PORT"), {}, 1, "port PORT is not free"),
         (("--port", "0"), {"MAX_RESERVATION_SECONDS": "soon"}, 2, "MAX_RESERVATION_SECONDS='soon' is not allowed"),
         (("--port", "0", "--", "no-such-command"), {}, 2, "there is no command 'no-such-command'"),
         (("--port", "0", "--target-util", "0"), {}, 2, "target-util"),
@@ -248,5 +248,5 @@ async def test_in_a_terminal_there_is_a_live_table(tmp_path: Path) -> None:
     os.close(ours)
     text = shown.decode()
     assert re.search(r"worker +state +for +held by +queue +control port", text)
-    assert "production scale is Vast's engine" in text
+    assert "production scaling is done by Vast" in text
     assert os.listdir(tmp_path) == []
