@@ -1,52 +1,25 @@
-"""The status page, in a real browser, against a real worker.
-
-The browser is Debian's Chromium, driven by playwright, with a fresh profile; axe-core checks accessibility.
-"""
+"""The status page, in a real browser, against a real worker."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import re
-import shutil
 from collections.abc import AsyncIterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 import pytest_asyncio
-from harness import PATIENCE, WorkerProcess
-from playwright.async_api import Browser, Page, async_playwright, expect
+from browsers import NARROW, WIDE, axe_finds_nothing, browser, complaints, opened
+from harness import WorkerProcess
+from playwright.async_api import Browser, Page, expect
 from programs import free_port
 
 pytestmark = pytest.mark.slow
 
-ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-AXE = files("axe_playwright_python") / "axe.min.js"
-WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 320, "height": 700}
-
-expect.set_options(timeout=PATIENCE * 1000)
-
-
-@pytest_asyncio.fixture
-async def browser() -> AsyncIterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "these tests need a browser: apt-get install chromium"
-    async with async_playwright() as playwright:
-        launched = await playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield launched
-        await launched.close()
+__all__ = ["browser"]  # a fixture
 
 
 @pytest_asyncio.fixture
@@ -54,23 +27,6 @@ async def worker(tmp_path: Path) -> AsyncIterator[WorkerProcess]:
     """A worker whose control port is the same after a restart."""
     async with WorkerProcess(tmp_path, NULL_CONTROL_PORT=str(free_port()), NULL_MAX_QUEUE_SECONDS="300") as started:
         yield started
-
-
-async def opened(browser: Browser, url: str, **context: Any) -> Page:
-    """The page at a url, once it is live. What it complains of in the browser's console stands in `page.complaints`."""
-    page = await browser.new_page(**{"viewport": WIDE, "locale": "en-GB", **context})
-    complaints: list[str] = []
-    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.complaints = complaints  # type: ignore[attr-defined]
-    await page.goto(f"{url}/")
-    await expect(page.locator("#link-text")).to_have_text("live")
-    return page
-
-
-def complaints(page: Page) -> list[str]:
-    found: list[str] = page.complaints  # type: ignore[attr-defined]
-    return found
 
 
 @contextlib.asynccontextmanager
@@ -96,12 +52,6 @@ async def reserved(worker: WorkerProcess, **payload: Any) -> AsyncIterator[str]:
 
 def row(page: Page, reservation_id: str) -> Any:
     return page.locator(f'#rows li[data-id="{reservation_id}"]')
-
-
-async def axe_finds_nothing(page: Page) -> None:
-    await page.evaluate(AXE.read_text(encoding="utf-8"))
-    found = (await page.evaluate("axe.run()"))["violations"]
-    assert not found, [(each["id"], each["help"], [node["html"] for node in each["nodes"]]) for each in found]
 
 
 async def test_page_follows_a_reservation_from_its_claim_to_its_release(
@@ -252,7 +202,12 @@ async def test_page_works_over_a_forwarded_port_and_asks_nobody_else(browser: Br
 
 async def test_page_and_assets_forbid_what_they_do_not_need(worker: WorkerProcess) -> None:
     async with aiohttp.ClientSession() as http:
-        for path, kind in (("/", "html"), ("/assets/page.css", "css"), ("/assets/page.js", "javascript")):
+        for path, kind in (
+            ("/", "html"),
+            ("/assets/page.css", "css"),
+            ("/assets/page.js", "javascript"),
+            ("/assets/lib.js", "javascript"),
+        ):
             async with http.get(worker.control + path) as answer:
                 assert answer.status == 200
                 assert answer.content_type == f"text/{kind}"

@@ -1,12 +1,12 @@
 """The status page at `/` of the control port, for a person with a browser, over `ssh -L` if need be.
 
-Three static files without a framework or anything from the internet. The page only uses the routes of this port, and
+A few static files without a framework or anything from the internet. The page only uses the routes of this port, and
 shows text from callers as text, never as markup. The Content-Security-Policy forbids inline scripts and styles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -14,12 +14,13 @@ from aiohttp import web
 
 _FOLDER: Final = Path(__file__).parent
 
-#: Path on the port, file, content type.
-FILES: Final = (
-    ("/", "index.html", "text/html"),
-    ("/assets/page.css", "page.css", "text/css"),
-    ("/assets/page.js", "page.js", "text/javascript"),
-)
+#: By their paths on the port: what every page of this project has, and the worker's own.
+SHARED: Final[dict[str, Path]] = {
+    "/assets/lib.js": _FOLDER / "lib.js",
+    "/assets/page.css": _FOLDER / "page.css",
+}
+FILES: Final[dict[str, Path]] = {"/": _FOLDER / "index.html", "/assets/page.js": _FOLDER / "page.js"}
+CONTENT_TYPES: Final = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 
 HEADERS: Final = {
     "Content-Security-Policy": "; ".join(
@@ -41,10 +42,10 @@ HEADERS: Final = {
 }
 
 
-def add_page(app: web.Application) -> None:
-    """Serve the page and its assets."""
-    for path, name, content_type in FILES:
-        app.router.add_get(path, _file((_FOLDER / name).read_bytes(), content_type))
+def add_page(app: web.Application, files: Mapping[str, Path] = FILES) -> None:
+    """Serve a page and its assets, by their paths, and what the pages share."""
+    for path, file in {**SHARED, **files}.items():
+        app.router.add_get(path, _file(file.read_bytes(), CONTENT_TYPES[file.suffix]))
 
 
 def _file(body: bytes, content_type: str) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:

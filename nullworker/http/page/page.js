@@ -1,5 +1,6 @@
 // The status page: asks /status and /reservations, is woken by /events, and draws what they say.
 // Everything shown is read from the worker: an event only triggers a new read, so the page cannot drift from the log.
+import { $, REASONS, announce, clockOf, facts, make, span, text } from "./lib.js";
 
 const ROWS = 12; // reservations at first, and with each "Show older"
 const WAITING_SHOWN = 5, FEED = 100; // of the queue, those whose turn comes first; of the events, the newest
@@ -8,46 +9,12 @@ const PATIENCE_MS = 8000; // for one answer: behind it, a tunnel that has died w
 const RETRY_MS = [500, 1000, 2000, 4000]; // pauses between tries while there is no answer
 const STEPS = [15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 21600, 43200, 86400, 604800]; // of the axis, seconds
 
-const REASONS = {
-  explicit: "released by its consumer", session_end: "session closed by its owner", consumer_exit: "its command has ended",
-  extend: "by its consumer", ping: "renewed by its owner", duration_elapsed: "its time was over",
-  queue_timeout: "waited too long", queue_full: "the queue was full", busy: "the slot was taken",
-  client_disconnect: "its caller hung up", not_ready: "the worker was not ready", errored: "the consumer was unhealthy",
-  draining: "the worker was stopping", log_unavailable: "the log could not be written",
-  consumer_unhealthy: "the consumer became unhealthy", worker_restart: "the worker was restarted",
-};
 const ICON = { held: "#2f6fed", ready: "#1d9a58", starting: "#c98a12", draining: "#c98a12", errored: "#d63c32", lost: "#8a93a0" };
-const $ = (id) => document.getElementById(id);
 const seen = { status: null, list: [], skew: 0, limit: ROWS, lost: null, heldId: undefined, turn: 0 };
-
-function make(tag, attributes = {}, ...children) {
-  const node = document.createElement(tag);
-  for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
-  node.append(...children);
-  return node;
-}
-
-const text = (node, value) => { if (node.textContent !== value) node.textContent = value; };
-const announce = (words) => text($("announce"), words);
 
 // -- time ---------------------------------------------------------------------------------------------------------
 const now = () => Date.now() + seen.skew; // the worker's clock, in ms: the browser's may be wrong
-const clockFormat = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
-const dayFormat = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short" });
-function clock(iso) {
-  const moment = new Date(iso);
-  return (moment.toDateString() === new Date(now()).toDateString() ? "" : dayFormat.format(moment) + ", ") + clockFormat.format(moment);
-}
-
-function span(seconds) {
-  if (seconds < 10) return `${Math.round(Math.max(seconds, 0) * 10) / 10} s`;
-  const whole = Math.round(seconds);
-  if (whole < 60) return `${whole} s`;
-  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60 ? (whole % 60) + " s" : ""}`.trim();
-  const minutes = Math.round(whole / 60);
-  if (minutes < 2880) return `${Math.floor(minutes / 60)} h ${minutes % 60 ? (minutes % 60) + " min" : ""}`.trim();
-  return `${Math.round(minutes / 1440)} days`;
-}
+const clock = (iso) => clockOf(iso, now());
 
 function countdown(seconds) {
   const whole = Math.max(Math.ceil(seconds), 0);
@@ -149,13 +116,6 @@ function drawHeld({ state, held, queue, ...status }) {
   const id = held?.id ?? null;
   if (![undefined, id].includes(seen.heldId)) announce(held ? `Reservation ${id} is held until ${clock(held.ends_at)}.` : "Nothing is held any more.");
   seen.heldId = id;
-}
-
-function facts(list, values) {
-  const shown = Object.entries(values).filter(([, value]) => value !== null && value !== undefined);
-  if (list.dataset.key === JSON.stringify(shown)) return;
-  list.dataset.key = JSON.stringify(shown);
-  list.replaceChildren(...shown.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, String(value)))));
 }
 
 function drawChecks({ state, queue, consumer, autoscaler, log }) {
