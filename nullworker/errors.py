@@ -15,6 +15,7 @@
         ├── Conflict                409
         ├── Gone                    410
         ├── BodyTooLarge            413
+        ├── UnsupportedMedia        415
         ├── Invalid                 422  names each wrong field
         └── Unavailable             503  with Retry-After
 
@@ -132,6 +133,12 @@ class BodyTooLarge(RequestError):
     """The body is larger than is allowed."""
 
     status: ClassVar[int] = 413
+
+
+class UnsupportedMedia(RequestError):
+    """The body is of a kind or an encoding that is not taken."""
+
+    status: ClassVar[int] = 415
 
 
 class Invalid(RequestError):

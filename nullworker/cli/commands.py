@@ -26,6 +26,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "history": ("List the reservations in the event log.", "nullworker.cli.history:history"),
     "events": ("List the events in the event log.", "nullworker.cli.history:events"),
     "prune": ("Remove old reservations from the event log.", "nullworker.cli.prune:prune"),
+    "collect": ("Keep the events of all workers in one database.", "nullworker.cli.collect:collect"),
     "demo": ("See all of it work on this machine, without an account.", "nullworker.cli.demo:demo"),
     "dev": ("Run a fake Vast Serverless on this machine, for tests.", "nullworker.cli.dev:dev"),
     "doctor": ("Check this machine and an endpoint's parameters.", "nullworker.cli.doctor:doctor"),

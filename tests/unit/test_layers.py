@@ -28,7 +28,7 @@ LAYERS = (
 )
 LINE_OF = {room: line for line, rooms in enumerate(LAYERS) for room in rooms}
 #: Rooms that are still to be built.
-PLANNED = {"dispatch", "collector", "sink"}
+PLANNED = {"dispatch", "sink"}
 
 #: What users may import, by package.
 FACES = {

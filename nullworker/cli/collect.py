@@ -1,0 +1,130 @@
+"""`nullworker collect`: the events of a whole fleet in one database, on a machine that stays."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import math
+from pathlib import Path
+
+import click
+
+from nullworker import logs
+from nullworker.collector.server import Options, serve
+from nullworker.errors import BadSettings
+from nullworker.settings import read_age
+
+
+def _age(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        return read_age(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} must be an age as 90s, 15m, 6h or 30d") from None
+
+
+def _prices(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> tuple[float | None, dict[str, float]]:
+    everywhere, by_instance = None, {}
+    for text in texts:
+        instance, equals, number = text.rpartition("=")
+        try:
+            price = float(number)
+        except ValueError:
+            price = math.nan
+        if not (math.isfinite(price) and price >= 0) or (equals and not instance):
+            raise click.BadParameter(f"{text!r} must be dollars an hour, as 0.40, or as INSTANCE=0.40")
+        if equals:
+            by_instance[instance] = price
+        else:
+            everywhere = price
+    return everywhere, by_instance
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--db", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The database; made if new.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on. Another than loopback needs a token.")
+@click.option("--port", type=click.IntRange(0, 65535), default=18997, help="Of POST /events; 0: any.")
+@click.option(
+    "--token",
+    envvar=["NULL_COLLECT_TOKEN", "NULL_SINK_TOKEN"],
+    show_envvar=True,
+    show_default=False,
+    help="Bearer token that the workers' NULL_SINK_TOKEN must be. An argument can be read by other users: rather set "
+    "the variable.",
+)
+@click.option(
+    "--public",
+    is_flag=True,
+    help="The port serves POST /events alone, as it must behind a TLS proxy; so it does when --host is not loopback.",
+)
+@click.option(
+    "--page-port",
+    type=click.IntRange(0, 65535),
+    default=18995,
+    help="With --public: of the page and /metrics, on 127.0.0.1; 0: any.",
+)
+@click.option(
+    "--price",
+    "prices",
+    multiple=True,
+    metavar="[INSTANCE=]D",
+    callback=_prices,
+    show_default=False,
+    help="Dollars an hour, of all instances or of one; kept in the database. May be given several times.",
+)
+@click.option("--silence", callback=_age, default="3m", metavar="AGE", help="After so long a worker counts as silent.")
+@click.option(
+    "--keep", callback=_age, metavar="AGE", show_default=False, help="Remove what ended before, daily. [default: never]"
+)
+@click.option("--log-format", type=click.Choice(["console", "json"]), default="console", help="Log lines on stderr.")
+def collect(
+    *,
+    db: Path,
+    host: str,
+    port: int,
+    token: str | None,
+    public: bool,
+    page_port: int,
+    prices: tuple[float | None, dict[str, float]],
+    silence: float,
+    keep: float | None,
+    log_format: str,
+) -> None:
+    """Collect the events of all workers whose NULL_SINK is http://HOST:PORT/events, in one SQLite database.
+
+    It serves a page, /status, /readyz and /metrics too, to this machine only. SIGTERM ends it; the workers keep what
+    they have not been able to hand over.
+    """
+    loopback = _is_loopback(host)
+    token = (token or "").strip() or None
+    if token is None and (public or not loopback):
+        why = "--public" if public else f"--host {host}"
+        raise BadSettings(f"{why} needs a token, or anybody could write into {db}: set NULL_COLLECT_TOKEN")
+    logs.configure(log_format, "info")
+    price, by_instance = prices
+    asyncio.run(
+        serve(
+            Options(
+                db=db,
+                host=host,
+                port=port,
+                token=token,
+                public=public or not loopback,
+                page_port=page_port,
+                price=price,
+                prices=by_instance,
+                silence=silence,
+                keep=keep,
+            )
+        )
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,305 @@
+"""The collector's store: one SQLite file, written by one process.
+
+`add` is one transaction: a batch is on disk when it returns, and when it raises nothing of it is there. Everything that
+writes runs on the caller's thread; `read` opens a connection of its own, so that a page never waits for a commit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import hmac
+import os
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from nullworker.clock import wall_iso
+from nullworker.collector import schema
+from nullworker.collector.batch import LATEST, Received, source_parts
+from nullworker.errors import CannotStart, Forbidden, NullworkerError
+from nullworker.eventlog.sqlite import transaction
+
+#: Milliseconds that a write waits for somebody else's lock, such as that of a sqlite3 shell.
+BUSY_MILLISECONDS: Final = 2000
+#: Bytes that the write-ahead log keeps on disk after a checkpoint.
+WAL_BYTES: Final = 64 * 1024 * 1024
+#: Reservations that are pruned in one transaction.
+PRUNE_STEP: Final = 500
+
+_INSERT: Final = """
+INSERT INTO received
+    (id, source_id, seq, event_id, digest, conflict, at, kind, reservation_id, reason, received_at, body)
+VALUES ((SELECT coalesce(max(id), 0) + 1 FROM received), ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+
+
+class StoreUnavailable(NullworkerError):
+    """The file cannot be written; nothing of what was to be written is in it."""
+
+
+@dataclass(frozen=True)
+class Added:
+    """What came of a batch, in events."""
+
+    stored: int
+    duplicates: int  # were there already
+    conflicts: int  # of the stored: another content had come for the same seq
+    passed_over: int  # of the stored: of a kind or version that the views do not know
+    consumers_lost: int  # of the stored: ends because a consumer died or never came
+
+
+class Store:
+    """An open store. Use `open_store`."""
+
+    def __init__(self, path: Path, conn: sqlite3.Connection, lock: int) -> None:
+        self.path = path
+        self.conn = conn
+        self._lock = lock
+        self._file = os.stat(path)
+
+    def add(self, batch: Sequence[Received], key: str, now: float) -> Added:
+        """Store a batch, whole or not at all.
+
+        Args:
+            key: the log's key as the header has it; "" when there is none. A source's first batch pins it.
+            now: epoch seconds.
+
+        Raises:
+            Forbidden: a source of the batch is pinned to another key.
+            StoreUnavailable: the disk is full, or the file is damaged or gone.
+        """
+        key_sha256 = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest() if key else ""
+        counts = {"stored": 0, "duplicates": 0, "conflicts": 0, "passed_over": 0, "consumers_lost": 0}
+        with self._writing():
+            ids = {source: self._source(source, key_sha256, now) for source in {each.source for each in batch}}
+            for event in batch:
+                for name in self._add_one(event, ids[event.source], now):
+                    counts[name] += 1
+            for source, source_id in ids.items():  # a worker that tells of later events has not stopped
+                latest = max(
+                    (each.at for each in batch if each.source == source and each.kind and each.at), default=0.0
+                )
+                self.conn.execute(
+                    "UPDATE sources SET stopped_at = NULL WHERE id = ? AND stopped_at < ?", (source_id, latest)
+                )
+        return Added(**counts)
+
+    def prune(self, before: float) -> Iterator[int]:
+        """Remove what ended before a time, in epoch seconds, in steps: how many reservations each has removed.
+
+        Workers of which nothing is left and nothing was heard since then go too, and with them their pinned keys.
+
+        Raises:
+            StoreUnavailable: nothing of this step was removed.
+        """
+        while True:
+            with self._writing():
+                rows = self.conn.execute(
+                    "SELECT id FROM holds WHERE ended_at < ? AND coalesce(ended, 0) < (SELECT max(id) FROM received)"
+                    " LIMIT ?",
+                    (before, PRUNE_STEP),
+                ).fetchall()
+                self.conn.executemany("INSERT INTO pruning VALUES (?)", rows)
+                if not rows:
+                    self.conn.execute(
+                        "DELETE FROM received WHERE kind IS NULL AND received_at < ?"
+                        " AND id < (SELECT max(id) FROM received)",
+                        (before,),
+                    )
+                    self.conn.execute(
+                        "DELETE FROM sources WHERE last_heard_at < ? AND id NOT IN (SELECT source_id FROM received)",
+                        (before,),
+                    )
+            if not rows:
+                return
+            yield len(rows)
+
+    def set_options(self, *, price: float | None, prices: Mapping[str, float], silence: float) -> None:
+        """Remember the prices in dollars an hour, and the seconds after which a worker is silent, for the views.
+
+        A price of None leaves the one that is known, and so do instances that are not named.
+
+        Raises:
+            StoreUnavailable: they are not remembered.
+        """
+        meta = [("silence", repr(silence)), *([] if price is None else [("price", repr(price))])]
+        with self._writing():
+            self.conn.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", meta)
+            self.conn.executemany("INSERT OR REPLACE INTO prices VALUES (?, ?)", prices.items())
+
+    def probe(self) -> None:
+        """Find out whether the file can be written.
+
+        Raises:
+            StoreUnavailable: it cannot.
+        """
+        with self._writing():
+            self.conn.execute("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", (wall_iso(),))
+
+    def size(self) -> int:
+        """Bytes on disk, the write-ahead log included."""
+        total = 0
+        for suffix in ("", "-wal"):
+            with contextlib.suppress(OSError):
+                total += os.stat(f"{self.path}{suffix}").st_size
+        return total
+
+    def read(self) -> sqlite3.Connection:
+        """A connection that only reads, for one thread.
+
+        Raises:
+            sqlite3.Error: it cannot be opened.
+        """
+        uri = f"{self.path.absolute().as_uri()}?mode=ro"
+        return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=BUSY_MILLISECONDS / 1000)
+
+    def close(self) -> None:
+        """Close the file and give the lock back."""
+        with contextlib.suppress(sqlite3.Error):
+            self.conn.close()
+        os.close(self._lock)
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _source(self, source: str, key_sha256: str, now: float) -> int:
+        row = self.conn.execute("SELECT id, key_sha256 FROM sources WHERE source = ?", (source,)).fetchone()
+        if row is None:
+            worker, instance = source_parts(source)
+            inserted = self.conn.execute(
+                "INSERT INTO sources (source, key_sha256, worker, instance, first_heard_at, last_heard_at)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                (source, key_sha256, worker, instance, now, now),
+            )
+            assert inserted.lastrowid is not None
+            return inserted.lastrowid
+        if not hmac.compare_digest(row[1], key_sha256):
+            raise Forbidden(f"{source} is pinned to another log's key", source=source)
+        self.conn.execute("UPDATE sources SET last_heard_at = max(last_heard_at, ?) WHERE id = ?", (now, row[0]))
+        return int(row[0])
+
+    def _add_one(self, event: Received, source_id: int, now: float) -> list[str]:
+        where, value = ("seq IS NOT NULL AND seq = ?", event.seq)
+        if event.seq is None:
+            where, value = "seq IS NULL AND event_id = ?", event.event_id  # type: ignore[assignment]  # bound either way
+        known = self.conn.execute(f"SELECT digest FROM received WHERE source_id = ? AND {where}", (source_id, value))
+        digests = {digest for (digest,) in known}
+        if event.digest in digests:
+            return ["duplicates"]
+        values = (source_id, event.seq, event.event_id, event.digest, int(bool(digests)), event.at, event.kind)
+        self.conn.execute(_INSERT, (*values, event.reservation_id, event.reason, now, event.body))
+        if event.worker is not None:
+            self._note_worker(event, source_id, now)
+        found = ["stored"]
+        if digests:
+            found.append("conflicts")
+        if event.kind is None and event.worker is None:
+            found.append("passed_over")
+        if event.reason in ("consumer_lost", "consumer_absent") and event.kind == "cancelled":
+            found.append("consumers_lost")
+        return found
+
+    def _note_worker(self, event: Received, source_id: int, now: float) -> None:
+        """What a worker tells of itself. Each field counts only if it is a text."""
+        assert event.worker is not None
+        assert event.at is not None
+        kind = event.type.rpartition(".")[2]
+        texts = {name: value for name in ("version", "url") if isinstance(value := event.worker.get(name), str)}
+        gpus = event.worker.get("gpus")
+        if isinstance(gpus, list) and gpus and all(isinstance(gpu, str) for gpu in gpus):
+            texts["gpu"] = ", ".join(
+                sorted({f"{gpus.count(gpu)} x {gpu}" if gpus.count(gpu) > 1 else gpu for gpu in gpus})
+            )
+        columns: dict[str, Any] = {name: value[:512] for name, value in texts.items()}
+        clock = event.worker.get("clock")
+        if isinstance(clock, (int, float)) and 0 <= clock <= LATEST:
+            columns["skew_seconds"] = float(clock) - now
+        if kind == "started":
+            columns |= {"started_at": event.at, "stopped_at": None}
+        elif kind == "stopped":
+            columns["stopped_at"] = event.at
+        elif kind == "alive":
+            columns["stopped_at"] = None
+        if not columns:
+            return
+        assignments = ", ".join(f"{name} = ?" for name in columns)
+        self.conn.execute(f"UPDATE sources SET {assignments} WHERE id = ?", (*columns.values(), source_id))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            there = os.path.samestat(os.stat(self.path), self._file)
+        except OSError:
+            there = False
+        if not there:  # SQLite would go on in a file that has no name any more
+            raise StoreUnavailable(f"{self.path} was moved or removed; restart the collector")
+        try:
+            with transaction(self.conn):
+                yield
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise StoreUnavailable(f"{self.path} cannot be written: {error}") from error
+
+
+def open_store(path: Path) -> Store:
+    """Open the file, make it if there is none.
+
+    Raises:
+        CannotStart: another collector has it, it is damaged, of another program or a newer version, or the folder is
+            not writable.
+    """
+    path = path.resolve()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
+        lock = _take_lock(path)
+    except OSError as error:
+        raise CannotStart(f"{path} cannot be made: {error.strerror}; give --db another file") from error
+    try:
+        conn = sqlite3.connect(path, isolation_level=None, timeout=BUSY_MILLISECONDS / 1000, cached_statements=64)
+        try:
+            _check(path, conn)
+            conn.execute("PRAGMA journal_mode = WAL")
+            conn.execute("PRAGMA synchronous = FULL")
+            conn.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+            schema.migrate(conn)
+            return Store(path, conn, lock)
+        except BaseException:
+            conn.close()
+            raise
+    except (sqlite3.Error, UnicodeDecodeError) as error:
+        os.close(lock)
+        raise CannotStart(
+            f"{path} cannot be opened: {error}; if it is damaged, move it away (sqlite3's .recover reads what is left)"
+            " and start again: the workers keep what has not been taken"
+        ) from error
+    except BaseException:
+        os.close(lock)
+        raise
+
+
+def _check(path: Path, conn: sqlite3.Connection) -> None:
+    owner = conn.execute("PRAGMA application_id").fetchone()[0]
+    version = conn.execute("PRAGMA user_version").fetchone()[0]
+    if owner != schema.APPLICATION_ID and conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+        raise CannotStart(f"{path} is no database of `nullworker collect`; give --db another file")
+    if version > schema.VERSION:
+        raise CannotStart(f"{path} was written by a newer nullworker; update nullworker, or give --db another file")
+
+
+def _take_lock(path: Path) -> int:
+    """An flock beside the file: it ends with the process, however that ends. The file says who holds it."""
+    lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+        os.close(lock)
+        raise CannotStart(
+            f"{path} belongs to a collector that is running: {holder}; stop that one, or give --db another file"
+        ) from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"pid {os.getpid()}, since {wall_iso()}\n".encode(), 0)
+    return lock
