@@ -16,40 +16,40 @@ from typing import NamedTuple, Protocol
 #: Linux gives each boot an id; monotonic clocks can be compared only within one.
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
-#: Seconds from an arbitrary start, to measure how long something takes.
+#: Seconds from an arbitrary start, to measure durations.
 stopwatch = time.perf_counter
 
-#: Epoch seconds as the machine has them, for log lines; they may jump.
+#: Epoch seconds of the wall clock, which may jump; for log lines.
 wall = time.time
 
-#: Seconds of difference between the wall clock and the worker's time that are worth a correction.
+#: Seconds between the wall clock and the worker's time above which the worker follows.
 DRIFT_SECONDS = 1.0
 
 
 class Anchor(NamedTuple):
-    """Epoch seconds at monotonic zero, and the boot for which that holds ("" where boots have no id)."""
+    """The epoch seconds at which the monotonic clock was 0, and the id of the boot ("" if there is none)."""
 
     boot_id: str
     offset: float
 
 
 class Clock(Protocol):
-    """What the service asks for the time."""
+    """The clock of the service."""
 
     def now(self) -> float:
-        """Epoch seconds; never goes backwards while something is held."""
+        """Epoch seconds; never goes back while something is held."""
         ...
 
     def settle(self) -> Anchor | None:
-        """Take the wall clock again, if it has moved away; call it only when nothing is held.
+        """Follow the wall clock if it was set; call it only while nothing is held.
 
-        Returns the new anchor when there is one, to be stored.
+        Returns the new anchor, to be stored, or None.
         """
         ...
 
 
 class SystemClock:
-    """The real clock. `anchor` is a stored one, to go on with after a restart; one of another boot is ignored."""
+    """The real clock. `anchor`: a stored one, used if it is of the same boot."""
 
     def __init__(self, anchor: Anchor | None = None) -> None:
         self.boot_id = _read_boot_id()
@@ -60,15 +60,15 @@ class SystemClock:
 
     @property
     def anchor(self) -> Anchor:
-        """What to store."""
+        """The anchor to store."""
         return Anchor(self.boot_id, self._offset)
 
     def now(self) -> float:
-        """Epoch seconds, as counted since the anchor."""
+        """Epoch seconds, by the monotonic clock since the anchor."""
         return self._offset + time.monotonic()
 
     def settle(self) -> Anchor | None:
-        """Take the wall clock again if it differs by more than DRIFT_SECONDS."""
+        """Follow the wall clock if it differs by more than DRIFT_SECONDS."""
         offset = time.time() - time.monotonic()
         if abs(offset - self._offset) <= DRIFT_SECONDS:
             return None
@@ -77,20 +77,17 @@ class SystemClock:
 
 
 def wall_iso() -> str:
-    """The wall clock as it is now, to the second: for lock files and names of files, never for deadlines."""
+    """The wall clock as ISO 8601 to the second, for lock files and names of files, never for deadlines."""
     return iso(time.time())[:19] + "Z"
 
 
 def to_ms(at: float) -> float:
-    """Epoch seconds to the millisecond, rounded by the very sum that the log's views make (schema.py).
-
-    They do not leave it to strftime, which rounds by a sum of its own, and before SQLite 3.38 cuts off.
-    """
+    """Round epoch seconds to the millisecond, by the same formula as the log's views (eventlog/schema.py)."""
     return int(at * 1000 + 0.5) / 1000
 
 
 def elapsed(start: float, end: float) -> float | int:
-    """Seconds between two times as they are shown, to the millisecond; a whole number where it is one.
+    """Seconds between two times, each rounded to the millisecond; an int if it is whole.
 
     Never negative: between two starts of a worker the clock may have been set back.
     """
@@ -98,7 +95,7 @@ def elapsed(start: float, end: float) -> float | int:
 
 
 def tidy(seconds: float) -> float | int:
-    """A span of seconds to the millisecond, and as a whole number where it is one."""
+    """Round a duration to the millisecond; an int if it is whole."""
     rounded = round(seconds, 3)
     return int(rounded) if rounded.is_integer() else rounded
 
@@ -110,20 +107,20 @@ def iso(at: float) -> str:
 
 
 def from_iso(text: str) -> float:
-    """Epoch seconds of an ISO 8601 time; one without a zone is taken as UTC.
+    """Epoch seconds of an ISO 8601 time, in UTC if it has no zone.
 
     Raises:
-        ValueError: it is no such time.
+        ValueError: it is no ISO 8601 time.
     """
     moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
     return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()
 
 
 def from_shown(text: str) -> float:
-    """The first moment that is shown as this ISO 8601 time: an event of a log of version 1 is finer than it is shown.
+    """The earliest epoch seconds that are shown as this ISO 8601 time, to find events by the time shown.
 
     Raises:
-        ValueError: it is no such time.
+        ValueError: it is no ISO 8601 time.
     """
     return from_iso(text) - 0.0005
 

@@ -26,24 +26,25 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-#: Seconds that a refused caller is asked to wait; short, since a release may come at any moment.
+#: The Retry-After of refused callers; short, since a release may come at any moment.
 RETRY_AFTER_SECONDS = 1
 
 
 class NullworkerError(Exception):
-    """The root. `str(error)` is one sentence that says what to do next."""
+    """The base class. `str(error)` is one sentence that says what to do next."""
 
     status: ClassVar[int] = 500
 
 
 class BadSettings(NullworkerError):
-    """A setting has a value that is not allowed; the sentence names it, its value and what is allowed."""
+    """A setting is not allowed; the message names it, its value and what is allowed."""
 
 
 class CannotStart(NullworkerError):
-    """The worker cannot start on this machine as it is now.
+    """The worker cannot start.
 
-    `tell` is whether the autoscaler should hear of it: not when another worker of this instance is well and running.
+    Attributes:
+        tell: whether to report it to the autoscaler; not if another worker of this instance is running.
     """
 
     def __init__(self, message: str, *, tell: bool = True) -> None:
@@ -52,25 +53,25 @@ class CannotStart(NullworkerError):
 
 
 class IllegalMove(NullworkerError):
-    """An event that the rule book does not allow in the reservation's present state."""
+    """The transition table does not allow an event in the reservation's present state."""
 
 
 class LogUnavailable(NullworkerError):
-    """The event log could not be written; nothing of what was to be written is in it."""
+    """The event log could not be written; nothing was stored."""
 
     status: ClassVar[int] = 503
 
 
 class LogDamaged(NullworkerError):
-    """The file is no readable event log of this project."""
+    """The file is no readable event log."""
 
 
 class WorkerUnreachable(NullworkerError):
-    """Nothing answers on the control port, or it is no worker, or it fails: try again, or see whether it runs."""
+    """The control port does not answer, or not as a worker does."""
 
 
 class RequestError(NullworkerError):
-    """An answer with a status and a JSON body: `error`, and the fields that are wrong."""
+    """An error answer: a status, and a JSON body with `error` and further fields, such as the wrong ones."""
 
     status: ClassVar[int] = 400
 
@@ -80,17 +81,17 @@ class RequestError(NullworkerError):
 
     @property
     def body(self) -> dict[str, Any]:
-        """What the caller gets."""
+        """The JSON body."""
         return {"error": str(self), **self.fields}
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that belong to the answer."""
+        """Further headers of the answer."""
         return {}
 
 
 class Unauthorized(RequestError):
-    """A signature, a session's auth or a token is missing or wrong. `reason` is the metric's label."""
+    """A signature, a session's auth or a token is missing or wrong. `reason` is a label of the metric."""
 
     status: ClassVar[int] = 401
 
@@ -118,13 +119,13 @@ class SlowBody(RequestError):
 
 
 class Conflict(RequestError):
-    """Right words at the wrong moment: nothing is held."""
+    """The request does not fit the present state, for example because nothing is held."""
 
     status: ClassVar[int] = 409
 
 
 class Gone(RequestError):
-    """The session has ended, or never was."""
+    """The session has ended or never existed."""
 
     status: ClassVar[int] = 410
 
@@ -142,17 +143,17 @@ class UnsupportedMedia(RequestError):
 
 
 class Invalid(RequestError):
-    """The body or a query parameter is wrong; the fields say which and what is allowed."""
+    """The body or a query parameter is wrong; the fields say which, and what is allowed."""
 
     status: ClassVar[int] = 422
 
 
 class Unavailable(RequestError):
-    """Not now: try again, here or on another worker."""
+    """Temporarily unavailable: try again, here or on another worker."""
 
     status: ClassVar[int] = 503
 
     @property
     def headers(self) -> dict[str, str]:
-        """Retry-After, as RFC 9110 section 10.2.3 wants it with a 503."""
+        """Retry-After, see RFC 9110 section 10.2.3."""
         return {"Retry-After": str(RETRY_AFTER_SECONDS)}

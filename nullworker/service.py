@@ -31,39 +31,39 @@ log = get_log(__name__)
 
 #: Seconds between two tries of a log that cannot be written.
 RETRY_SECONDS: Final = 0.25
-#: Events that may wait in memory for the log. Beyond it a claim is refused without a trace but a log line.
+#: Events that may wait in memory for the log. Above that, a refused claim is not recorded.
 MAX_UNWRITTEN = 10_000
-#: Seconds by which the same deadline may come out differently: the worker's time is told to the millisecond.
+#: Seconds within which two timers are the same: the worker's time is rounded to the millisecond.
 SAME_SECONDS: Final = 0.002
 
 
 class Journal(Protocol):
-    """Where events are kept: the log, or a fake that passes the same contract (nullworker.testing.fakes)."""
+    """Where events are stored: the log, or a fake with the same contract (nullworker.testing.fakes)."""
 
     @property
     def last_seq(self) -> int:
-        """The seq of the last event that is written."""
+        """The seq of the last stored event."""
         ...
 
     def append(self, events: Sequence[tuple[int, Event]]) -> None:
-        """All or none. Raises LogUnavailable."""
+        """Store all events or none. Raises LogUnavailable."""
         ...
 
     def live(self) -> Iterator[tuple[int, Event]]:
-        """The events of what has not ended."""
+        """The events of live reservations, in order."""
         ...
 
     def store_anchor(self, anchor: Anchor) -> None:
-        """Keep the clock's anchor. Raises LogUnavailable."""
+        """Store the clock's anchor. Raises LogUnavailable."""
         ...
 
     def probe(self) -> None:
-        """Write something that does not matter. Raises LogUnavailable."""
+        """Test whether it can be written. Raises LogUnavailable."""
         ...
 
 
 class Commit(NamedTuple):
-    """An event that has become true, and its reservation as it now stands."""
+    """An applied event, and its reservation after it."""
 
     seq: int
     event: Event
@@ -74,18 +74,18 @@ Observer = Callable[[Commit], None]
 
 
 def new_id() -> str:
-    """16 letters and digits, 80 random bits: an id is also what a session's owner is known by."""
+    """A new reservation id: 16 letters and digits with 80 random bits, since a session's id must not be guessed."""
     return base64.b32encode(secrets.token_bytes(10)).decode().lower()
 
 
 class Service:
-    """The reservations of one worker, beginning with what is open in its journal.
+    """The reservations of one worker, beginning with those that are live in its journal.
 
     Attributes:
-        book: what is live; read it, and change it only through the commands here.
-        readiness: whether claims are taken at all.
-        observers: called with every commit, in order; what they raise is logged and goes no further.
-        unwritten: what has become true and still waits for the log, in order.
+        book: the live reservations; read it, but change it only through the commands here.
+        readiness: whether claims are taken.
+        observers: called with every commit, in order; their exceptions are logged and ignored.
+        unwritten: commits that are applied but not yet in the log, in order.
     """
 
     def __init__(
@@ -106,15 +106,15 @@ class Service:
 
     @property
     def seq(self) -> int:
-        """The last event that is true, written or not."""
+        """The seq of the last applied event, written or not."""
         return self._seq
 
     def now(self) -> float:
-        """The worker's time, in epoch seconds to the millisecond: as precise as it is shown, and no more."""
+        """The worker's time in epoch seconds, rounded to the millisecond as it is shown."""
         return to_ms(self._clock.now())
 
     def find(self, reservation_id: str) -> Reservation | None:
-        """A reservation that is live, or has ended while its end still waits for the log: what the log cannot tell."""
+        """A reservation that is live, or whose end is not yet in the log; else None."""
         waiting = (each.reservation for each in self.unwritten if each.event.reservation_id == reservation_id)
         return self.book.get(reservation_id) or next(waiting, None)
 
@@ -124,7 +124,7 @@ class Service:
         """A new reservation: held, queued, or ended with the reason why not.
 
         Raises:
-            LogUnavailable: the log cannot be written, and too much waits for it to keep even the refusal.
+            LogUnavailable: the log cannot be written, and MAX_UNWRITTEN events already wait for it.
         """
         self._follow_the_wall_clock()
         now, reservation_id = self.now(), self._make_id()
@@ -135,7 +135,7 @@ class Service:
                 commits = self._commit(self.book.claim(reservation_id, claim, now), must=False)
                 return commits[-1].reservation
             except LogUnavailable:
-                pass  # the readiness says so now, and the refusal below is for the log when it is back
+                pass  # the readiness now has the cause; the refusal below is logged when the log is back
         if len(self.unwritten) >= MAX_UNWRITTEN:
             raise LogUnavailable(f"{self.readiness.log}; {len(self.unwritten)} events wait in memory")
         return self._commit(self.book.claim(reservation_id, claim, now, self.readiness.refusal))[-1].reservation
@@ -153,55 +153,55 @@ class Service:
 
         Raises:
             IllegalMove: it is not held.
-            LogUnavailable: it could not be logged, so it was not done.
+            LogUnavailable: it could not be logged; nothing has changed.
         """
         events = self.book.extend(reservation_id, seconds, self.now())
         return self._commit(events, must=False)[0].reservation
 
     def renew(self, reservation_id: str) -> Reservation:
-        """A session's owner is there: it lives for its lifetime from now at least.
+        """Renew a session by its lifetime from now; a later deadline stays.
 
         Raises:
-            IllegalMove: it is not held, or no session.
-            LogUnavailable: it could not be logged, so it was not done.
+            IllegalMove: it is not held, or is no session.
+            LogUnavailable: it could not be logged; nothing has changed.
         """
         return self._commit(self.book.renew(reservation_id, self.now()), must=False)[0].reservation
 
     def cancel(self, reservation_id: str, reason: str) -> None:
-        """End a live reservation as cancelled; one that has ended stays as it is."""
+        """Cancel a live reservation; does nothing if it has ended."""
         if self.book.get(reservation_id) is not None:
             self._commit(self.book.cancel(reservation_id, reason, self.now()))
 
     def consumer_unhealthy(self, cause: str, *, cancel_held: bool) -> None:
-        """The consumer does not work: those who wait are sent away, and the held one too if the operator wants so."""
+        """The consumer is unhealthy: cancel the queue, and with `cancel_held` the held reservation."""
         self.readiness.consumer_is_unhealthy(cause)
         self._commit(self.book.cancel_queued("errored", self.now()))
         if cancel_held and self.book.held is not None:
             self.cancel(self.book.held.id, "consumer_unhealthy")
 
     def drain(self, why: str) -> None:
-        """Take nothing more and send away those who wait; what is held stays."""
+        """Refuse new claims and cancel the queue; a held reservation stays."""
         self.readiness.drain(why)
         self._commit(self.book.cancel_queued("draining", self.now()))
 
     def end_drain(self) -> None:
-        """The time for a held request to finish is over. A session stays open: it goes on after the restart."""
+        """The drain time is over: cancel a held request. A session stays, and goes on after the restart."""
         self._commit(self.book.cancel_requests("draining", self.now()))
 
     def resume(self) -> None:
-        """After a restart: end the requests, whose connections have died with the process, and what is over by now."""
+        """After a restart: cancel requests, whose connections are gone, and end what has expired meanwhile."""
         self._commit(self.book.cancel_requests("worker_restart", self.now()))
         self.tick()
 
     def tick(self) -> None:
-        """Everything that time has brought. Ring it at `next_deadline`."""
+        """Apply all deadlines that have passed. Call it at `next_deadline`."""
         now = self.now()
         if self.readiness.log:
             self._flush(now)
         self._commit(self.book.due(now))
 
     def probe(self) -> None:
-        """Find out whether the log can be written, also while nothing happens; call it every now and then."""
+        """Test whether the log can be written; call it regularly, for idle times."""
         if not self.unwritten:
             try:
                 self._journal.probe()
@@ -211,18 +211,18 @@ class Service:
                 self._log_works()
 
     def next_deadline(self) -> float | None:
-        """When to call `tick`: epoch seconds, or None while nothing can become due."""
+        """When to call `tick`, in epoch seconds; None while there is no deadline."""
         deadlines = [self.book.next_deadline(), self._retry_at if self.readiness.log else None]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
-    # -- hearing of it -------------------------------------------------------------------------------------------
+    # -- notifications ------------------------------------------------------------------------------------------
 
     def watch(self, reservation_id: str, watcher: Observer) -> None:
-        """Hear of one live reservation until it has ended."""
+        """Call `watcher` with each commit of one live reservation, until it has ended."""
         self._watchers.setdefault(reservation_id, []).append(watcher)
 
     def unwatch(self, reservation_id: str, watcher: Observer) -> None:
-        """Hear no more of it."""
+        """Remove a watcher."""
         watchers = self._watchers.get(reservation_id, [])
         if watcher in watchers:
             watchers.remove(watcher)
@@ -230,7 +230,7 @@ class Service:
             self._watchers.pop(reservation_id, None)
 
     async def ended(self, reservation: Reservation) -> Reservation:
-        """Wait for the end of a reservation."""
+        """Wait for the end of a reservation, and return it."""
         if reservation.state in ENDED:
             return reservation
         future: asyncio.Future[Reservation] = asyncio.get_running_loop().create_future()
@@ -245,10 +245,10 @@ class Service:
         finally:
             self.unwatch(reservation.id, watcher)
 
-    # -- inside --------------------------------------------------------------------------------------------------
+    # -- private -------------------------------------------------------------------------------------------------
 
     def _commit(self, events: list[Event], *, must: bool = True) -> list[Commit]:
-        """Log, apply, tell. With `must`, an event that cannot be logged waits in memory; else LogUnavailable."""
+        """Log, apply, tell. With `must`, events that cannot be logged wait in memory; else raise LogUnavailable."""
         if not events:
             return []
         numbered = list(enumerate(events, self._seq + 1))
@@ -281,7 +281,7 @@ class Service:
         return True
 
     def _flush(self, now: float) -> bool:
-        """Write what waits in memory. True: nothing waits any more, and the log may be tried."""
+        """Write the events that wait in memory. Returns whether none waits any more."""
         if now < self._retry_at:
             return False
         try:
@@ -308,11 +308,11 @@ class Service:
             self.readiness.log_works()
 
     def _follow_the_wall_clock(self) -> None:
-        """If it was set, and nothing is held, neither here nor in a log that still waits for its end."""
+        """Take over a wall clock that was set, if nothing is held and no event waits for the log."""
         if self.book.held is not None or self.unwritten or (anchor := self._clock.settle()) is None:
             return
         log.warning("clock_moved", message="the wall clock was set; the worker follows it now that nothing is held")
-        self._retry_at = 0.0  # it was a time of the old clock
+        self._retry_at = 0.0  # a time of the old clock
         try:
             self._journal.store_anchor(anchor)
         except LogUnavailable as error:
@@ -320,10 +320,9 @@ class Service:
 
 
 class DeadlineTimer:
-    """Calls `tick` at the service's next deadline. `set` is an observer: each commit may move that deadline.
+    """Calls `tick` at the service's next deadline. `set` is an observer, since each commit may move that deadline.
 
-    Timers are compared by the loop's time: the worker's own may jump to the wall clock's while a timer runs
-    (`Clock.settle`).
+    Timers use the event loop's time, because the worker's time may jump (`Clock.settle`).
     """
 
     def __init__(self, service: Service) -> None:
@@ -331,7 +330,7 @@ class DeadlineTimer:
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self, _: Commit | None = None) -> None:
-        """Run at the next deadline."""
+        """Set the timer to the next deadline."""
         deadline = self._service.next_deadline()
         if deadline is None:
             return
@@ -351,6 +350,6 @@ class DeadlineTimer:
             self.set()
 
     def stop(self) -> None:
-        """Run no more."""
+        """Cancel the timer."""
         if self._timer is not None:
             self._timer.cancel()

@@ -23,7 +23,7 @@ from nullworker.fsm.table import ENDED, EventKind, State, step
 
 
 class Limits(msgspec.Struct, frozen=True):
-    """What the operator allows. Seconds, seconds, a count."""
+    """Limits from the settings: two times in seconds, and a length."""
 
     max_reservation_seconds: float = 3600.0
     max_queue_seconds: float = 30.0
@@ -31,7 +31,7 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """A wish for the slot, authenticated. `duration` in seconds; None asks for the cap."""
+    """An authenticated request for the slot. `duration` in seconds; None asks for the cap."""
 
     kind: ReservationKind = "request"
     duration: float | None = None
@@ -41,7 +41,7 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 class Reservation(msgspec.Struct):
-    """One claim on this worker, as it stands. Times are epoch seconds. Only the book changes it."""
+    """The present state of one claim. Times are epoch seconds. Only the book changes it."""
 
     id: str
     terms: Queued
@@ -55,7 +55,7 @@ class Reservation(msgspec.Struct):
 
 
 def refused_at_once(queued_at: float, held_at: float | None, give_up_at: float) -> bool:
-    """Whether a claim that has ended was refused in the commit in which it was made: it was given no time to wait."""
+    """Whether a claim that has ended was refused in the commit that made it, so that it never waited."""
     return held_at is None and give_up_at <= queued_at
 
 
@@ -65,26 +65,26 @@ class Book:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.held: Reservation | None = None
-        # In the order of arrival. A dict would keep the order too, but finds its first key by walking past all the
-        # removed ones: with a long queue each hand-over would cost as much as the queue was long.
+        # In the order of arrival. A dict finds its first key by walking past removed ones, so that with a long queue
+        # each promotion would take time in proportion to its length.
         self.queue: OrderedDict[str, Reservation] = OrderedDict()
 
-    # -- what is there -------------------------------------------------------------------------------------------
+    # -- queries -------------------------------------------------------------------------------------------------
 
     def get(self, reservation_id: str) -> Reservation | None:
-        """The live reservation of that id."""
+        """The live reservation with that id, or None."""
         if self.held is not None and self.held.id == reservation_id:
             return self.held
         return self.queue.get(reservation_id)
 
     def live(self) -> Iterator[Reservation]:
-        """What is held, then what waits, oldest first."""
+        """The held reservation, then the queue, oldest first."""
         if self.held is not None:
             yield self.held
         yield from self.queue.values()
 
     def next_deadline(self) -> float | None:
-        """When `due` will have something to say: epoch seconds, None while nothing is live."""
+        """When `due` will next return events, in epoch seconds; None while nothing is live."""
         deadlines = [reservation.terms.give_up_at for reservation in islice(self.queue.values(), 1)]
         if self.held is not None and self.held.ends_at is not None:
             deadlines.append(self.held.ends_at)
@@ -93,9 +93,9 @@ class Book:
     # -- commands: decide ----------------------------------------------------------------------------------------
 
     def claim(self, reservation_id: str, claim: Claim, now: float, refusal: str | None = None) -> list[Event]:
-        """A new reservation: held at once, queued, or refused. `refusal` is why this worker takes none at all."""
-        asked = self.limits.max_reservation_seconds if claim.duration is None else claim.duration
-        cap = min(asked, self.limits.max_reservation_seconds)
+        """A new reservation: held at once, queued, or refused. `refusal`: the reason why every claim is refused now."""
+        longest = self.limits.max_reservation_seconds
+        cap = longest if claim.duration is None else min(claim.duration, longest)
         end: tuple[EventKind, str] | None = None
         if refusal is not None:
             end = "cancelled", refusal
@@ -121,18 +121,18 @@ class Book:
         return events
 
     def release(self, reservation_id: str, reason: str, now: float, result: Any | UnsetType = UNSET) -> list[Event]:
-        """The consumer is done with the held reservation; the next in the queue is held in the same batch."""
+        """Release the held reservation; the next in the queue is held in the same batch."""
         held = self._held(reservation_id)
         return [Event(now, held.id, "released", reason, Ended(result)), *self._promote(now)]
 
     def extend(self, reservation_id: str, seconds: float, now: float) -> list[Event]:
-        """The deadline becomes now + seconds, at most the cap of this worker from now."""
+        """Move the deadline to now + seconds, at most the cap of this worker from now."""
         held = self._held(reservation_id)
         ends_at = now + min(seconds, self.limits.max_reservation_seconds)
         return [Event(now, held.id, "extended", "extend", Extended(ends_at))]
 
     def renew(self, reservation_id: str, now: float) -> list[Event]:
-        """A session lives for its lifetime from now, at most the cap; a later deadline stays as it is."""
+        """Move a session's deadline to its lifetime from now, at most the cap; a later deadline stays."""
         held = self._held(reservation_id)
         if held.terms.session is None or held.ends_at is None:
             raise IllegalMove(f"reservation {reservation_id} is no session")
@@ -140,7 +140,7 @@ class Book:
         return [Event(now, held.id, "extended", "ping", Extended(max(ends_at, held.ends_at)))]
 
     def cancel(self, reservation_id: str, reason: str, now: float) -> list[Event]:
-        """It ends without a release, whether it is held or waits."""
+        """Cancel a live reservation, held or queued."""
         reservation = self.get(reservation_id)
         if reservation is None:
             raise IllegalMove(f"reservation {reservation_id} is not live")
@@ -148,16 +148,16 @@ class Book:
         return [ended, *self._promote(now)] if reservation is self.held else [ended]
 
     def cancel_queued(self, reason: str, now: float) -> list[Event]:
-        """Everyone who waits is sent away."""
+        """Cancel all queued reservations."""
         return [Event(now, reservation_id, "cancelled", reason, Ended()) for reservation_id in self.queue]
 
     def cancel_requests(self, reason: str, now: float) -> list[Event]:
-        """Every request reservation ends, held or waiting; a session stays."""
+        """Cancel all request reservations, held or queued; a session stays."""
         requests = [r for r in self.live() if r.terms.kind == "request"]
         return [Event(now, reservation.id, "cancelled", reason, Ended()) for reservation in requests]
 
     def due(self, now: float) -> list[Event]:
-        """All that time has brought, in the order of its deadlines: ends of holds and waits, hand-overs between."""
+        """The events of all deadlines that have passed, in their order: expired holds and waits, and promotions."""
         events: list[Event] = []
         waiting = iter(self.queue.values())
         head = next(waiting, None)
@@ -180,7 +180,7 @@ class Book:
     # -- events: apply -------------------------------------------------------------------------------------------
 
     def apply(self, event: Event) -> Reservation:
-        """Make an event true. Returns the reservation as it now stands.
+        """Apply an event. Returns the changed reservation.
 
         Raises:
             IllegalMove: the event does not follow from the present state; nothing has changed.
@@ -213,7 +213,7 @@ class Book:
                 del self.queue[known.id]
         return known
 
-    # -- inside --------------------------------------------------------------------------------------------------
+    # -- private -------------------------------------------------------------------------------------------------
 
     def _held(self, reservation_id: str) -> Reservation:
         if self.held is None or self.held.id != reservation_id:
@@ -221,7 +221,7 @@ class Book:
         return self.held
 
     def _promote(self, now: float) -> list[Event]:
-        """The slot goes to the oldest who waits; one that asked for no time at all is over at once."""
+        """Hold the oldest in the queue; one with a cap of 0 s expires at once and the next is held."""
         events: list[Event] = []
         for reservation in self.queue.values():
             events += _hold(reservation.id, reservation.terms.duration_cap, now)

@@ -21,47 +21,47 @@ ReservationKind = Literal["request", "session"]
 
 
 class SessionTerms(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a session was created with."""
+    """The terms with which a session was created."""
 
-    lifetime: float  # seconds; each ping renews by it
-    auth_sha256: str  # of the auth_data that may end it
+    lifetime: float  # seconds; a ping moves the deadline to now + lifetime
+    auth_sha256: str  # of the auth_data of its owner
     on_close_route: str | None = None
     on_close_payload: Any = None
 
 
 class Queued(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A claim was made: `queued`. It holds all that is needed to go on with it after a restart."""
+    """Data of `queued`: a claim was made. It has all that is needed to go on after a restart."""
 
     kind: ReservationKind
-    duration_cap: float  # seconds that it may be held
-    give_up_at: float  # epoch seconds at which waiting ends; of one that is refused at once, those of its claim
-    request_idx: int | None = None  # the autoscaler's number for it; None without an envelope
+    duration_cap: float  # seconds for which it may be held
+    give_up_at: float  # epoch seconds at which it leaves the queue; if refused at once, the time of the claim
+    request_idx: int | None = None  # the autoscaler's number of the request; None without an envelope
     metadata: dict[str, Any] | None = None
     session: SessionTerms | None = None
 
 
 class Held(msgspec.Struct, frozen=True):
-    """It got the slot: `held`."""
+    """Data of `held`: it got the slot."""
 
     ends_at: float  # epoch seconds
 
 
 class Extended(msgspec.Struct, frozen=True):
-    """Its deadline was moved: `extended`."""
+    """Data of `extended`: its deadline was moved."""
 
     ends_at: float  # epoch seconds
 
 
 class Ended(msgspec.Struct, frozen=True):
-    """It is over: `released`, `expired`, `cancelled`."""
+    """Data of `released`, `expired` and `cancelled`: it has ended."""
 
-    result: Any | UnsetType = UNSET  # what the consumer handed over with its release
+    result: Any | UnsetType = UNSET  # given by the consumer with its release
     attached_at: float | UnsetType = UNSET  # epoch seconds at which a consumer first attached
 
 
 Data = Queued | Held | Extended | Ended
 
-#: The explicit registry: a stored kind and the type of its data.
+#: The registry of stored kinds: the type of their data.
 DATA_OF: Final[dict[EventKind, type[Data]]] = {
     "queued": Queued,
     "held": Held,
@@ -73,7 +73,7 @@ DATA_OF: Final[dict[EventKind, type[Data]]] = {
 
 
 class Event(msgspec.Struct, frozen=True):
-    """One thing that has happened to one reservation."""
+    """A change of one reservation."""
 
     at: float  # epoch seconds
     reservation_id: str
@@ -90,15 +90,15 @@ Row = tuple[float, str, str, "str | None", str]
 
 
 def to_row(event: Event) -> Row:
-    """The event as it is stored."""
+    """Encode an event as a row."""
     return (event.at, event.reservation_id, event.kind, event.reason, _encoder.encode(event.data).decode())
 
 
 def from_row(row: Row) -> Event:
-    """The event that was stored.
+    """Decode a row.
 
     Raises:
-        LogDamaged: the row is no event of this project.
+        LogDamaged: it is no valid event.
     """
     at, reservation_id, kind, reason, data = row
     try:
