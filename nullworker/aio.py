@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 
-#: What ends a process in order. SIGHUP is left alone where it is ignored, as under nohup.
+#: Signals that end a process in order. SIGHUP stays ignored where it is, as under nohup.
 STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -24,15 +24,15 @@ class AutoResetEvent:
         self._event = asyncio.Event()
 
     def set(self, *_: object) -> None:
-        """Wake the waiter. Arguments are ignored, so that this can be an observer."""
+        """Wake the waiter. Arguments are ignored, so that it can be used as an observer."""
         self._event.set()
 
     def clear(self) -> None:
-        """Forget that it was set."""
+        """Reset it without waiting."""
         self._event.clear()
 
     async def wait(self, seconds: float | None = None) -> bool:
-        """Wait until it is set, for `seconds` at most. Returns whether it was."""
+        """Wait until it is set, for at most `seconds`. Returns whether it was set."""
         loop = asyncio.get_running_loop()
         timer = None if seconds is None else loop.call_later(seconds, self._event.set)
         try:
@@ -52,17 +52,17 @@ class Backoff:
         self._next = first
 
     def failed(self) -> float:
-        """The wait after one more failure, in seconds."""
+        """Count a failure. Returns the seconds to wait."""
         seconds, self._next = self._next, min(self._next * 2, self._longest)
         return seconds
 
     def worked(self) -> None:
-        """Start again at `first`."""
+        """Count a success: the next wait is `first` again."""
         self._next = self._first
 
 
 async def wait_for(awaitable: Awaitable[T], seconds: float) -> T:
-    """The result of `awaitable`, which is cancelled when it takes longer.
+    """Await with a time limit; `awaitable` is cancelled when it takes longer.
 
     Raises:
         asyncio.TimeoutError: it took longer.
@@ -77,11 +77,11 @@ async def wait_for(awaitable: Awaitable[T], seconds: float) -> T:
         task.cancel()
         await asyncio.wait({task})
         if not task.cancelled():
-            task.exception()  # retrieved, or asyncio logs that nobody did
+            task.exception()  # marks it as retrieved, or asyncio logs it
 
 
 def on_signals(handler: Callable[[signal.Signals], None], signals: Iterable[signal.Signals] = STOP_SIGNALS) -> None:
-    """Call `handler` with each signal that arrives, in the running loop."""
+    """Call `handler` in the running loop with each signal that arrives."""
     loop = asyncio.get_running_loop()
     for number in signals:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -89,7 +89,7 @@ def on_signals(handler: Callable[[signal.Signals], None], signals: Iterable[sign
 
 
 class Interrupted(Exception):
-    """A signal came while `run_until_signalled` ran; the message says what its end did."""
+    """A signal ended `run_until_signalled`. The message is that of the cancellation."""
 
     def __init__(self, message: str, number: signal.Signals) -> None:
         super().__init__(message)
@@ -99,10 +99,10 @@ class Interrupted(Exception):
 async def run_until_signalled(
     work: Coroutine[Any, Any, T], signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGINT)
 ) -> T:
-    """The result of `work`. A signal cancels it, each time one comes.
+    """Await `work`; each signal cancels it.
 
     Raises:
-        Interrupted: a signal came, with the message of the cancellation that came out of `work`.
+        Interrupted: a signal came, and `work` ended by cancellation.
     """
     came: list[signal.Signals] = []
     task = asyncio.ensure_future(work)

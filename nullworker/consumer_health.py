@@ -17,7 +17,7 @@ from nullworker.service import Service
 log = get_log(__name__)
 
 
-#: Seconds between two looks at most, until the first success.
+#: The longest interval in seconds between two polls until the first success.
 FIRST_LOOKS_SECONDS = 1.0
 
 
@@ -25,7 +25,7 @@ class HealthPoll:
     """Polls one URL.
 
     Attributes:
-        last: what the last look saw, in words.
+        last: the result of the last poll, in words.
     """
 
     def __init__(
@@ -48,16 +48,16 @@ class HealthPoll:
         self._failed = 0
 
     async def run(self) -> None:
-        """Look for as long as the worker lives."""
+        """Poll until cancelled."""
         async with aiohttp.ClientSession(timeout=self._timeout) as http:
             while True:
                 self.saw(await self._look(http))
-                # a worker that waits for its consumer costs money and does nothing: the first success is looked for
+                # poll often at first: a worker that waits for its consumer costs money
                 starting = self._service.readiness.starting
                 await asyncio.sleep(min(self._interval, FIRST_LOOKS_SECONDS) if starting else self._interval)
 
     def saw(self, trouble: str | None) -> None:
-        """One look: None when all is well, else what was wrong."""
+        """Process a result: None for a success, else the reason of the failure."""
         readiness = self._service.readiness
         before = (readiness.starting, readiness.unhealthy)
         self.last = trouble or "healthy"

@@ -11,14 +11,14 @@ from typing import Any, Final, NoReturn
 
 from nullworker.errors import NullworkerError, WorkerUnreachable
 
-#: Seconds for an answer that need not be waited for.
+#: Seconds for an answer to a call that does not wait for anything.
 ANSWER_SECONDS: Final = 10.0
-#: The header `Server` of every answer of ours: a port that says something else belongs to another program.
+#: The header `Server` of every answer of a worker; a port with another one belongs to another program.
 SERVER_NAME: Final = "nullworker"
 
 
 class Refused(NullworkerError):
-    """The worker says no: its sentence, and `answer`, the JSON."""
+    """The worker refused. The message is its own; `answer` is the JSON."""
 
     def __init__(self, message: str, answer: Any) -> None:
         super().__init__(message)
@@ -33,22 +33,24 @@ class ControlClient:
         self._address = url.removeprefix("http://")
 
     def ask(self, method: str, path: str, body: Any = None, *, seconds: float = ANSWER_SECONDS) -> Any:
-        """The JSON of a good answer; None when it has none.
+        """Send a request. Returns the JSON of the answer, or None if it has no body.
 
         Raises:
-            WorkerUnreachable: nobody answers within `seconds`, or not as a worker does.
-            Refused: it is an error.
+            WorkerUnreachable: there is no answer within `seconds`, or it is not a worker's.
+            Refused: the answer is an error.
         """
         connection = http.client.HTTPConnection(self._address, timeout=seconds)
         try:
             connection.request(method, path, body=None if body is None else json.dumps(body))
             answer = connection.getresponse()
             text = answer.read()
-            told: Any = json.loads(text) if text else None
+            content: Any = json.loads(text) if text else None
         except TimeoutError:
-            self._nobody(f"a worker on {self._address} takes the call but does not answer: look at its log")
+            self._unreachable(f"a worker on {self._address} takes the call but does not answer: look at its log")
         except OSError:
-            self._nobody(f"no worker answers on {self._address}: is it running? set NULL_CONTROL_PORT or --control-url")
+            self._unreachable(
+                f"no worker answers on {self._address}: is it running? set NULL_CONTROL_PORT or --control-url"
+            )
         except (http.client.HTTPException, ValueError, RecursionError):
             self._stranger()
         finally:
@@ -56,15 +58,15 @@ class ControlClient:
         if answer.headers.get("Server") != SERVER_NAME:
             self._stranger()
         if answer.status >= 300:
-            fields = {name: each for name, each in told.items() if name != "error" and isinstance(each, str)}
-            raise Refused("; ".join([told["error"], *(f"{name}: {each}" for name, each in fields.items())]), told)
-        return told
+            fields = {name: each for name, each in content.items() if name != "error" and isinstance(each, str)}
+            raise Refused("; ".join([content["error"], *(f"{name}: {each}" for name, each in fields.items())]), content)
+        return content
 
     def _stranger(self) -> NoReturn:
-        self._nobody(
+        self._unreachable(
             f"{self._address} answers, but it is not nullworker's control port: set NULL_CONTROL_PORT or --control-url"
         )
 
     @staticmethod
-    def _nobody(message: str) -> NoReturn:
+    def _unreachable(message: str) -> NoReturn:
         raise WorkerUnreachable(message) from None

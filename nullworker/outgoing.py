@@ -22,7 +22,7 @@ class HttpPost:
         self._http: aiohttp.ClientSession | None = None
 
     async def __call__(self, route: str, body: dict[str, Any]) -> str | None:
-        """None when the other side has taken it, else why not."""
+        """POST `body` to `route`. Returns None when it was accepted (2xx), else the reason."""
         if self._http is None:
             self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CALL_SECONDS))
         headers = {"Content-Type": "application/json"}
@@ -32,7 +32,7 @@ class HttpPost:
             ) as answer:
                 return None if 200 <= answer.status < 300 else f"it answered {answer.status}"
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
-            traceback.clear_frames(error.__traceback__)  # aiohttp's are in a cycle with it, and would keep the body
+            traceback.clear_frames(error.__traceback__)  # in a cycle with the error, they would keep the body
             return describe_failure(error)
 
     async def close(self) -> None:
@@ -42,16 +42,16 @@ class HttpPost:
 
 
 def describe_failure(error: BaseException) -> str:
-    """Why a call did not arrive: the error's kind, and the system's words for its cause.
+    """Why a call failed: the type of the error and the operating system's words for its cause.
 
-    Never in its own words: aiohttp's quote the url and what came back, asyncio's and OpenSSL's the host.
+    The error's own message is not used: aiohttp's quote the url and the answer, asyncio's and OpenSSL's the host.
     """
     cause = error.__cause__ or error
     why: object = None
     if isinstance(cause, ssl.SSLError):
         why = getattr(cause, "verify_message", "").partition(",")[0] or getattr(cause, "reason", None)
     elif isinstance(cause, OSError) and not isinstance(cause, aiohttp.ClientError):
-        number = cause.errno or 0  # a resolver's errors have none, or a negative one, and words without a host
+        number = cause.errno or 0  # a resolver's errors have none or a negative one, and a message without a host
         why = os.strerror(number) if number > 0 else cause.strerror
     elif isinstance(error, aiohttp.ClientResponseError):
         why = error.status if cause is error else "no valid HTTP"

@@ -18,15 +18,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-#: Seconds between two checks of a group that was told to end.
+#: Seconds between two checks of a group after SIGTERM.
 LOOK_SECONDS: Final = 0.02
-#: Seconds until the kernel has removed what was killed; a process that waits for a disk may take longer.
+#: Seconds until a killed group has ended; a process that waits for a disk may take longer.
 KILLED_SECONDS: Final = 5.0
-#: prctl(2): processes that have lost their parent become children of this one.
+#: prctl(2): orphaned descendants become children of this process.
 _PR_SET_CHILD_SUBREAPER: Final = 36
 
 
-#: Reads `+ group` and `- group`, to the end of its input; $1 is the number of the signal.
+#: Reads lines `+ group` and `- group` up to the end of its input; $1 is the number of the signal.
 _SHELL: Final = """
 while read -r op group; do
     case "$op$all" in
@@ -40,17 +40,17 @@ for group in $all; do kill "-$1" "-$group"; done
 
 
 class OrphanGuard:
-    """Kills registered process groups if this process dies: sends them `number`, also when it is closed.
+    """Sends the signal `number` to registered process groups if this process dies, or at `close`.
 
-    It is a shell that reads a pipe whose other end only this process has: the pipe ends when this process does, kill -9
-    included. The shell leads a session of its own, so that Ctrl-C in a terminal does not reach it.
+    A shell reads a pipe whose other end is open only in this process, so the pipe ends with the process, also after
+    SIGKILL. The shell has its own session, so that Ctrl-C in a terminal does not reach it.
     """
 
     def __init__(self, number: signal.Signals) -> None:
         self._shell = subprocess.Popen(  # noqa: S603  # a constant
             ["/bin/sh", "-c", _SHELL, "guard", str(int(number))],
             stdin=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # a group that has just ended by itself
+            stderr=subprocess.DEVNULL,  # messages about groups that have just ended
             start_new_session=True,
         )
 
@@ -59,11 +59,11 @@ class OrphanGuard:
         self._tell(f"+ {group}")
 
     def forget(self, group: int) -> None:
-        """Take a group out again; call it when nothing of it runs."""
+        """Unregister a group, after all of its processes have ended."""
         self._tell(f"- {group}")
 
     def close(self) -> None:
-        """Signal what is still registered, as if this process had died, and wait for the shell."""
+        """Signal the groups that are still registered, and wait for the shell."""
         with contextlib.suppress(BrokenPipeError):
             self._shell.communicate()
 
@@ -75,9 +75,9 @@ class OrphanGuard:
 
 
 class ChildProcess:
-    """A running command in a process group of its own; its output is appended to the file `out`.
+    """A command in its own process group, with its output appended to the file `out`.
 
-    Ctrl-C in a terminal reaches this process alone, which then ends its children in order.
+    Ctrl-C in a terminal reaches only this process, which then ends its children in order.
 
     Raises:
         OSError: it cannot be started.
@@ -103,23 +103,23 @@ class ChildProcess:
 
     @property
     def ending(self) -> bool:
-        """Whether it was told to end."""
+        """Whether `end` was called."""
         return self._kill_at is not None
 
     def end(self, kill_at: float) -> None:
-        """SIGTERM now, each time this is called; SIGKILL at the earliest `kill_at` (epoch seconds) of all calls."""
+        """Send SIGTERM, at each call; `poll` sends SIGKILL after the earliest `kill_at` (epoch s) of all calls."""
         self._kill_at = kill_at if self._kill_at is None else min(kill_at, self._kill_at)
         self._signal(signal.SIGTERM)
-        self._signal(signal.SIGCONT)  # what is stopped would not hear it
+        self._signal(signal.SIGCONT)  # a stopped process would not see SIGTERM
 
     def poll(self, now: float) -> int | None:
-        """The exit code, -n for signal n, once it has ended; then nothing of its group runs any more."""
+        """The exit code, -n for signal n, once the command has ended and its group was killed; else None."""
         code = self._process.poll()
         if code is None:
             if self._kill_at is not None and now >= self._kill_at:
                 self._signal(signal.SIGKILL)
             return None
-        self._signal(signal.SIGKILL)  # what it has left behind
+        self._signal(signal.SIGKILL)  # processes that it has left
         self._guard.forget(self.pid)
         return code
 
@@ -129,16 +129,16 @@ class ChildProcess:
 
 
 def how_it_ended(code: int) -> str:
-    """In words."""
+    """The exit code of a process in words."""
     return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
 
 
 class ProcessGroup:
-    """A running command with its process group; it has this process's stdout and stderr, and no stdin.
+    """A command in its own process group, with the stdout and stderr of this process and no stdin.
 
-    To see a group empty in any container, also one whose process 1 reaps nobody, this process becomes the subreaper of
-    its descendants, and `reap` collects every child that has ended. The command is a Popen, asked first, so that no
-    exit code is lost; asyncio's own child watcher would wait for it itself.
+    This process becomes the subreaper of its descendants and `reap` collects every child that has ended, so that an
+    empty group can be recognized also in a container whose process 1 does not reap. The exit code of the command is
+    read first, by Popen; asyncio's child watcher would take it.
 
     Attributes:
         pid: of the command, and of the group.
@@ -160,20 +160,20 @@ class ProcessGroup:
         guard.hold(self.pid)
 
     def reap(self) -> None:
-        """Take every child of this process that has ended; to be called at SIGCHLD, also when `end` has returned."""
-        if sys.platform == "linux":  # elsewhere no other's child comes here
+        """Reap every child of this process that has ended; call it at SIGCHLD, also after `end` has returned."""
+        if sys.platform == "linux":  # only Linux has subreapers
             with contextlib.suppress(ChildProcessError):  # it has no child
                 while dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                    self._process.poll()  # first: if this is the command, its exit code is kept
-                    with contextlib.suppress(ChildProcessError):  # it was
+                    self._process.poll()  # if it is the command, this keeps its exit code
+                    with contextlib.suppress(ChildProcessError):  # poll has reaped it
                         os.waitpid(dead.si_pid, os.WNOHANG)
         if self._process.poll() is not None:
             self.ended.set()
 
     async def end(self, seconds: float, hurry: asyncio.Event) -> int:
-        """SIGTERM; after `seconds` or at `hurry` SIGKILL. The exit code of the command, 128 + n for signal n."""
+        """Send SIGTERM, and SIGKILL after `seconds` or at `hurry`. Returns the exit code, 128 + n after a signal n."""
         if self._tell(signal.SIGTERM):
-            self._tell(signal.SIGCONT)  # what is stopped would not hear it
+            self._tell(signal.SIGCONT)  # a stopped process would not see SIGTERM
         if not await self._is_empty(seconds, hurry):
             self._tell(signal.SIGKILL)
             await self._is_empty(KILLED_SECONDS, asyncio.Event())
@@ -192,11 +192,11 @@ class ProcessGroup:
         return True
 
     def _tell(self, number: int) -> bool:
-        """Signal all of the group; False: nobody is in it."""
+        """Signal the group. Returns whether it has any process."""
         try:
             os.killpg(self.pid, number)
         except ProcessLookupError:
             return False
-        except PermissionError:  # somebody of it has become another user
+        except PermissionError:  # a process of the group has changed its user
             pass
         return True

@@ -21,10 +21,10 @@ class Check(NamedTuple):
 
 
 class Readiness:
-    """The causes, each a sentence, and None while all is well.
+    """The causes for which claims are refused, each a sentence or None.
 
     Attributes:
-        listeners: called whenever a cause comes, goes or changes.
+        listeners: called whenever a cause changes.
     """
 
     def __init__(self, *, key: str | None = None, consumer_starting: str | None = None) -> None:
@@ -74,7 +74,7 @@ class Readiness:
         """A task of the worker has died; there is no way back. Owner: the worker."""
         self._set(_dead_part=why)
 
-    # -- what follows from them ------------------------------------------------------------------------------------
+    # -- derived state --------------------------------------------------------------------------------------------
 
     @property
     def key(self) -> str | None:
@@ -93,7 +93,7 @@ class Readiness:
 
     @property
     def consumer(self) -> str | None:
-        """Why the consumer gets no reservation: it has not been healthy yet, or is not any more."""
+        """Why no reservation is taken for the consumer: it has not been healthy yet, or is unhealthy."""
         return self._unhealthy or self._starting
 
     @property
@@ -108,7 +108,7 @@ class Readiness:
 
     @property
     def refusal(self) -> str | None:
-        """The reason with which a claim is refused now, one of fsm/table.py; None: it is not refused."""
+        """The reason (of fsm/table.py) with which a claim is refused now; None: it is accepted."""
         if self._draining:
             return "draining"
         if self._log:
@@ -121,7 +121,7 @@ class Readiness:
 
     @property
     def state(self) -> WorkerState:
-        """One word for all of it."""
+        """The state of the worker."""
         if self._draining:
             return "draining"
         if self._log or self._unhealthy or self._dead_part:
@@ -132,16 +132,16 @@ class Readiness:
 
     @property
     def loaded(self) -> bool:
-        """Whether the worker has been able to work, as the autoscaler means it: max_perf is reported from then on."""
+        """Whether the worker is loaded in the autoscaler's sense: from then on max_perf is reported."""
         return not (self._starting or self._key)
 
     @property
     def error_msg(self) -> str:
-        """What the autoscaler is told: the causes, or nothing. A drain or a slow start is no error."""
+        """The causes as reported to the autoscaler, or "". A drain or a slow start is no error."""
         return "; ".join(cause for cause in (self._dead_part, self._log, self._unhealthy) if cause)
 
     def checks(self) -> dict[str, Check]:
-        """Each thing that must be right, by name, and why it is not."""
+        """The checks of /readyz by name."""
         stops = self._dead_part or self._draining
         return {
             "log": Check(not self._log, self._log or "the event log is writable"),

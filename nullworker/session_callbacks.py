@@ -26,19 +26,19 @@ log = get_log(__name__)
 GIVE_UP_SECONDS: Final = 86_400.0
 FIRST_PAUSE_SECONDS: Final = 1.0
 LONGEST_PAUSE_SECONDS: Final = 300.0
-#: Seconds between two tries to keep that a callback is done with.
+#: Seconds between two tries to store the outcome of a callback.
 SETTLE_SECONDS: Final = 5.0
-#: Callbacks under way at once.
+#: The maximum number of concurrent calls.
 AT_ONCE: Final = 8
 
 NAME: Final = "callbacks"
 
 
-Post = Callable[[str, dict[str, Any]], Awaitable["str | None"]]  # a route and a body; None, or why it failed
+Post = Callable[[str, dict[str, Any]], Awaitable["str | None"]]  # (route, body) -> None, or why it failed
 
 
 class Callbacks:
-    """Delivers what is owed. Add `observe` to the service's observers, then run `run`."""
+    """Delivers pending callbacks. Add `observe` to the service's observers, then run `run`."""
 
     def __init__(self, service: Service, event_log: EventLog, post: Post, count: Callable[[str], None]) -> None:
         self._service = service
@@ -57,7 +57,7 @@ class Callbacks:
             self._wakeup.set()
 
     async def run(self) -> None:
-        """Deliver for as long as the worker lives."""
+        """Deliver callbacks until cancelled."""
         seen = 0
         try:
             while True:
@@ -68,7 +68,7 @@ class Callbacks:
                     task = asyncio.ensure_future(self._deliver(callback))
                     self._under_way[seen] = task
                     task.add_done_callback(functools.partial(self._over, seen))
-                if owed is None or self._service.unwritten:  # an end is owed only when it is in the log
+                if owed is None or self._service.unwritten:  # a callback is sent only after the end is in the log
                     await asyncio.sleep(FIRST_PAUSE_SECONDS)
                     self._wakeup.set()
         finally:
@@ -107,15 +107,15 @@ class Callbacks:
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
 
     async def _call(self, seq: int) -> str | None:
-        """None when the other side has taken it, else why not."""
+        """POST a callback; None when it was accepted, else the reason."""
         try:
             route, body = queries.callback_call(self._log.conn, seq)
-        except (sqlite3.Error, KeyError, TypeError, ValueError) as error:  # whose own words may quote what was read
+        except (sqlite3.Error, KeyError, TypeError, ValueError) as error:  # their messages may quote what was read
             return f"it cannot be read from the event log: {type(error).__name__}"
         return await self._post(route, body)
 
     async def _settle(self, callback: queries.Callback, outcome: str, detail: str | None) -> None:
-        """Keep that it is done with, as soon as the log can be written; until then a restart would send it again."""
+        """Store the outcome, with retries; until it is stored, a restart would send the callback again."""
         while True:
             try:
                 self._log.settle(NAME, [callback.seq], self._service.now(), outcome, detail)

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from nullworker.errors import BadSettings
 
-#: A year, in seconds: longer than any lease worth the name, and it keeps every deadline a sane date.
+#: A year, in seconds: the limit of times, so that every deadline is a valid date.
 YEAR_SECONDS = 31_536_000
 
 #: The SDK skips this entry of REPORT_ADDR: the old API takes no reports (vastai 1.9.1, server/lib/metrics.py).
@@ -31,7 +31,7 @@ _FALSE = frozenset(("false", "f", "no", "n", "off", "0"))
 
 @dataclass(frozen=True)
 class Kind:
-    """How a setting's text becomes a value, and what is allowed, in words. `read` raises ValueError."""
+    """How a setting's text is parsed, and the allowed values in words. `read` raises ValueError."""
 
     read: Callable[[str], Any]
     allowed: str
@@ -66,7 +66,7 @@ def _read_bool(text: str) -> bool:
 
 
 def is_absolute_http_url(text: str) -> bool:
-    """Whether text is an http or https URL with a host, and nothing that a URL cannot hold."""
+    """Whether text is a valid http or https URL with a host."""
     try:
         parts = urlsplit(text)
         return (
@@ -81,8 +81,8 @@ def is_absolute_http_url(text: str) -> bool:
 
 
 def without_secrets(url: str) -> str:
-    """A url as it may be shown: its userinfo and its query, where passwords and tokens stand, are `***`."""
-    if not is_absolute_http_url(url):  # it cannot be told which part is which
+    """A url with `***` in place of userinfo and query, which may hold passwords and tokens."""
+    if not is_absolute_http_url(url):  # its parts are not known
         return re.sub(r"\?.*", "?***", re.sub(r"^(\w+:/+)?.*@", r"\1***@", url, flags=re.DOTALL), flags=re.DOTALL)
     parts = urlsplit(url)
     _, at, address = parts.netloc.rpartition("@")
@@ -204,17 +204,17 @@ class Settings:
     unsecured: bool = _setting(False, _BOOL, "accept unsigned requests; only for local use")
 
     def __repr__(self) -> str:
-        """Like a dataclass's, with the secrets hidden."""
+        """As of a dataclass, with secrets hidden."""
         return f"Settings({', '.join(f'{f.name}={_shown(f, getattr(self, f.name))}' for f in fields(self))})"
 
     @property
     def standalone(self) -> bool:
-        """Reports to nobody."""
+        """Whether the worker reports to no autoscaler."""
         return self.container_id is None
 
     @property
     def event_log(self) -> Path:
-        """Where the event log is. A volume may be shared by instances, hence the id in its name."""
+        """The path of the event log. Instances may share a volume, hence the id in its name."""
         if self.null_event_log is not None:
             return self.null_event_log
         if self.workspace_dir is not None and self.container_id is not None:
@@ -231,7 +231,7 @@ class Settings:
 
 
 def _shown(setting: Field[Any], value: Any) -> str:
-    """A setting's value, or the text that was to become one, without what is secret in it."""
+    """A setting's value, or the text given for it, without secrets."""
     if setting.name.endswith("_token") and value:
         return "***"
     if setting.metadata["kind"] in (_URL, _URLS) and value:
@@ -260,7 +260,7 @@ def read_settings(values: Mapping[str, str]) -> Settings:
         try:
             text.encode()
             read[each.name] = kind.read(text)
-        except UnicodeEncodeError:  # bytes of the environment that are none, PEP 383
+        except UnicodeEncodeError:  # the environment has bytes that are not UTF-8, PEP 383
             raise BadSettings(f"{name}={_shown(each, text)} is not allowed: it must be text in UTF-8") from None
         except (ValueError, OverflowError):
             raise BadSettings(f"{name}={_shown(each, text)} is not allowed: it must be {kind.allowed}") from None
@@ -285,4 +285,4 @@ def _check(settings: Settings) -> None:
     }
     for (name, port), (other, same) in itertools.combinations(ports.items(), 2):
         if port and port == same:
-            raise BadSettings(f"{name}={port} and {other}={same} must differ: two ports cannot be one")
+            raise BadSettings(f"{name}={port} and {other}={same} must differ: each is a port of its own")

@@ -40,13 +40,13 @@ from nullworker.settings import Settings
 
 log = get_log(__name__)
 
-#: Seconds for the last reports, and for open connections to be closed: both at once, within the 3 s that the contract
-#: gives to the stop beside NULL_DRAIN_SECONDS.
+#: Seconds for the last reports and, at the same time, for closing open connections: within the 3 s that a stop may
+#: take beyond NULL_DRAIN_SECONDS.
 STOP_SECONDS: Final = 2.0
 #: Seconds between two checks whether the log can still be written.
 PROBE_SECONDS: Final = 10.0
-#: Objects made before Python looks for cycles among the youngest. Each connection that waits is some forty that live
-#: on, and at the default of 700 a sixth of the CPU of a long queue's claims went into looking at them again and again.
+#: Threshold of the youngest generation of Python's garbage collector. Each waiting connection has about forty objects
+#: that stay; at the default of 700, a sixth of the CPU time of a long queue went into collections.
 YOUNG_OBJECTS: Final = 20_000
 
 
@@ -54,10 +54,10 @@ def serve(settings: Settings) -> int:
     """Run a worker until it is told to stop. Returns the exit code.
 
     Raises:
-        CannotStart: a port, the certificate or the log cannot be had.
+        CannotStart: a port is taken, or the certificate or the log cannot be opened.
     """
     logs.configure(settings.null_log_format, settings.null_log_level)
-    gc.freeze()  # what is imported stays
+    gc.freeze()  # imported objects are never garbage
     gc.set_threshold(YOUNG_OBJECTS)
     return asyncio.run(_serve(settings))
 
@@ -84,14 +84,14 @@ def _build(settings: Settings, stack: contextlib.AsyncExitStack) -> Worker:
 
 
 def identity(settings: Settings) -> Identity | None:
-    """Who this worker is to the autoscaler; None when standalone."""
+    """The identity of this worker at the autoscaler; None when standalone."""
     if settings.container_id is None:
         return None
     return Identity(settings.container_id, settings.master_token, settings.own_url, settings.null_max_perf)
 
 
 async def _tell_failed_start(settings: Settings, why: str) -> None:
-    """The autoscaler should not wait for a worker that will not come."""
+    """Tell the autoscaler not to wait for this worker."""
     me = identity(settings)
     if me is None:
         return
@@ -102,7 +102,7 @@ async def _tell_failed_start(settings: Settings, why: str) -> None:
 
 
 class Worker:
-    """All parts of one worker, wired. The log is open and the ports are taken; what was open is in the book again."""
+    """All parts of one worker, connected. Needs an open log and open ports; live reservations are replayed."""
 
     def __init__(self, event_log: EventLog, ports: Ports) -> None:
         self.settings = settings = ports.settings
@@ -149,7 +149,7 @@ class Worker:
             service.observers.append(self.reporter.observe)
             readiness.listeners.append(self.reporter.changed)
         service.observers += [exporter.observe, self.callbacks.observe, self.timer.set, write_log_line]
-        readiness.listeners.append(self.timer.set)  # a log that fails is a deadline too: to try it again
+        readiness.listeners.append(self.timer.set)  # a failing log has a deadline: the next try
 
         self.servers = ports.servers(
             service,
@@ -167,10 +167,10 @@ class Worker:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Go on with what was open before a restart, answer requests, report."""
-        aio.on_signals(self._told_to_stop)
+        """Resume live reservations, accept connections, start all tasks."""
+        aio.on_signals(self._on_signal)
         if self.reporter is None:
-            self._owe_nothing()
+            self._skip_reports()
         self.service.resume()
         self.timer.set()
         for server in self.servers:
@@ -191,7 +191,7 @@ class Worker:
         )
 
     async def serve(self) -> str | None:
-        """Work until told to stop: None; or until a part of the worker has died: which one, in words."""
+        """Run until a signal (returns None), or until a task has died (returns which one, in words)."""
         stop = asyncio.ensure_future(self._stop.wait())
         done, _ = await asyncio.wait({stop, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
@@ -202,7 +202,7 @@ class Worker:
         return f"a part of the worker has died: {dead[0].get_name()}" if dead else None
 
     async def drain(self, dead: str | None) -> None:
-        """Take nothing more; let a held request finish, unless a part has died. A session goes on after the restart."""
+        """Refuse new claims; let a held request finish, unless a task has died. A session goes on after the restart."""
         if dead is not None:
             self.service.readiness.part_has_died(dead)
             self.service.drain("a part of the worker has died")
@@ -217,7 +217,7 @@ class Worker:
             log.warning("drain_over", reservation_id=held.id, message="the held reservation is cancelled")
 
     async def stop(self) -> None:
-        """End what is left, answer everybody, send the last reports."""
+        """End the held request, answer all callers, send the last reports, stop all tasks."""
         self.service.end_drain()
         self.timer.stop()
         await asyncio.gather(
@@ -229,7 +229,7 @@ class Worker:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.post.close()
         if self.autoscaler is None:
-            self._owe_nothing()
+            self._skip_reports()
         else:
             await self.autoscaler.close()
         if self.service.unwritten:
@@ -237,7 +237,7 @@ class Worker:
         if self._tasks:  # it had started
             log.info("worker_stopped")
 
-    # -- inside --------------------------------------------------------------------------------------------------
+    # -- private -------------------------------------------------------------------------------------------------
 
     def _start_tasks(self) -> None:
         self._start("callbacks", self.callbacks.run())
@@ -256,7 +256,7 @@ class Worker:
 
     @staticmethod
     async def _keep(work: Coroutine[Any, Any, None]) -> None:
-        """A task that has done its work must not look like one that has died."""
+        """Keep a finished task alive, so that it does not count as dead."""
         await work
         await asyncio.Event().wait()
 
@@ -269,18 +269,20 @@ class Worker:
         await asyncio.sleep(retention.FIRST_SECONDS)
         while True:
             if self.autoscaler is None:
-                self._owe_nothing()
+                self._skip_reports()
             await retention.prune_gently(self.log, self.service.now() - keep)
             await asyncio.sleep(retention.DAY_SECONDS)
 
-    def _told_to_stop(self, number: signal.Signals) -> None:
+    def _on_signal(self, number: signal.Signals) -> None:
         if self._stop.is_set():  # a second signal cancels the held reservation at once
             self.service.end_drain()
-        log.info("stopping", signal=number.name, message="new reservations are refused; again: the held one ends now")
+        log.info(
+            "stopping", signal=number.name, message="new reservations are refused; a second signal cancels the held one"
+        )
         self._stop.set()
 
-    def _owe_nothing(self) -> None:
-        """A standalone worker reports to nobody, also later."""
+    def _skip_reports(self) -> None:
+        """A standalone worker reports nothing: move its cursors to the end of the log."""
         with contextlib.suppress(LogUnavailable):
             for name in (STATUS, OUTCOMES):
                 self.log.move_cursor(name, self.log.last_seq)

@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 log = get_log(__name__)
 
-#: Seconds that one call may take; the SDK's own figure (vastai 1.9.1, server/lib/metrics.py).
+#: Seconds that one call may take; the same as the SDK's (vastai 1.9.1, server/lib/metrics.py).
 CALL_SECONDS = 10.0
-#: Bytes of a key file that are read at most.
+#: The most bytes that are read of a key file.
 MAX_KEY_BYTES = 64 * 1024
-#: 4xx answers that speak of the moment and not of the body.
+#: 4xx answers that are no verdict on the body, so that the call is tried again.
 _NOT_FOR_GOOD = frozenset((401, 403, 404, 405, 407, 408, 421, 423, 425, 429))
 
 Delivery = Literal["ok", "refused", "failed"]
 
 
 class AutoscalerClient:
-    """The autoscaler behind a list of addresses.
+    """The autoscaler, behind a list of addresses.
 
     Attributes:
-        trouble: why the last call did not arrive; None after one that did.
+        trouble: why the last call failed; None after a successful one.
     """
 
     def __init__(self, addresses: Sequence[str]) -> None:
@@ -44,7 +44,7 @@ class AutoscalerClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def post(self, path: str, body: dict[str, Any], *, seconds: float = CALL_SECONDS) -> Delivery:
-        """POST to one address after the other until one takes it.
+        """POST to each address in turn until one accepts.
 
         "refused": an address says that this body is wrong (a 4xx for good), and none took it.
         """
@@ -69,8 +69,8 @@ class AutoscalerClient:
         return "refused" if refused else "failed"
 
     async def fetch_key(self) -> PublicKey | None:
-        """The key, from the first address that has one. None: none has; `trouble` says why."""
-        from nullworker.autoscaler.signature import PublicKey  # heavy, and needed by now
+        """The key, from the first address that has one; None: no address has, and `trouble` says why."""
+        from nullworker.autoscaler.signature import PublicKey  # imports cryptography
 
         for address in self.addresses:
             try:

@@ -23,7 +23,7 @@ REFETCH_SECONDS: Final = 60.0
 
 
 class KeyRing:
-    """Holds the key, and tells by it whether the autoscaler has signed."""
+    """Holds the autoscaler's key and verifies signatures with it."""
 
     def __init__(
         self, autoscaler: AutoscalerClient, readiness: Readiness, count_fetch: Callable[[str, str], None]
@@ -36,7 +36,7 @@ class KeyRing:
         self._refetch: asyncio.Task[None] | None = None
 
     async def load(self) -> None:
-        """Fetch the key, for as long as it takes."""
+        """Fetch the key, with retries until it is there."""
         backoff = Backoff()
         while not await self._fetch():
             self._readiness.key_is_missing(f"the autoscaler's key is not loaded: {self._autoscaler.trouble}")
@@ -49,7 +49,7 @@ class KeyRing:
         """Whether the autoscaler has signed a grant for the worker at `url`.
 
         Raises:
-            Unavailable: there is no key to tell by.
+            Unavailable: the key is not loaded.
         """
         if self._key is None:
             raise Unavailable(self._readiness.key or "the autoscaler's key is not loaded", reason="not_ready")

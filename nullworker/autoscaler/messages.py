@@ -15,7 +15,7 @@ from nullworker.eventlog.queries import Finished
 from nullworker.fsm.book import Reservation
 from nullworker.fsm.table import Outcome, ending
 
-#: What the SDK's own worker calls its protocol (server/lib/backend.py, VERSION).
+#: The protocol version of the SDK's own worker (server/lib/backend.py, VERSION).
 PROTOCOL_VERSION: Final = "1.1.0"
 STATUS_PATH: Final = "/worker_status/"
 OUTCOMES_PATH: Final = "/delete_requests/"
@@ -26,7 +26,7 @@ _SUCCESS: Final[dict[Outcome, bool]] = {"Success": True, "Cancelled": True, "Rej
 
 
 def outcome_of(reservation: Reservation) -> Outcome:
-    """What the autoscaler is told of a reservation that has ended."""
+    """The outcome that is reported for an ended reservation."""
     edge = ending(reservation.state, reservation.reason, was_held=reservation.held_at is not None)
     assert edge.outcome is not None
     return edge.outcome
@@ -36,7 +36,7 @@ def outcome_of(reservation: Reservation) -> Outcome:
 class Load:
     """Counts of reservations since the last delivered report.
 
-    `received` are those that were taken: one that is refused at once is only `rejected`, as with the SDK's worker.
+    A claim that is refused at once counts as `rejected` only, not as `received`, as in the SDK's worker.
     """
 
     received: int = 0
@@ -49,7 +49,7 @@ class Load:
         self.received += 1
 
     def ended(self, outcome: Outcome, *, at_once: bool) -> None:
-        """A claim is over; `at_once` in the very moment in which it was made."""
+        """A reservation has ended; `at_once`: in the commit that made it."""
         if outcome == "Success":
             self.served += 1
         elif outcome == "Cancelled":
@@ -58,14 +58,14 @@ class Load:
             self.rejected += 1
             if at_once:
                 self.received -= 1
-        # an error is neither: the SDK's worker counts it in `workload_errored`, which it does not report
+        # "Error" is not counted: the SDK's worker has it in `workload_errored`, which it does not report
 
     def copy(self) -> Load:
-        """As it stands now, for a report."""
+        """A copy of the counts, for a report."""
         return Load(self.received, self.cancelled, self.rejected, self.served)
 
     def set_back(self, delivered: Load) -> None:
-        """A report with these figures has arrived; what came in the meantime stays."""
+        """Subtract the counts of a delivered report; later ones stay."""
         self.received -= delivered.received
         self.cancelled -= delivered.cancelled
         self.rejected -= delivered.rejected
@@ -74,7 +74,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Identity:
-    """Who reports. `perf` is max_perf and the workload of one reservation."""
+    """The reporting worker. `perf` is its max_perf and the workload of one reservation."""
 
     worker_id: int
     mtoken: str
@@ -122,7 +122,7 @@ def worker_status(
 
 
 def failed_start(me: Identity, error_msg: str) -> dict[str, Any]:
-    """The body of a /worker_status/ that says why there will be no worker."""
+    """The body of a /worker_status/ that says why the worker cannot start."""
     return worker_status(
         me,
         load=Load(),
@@ -137,7 +137,7 @@ def failed_start(me: Identity, error_msg: str) -> dict[str, Any]:
 
 
 def delete_requests(me: Identity, finished: Iterable[Finished]) -> dict[str, Any]:
-    """The body of POST /delete_requests/ (server/lib/metrics.py). A time that never came is 0."""
+    """The body of POST /delete_requests/ (server/lib/metrics.py). 0 for a time that did not occur."""
     return {
         "worker_id": me.worker_id,
         "mtoken": me.mtoken,

@@ -35,12 +35,12 @@ from nullworker.service import Commit, Service
 
 log = get_log(__name__)
 
-#: Seconds between two reports when something has changed, and when nothing has (vastai 1.9.1, server/lib/metrics.py).
+#: Seconds between two reports after a change, and without one (vastai 1.9.1, server/lib/metrics.py).
 CHANGED_SECONDS, IDLE_SECONDS = 1.0, 10.0
 #: Outcomes in one call.
 BATCH = 200
 
-STATUS, OUTCOMES = "worker_status", "delete_requests"  # names of the cursors, and of the calls in the metrics
+STATUS, OUTCOMES = "worker_status", "delete_requests"  # names of the cursors and of the calls in the metrics
 
 Count = Callable[[str, str], None]  # call, result
 
@@ -66,7 +66,7 @@ class Reporter:
         self._started_at = service.now()
         self._loaded_after: float | None = None
         self._disk_gb = self._disk_reported_gb = _disk_gb()
-        self._one_status, self._one_batch = asyncio.Lock(), asyncio.Lock()  # one call under way, so in order
+        self._one_status, self._one_batch = asyncio.Lock(), asyncio.Lock()  # one call at a time, to keep the order
         self._changed = AutoResetEvent()
         self._urgent = AutoResetEvent()
         self._ended = AutoResetEvent()
@@ -94,19 +94,19 @@ class Reporter:
         self._changed.set()
 
     def changed(self) -> None:
-        """The readiness of the worker has changed; that it is ready is reported at once."""
+        """The readiness has changed; when the worker becomes ready, that is reported at once."""
         self._changed.set()
         if self._loaded_after is None and self._service.readiness.loaded:
             self._urgent.set()
 
     async def run(self) -> None:
-        """Report for as long as the worker lives."""
+        """Send reports until cancelled."""
         await asyncio.gather(self._report_status(), self._report_outcomes())
 
     async def flush(self, seconds: float) -> None:
-        """The last reports, in `seconds` at most: the outcomes, then the status.
+        """Send the last outcomes and then the last status, within `seconds`.
 
-        Call it while `run` runs: a call that is under way is waited for and not cut off, else it would arrive twice.
+        Call it while `run` is running: it waits for a call that is under way, which would otherwise be sent twice.
         """
         try:
             await aio.wait_for(self._flush(), seconds)
@@ -171,14 +171,14 @@ class Reporter:
                     await asyncio.sleep(backoff.failed())
                     continue
                 backoff.worked()
-                # one outcome that is refused must not take the others of its batch with it
+                # after a refusal send outcomes one by one, to find the refused one
                 size = 1 if delivery == "refused" else BATCH
-            if self._service.unwritten:  # an end that waits for the log is owed only when it is written
+            if self._service.unwritten:  # an outcome is sent only after its event is in the log
                 self._ended.set()
             await asyncio.sleep(CHANGED_SECONDS)
 
     async def _send_outcomes(self, size: int, seconds: float) -> tuple[Delivery, bool]:
-        """Send a batch. Returns how that went, and whether more is owed."""
+        """Send a batch. Returns its delivery, and whether more outcomes are to be sent."""
         async with self._one_batch:
             return await self._send_outcomes_now(size, seconds)
 
@@ -210,7 +210,7 @@ class Reporter:
         return delivery, len(batch) == size  # fewer: that was all, and what has ended since may wait for company
 
     def _set_aside(self, seq: int) -> bool:
-        """Keep what is refused for good, for people; False: it could not be kept, so it is sent again."""
+        """Store an outcome that is refused for good, for people; False: it was not stored and is sent again."""
         try:
             self._log.settle(OUTCOMES, [seq], self._service.now(), "refused", self._autoscaler.trouble)
         except LogUnavailable:
@@ -229,7 +229,7 @@ class Reporter:
                 self._log.move_cursor(name, seq)
 
     async def _flush(self) -> None:
-        # calls of the usual length: one that ended together with the whole could swallow its cancellation
+        # the usual timeout: a call that ended together with the time limit could swallow its cancellation
         owed = True
         size = BATCH
         while owed:
@@ -247,7 +247,7 @@ class Reporter:
 
 @contextmanager
 def _best_effort() -> Iterator[None]:
-    """A cursor that cannot be moved means that something is sent twice after a restart: at least once, as promised."""
+    """Ignore that a cursor cannot be moved: its events are then sent again after a restart."""
     try:
         yield
     except (LogUnavailable, sqlite3.Error) as error:
@@ -255,5 +255,5 @@ def _best_effort() -> Iterator[None]:
 
 
 def _disk_gb() -> float:
-    """Used on `/`, in GiB, as the SDK's worker measures it."""
+    """The space used on `/`, in GiB, as the SDK's worker measures it."""
     return shutil.disk_usage("/").used / 2**30

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
 
 class PublicKey:
-    """The autoscaler's key. `pem` as it is served.
+    """The autoscaler's public key, from PEM.
 
     Raises:
         ValueError: it is no RSA public key in PEM.
@@ -28,19 +28,18 @@ class PublicKey:
         try:
             key = load_pem_public_key(pem)
         except UnsupportedAlgorithm as error:
-            raise ValueError("the autoscaler's key is of a kind that nobody knows") from error
+            raise ValueError("the autoscaler's key is of an unknown kind") from error
         if not isinstance(key, RSAPublicKey):
             raise ValueError("the autoscaler's key is no RSA key")
         self._key = key
         self._good: tuple[str, bytes] | None = None
-        self.verify("", "A" * 342 + "==")  # the first takes 1 ms more than all others: here nobody waits for it
+        self.verify("", "A" * 342 + "==")  # the first call takes 1 ms longer; do it before a request waits for it
 
     def verify(self, url: str, signature: str) -> bool:
-        """Whether the autoscaler has granted the worker at url: PKCS#1 v1.5 and SHA-256; only the url is signed.
+        """Verify the signature of a grant for the worker at url: PKCS#1 v1.5 with SHA-256 over the url only.
 
-        Such a signature has nothing random in it, so all grants for one worker carry the same one, and what was good
-        a moment ago need not be calculated again. It is compared in constant time: to who does not have it, it is a
-        secret.
+        Such a signature is deterministic, so all grants for one worker have the same one. The last good one is kept
+        and compared in constant time, which saves the calculation.
         """
         try:
             given = signature.encode("ascii")
@@ -54,5 +53,5 @@ class PublicKey:
 
 
 def signed_bytes(url: str) -> bytes:
-    """What is signed: `json.dumps({"url": url}, indent=4)` (server/lib/backend.py, __check_signature)."""
+    """The signed bytes: `json.dumps({"url": url}, indent=4)` (server/lib/backend.py, __check_signature)."""
     return f'{{\n    "url": {json.dumps(url)}\n}}'.encode()

@@ -26,7 +26,7 @@ _INSERT = "INSERT INTO events (seq, at, reservation_id, kind, reason, data) VALU
 
 
 class EventLog:
-    """An open log; made by `opening.open_log` and `opening.open_for_reading`.
+    """An open event log. Get one from `opening.open_log` or `opening.open_for_reading`.
 
     Attributes:
         last_seq: the seq of the last event in the file; 0 in an empty one.
@@ -46,10 +46,10 @@ class EventLog:
         self.sink_key = self._meta("sink_key") or ""
 
     def append(self, events: Sequence[tuple[int, Event]]) -> None:
-        """Write events with the seqs that the caller gives them, all or none.
+        """Write events, with the given seqs, all or none.
 
         Raises:
-            LogUnavailable: nothing was written; the cause is in the sentence.
+            LogUnavailable: nothing was written; the message has the cause.
         """
         started = stopwatch()
         self._write(_INSERT, [(seq, *to_row(event)) for seq, event in events])
@@ -62,7 +62,7 @@ class EventLog:
                 log.exception("listener_failed", seq=self.last_seq)
 
     def live(self) -> Iterator[tuple[int, Event]]:
-        """The events of every reservation that has not ended, in order: all that a restart needs.
+        """The events of all live reservations, in order: all that a restart needs.
 
         Raises:
             LogDamaged: an event cannot be read.
@@ -75,15 +75,15 @@ class EventLog:
             yield seq, from_row(tuple(row))
 
     def cursor(self, name: str) -> int:
-        """The last event that a reader is done with; 0 for a new reader."""
+        """The seq of the last event that a reader has processed; 0 for a new reader."""
         row = self.conn.execute("SELECT seq FROM cursors WHERE name = ?", (name,)).fetchone()
         return min(row[0], self.last_seq) if row else 0
 
     def move_cursor(self, name: str, seq: int) -> None:
-        """Remember that a reader is done with everything up to seq.
+        """Store that a reader has processed all events up to seq.
 
         Raises:
-            LogUnavailable: it is not remembered.
+            LogUnavailable: it is not stored.
         """
         self._write(
             "INSERT INTO cursors VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET seq = excluded.seq",
@@ -92,14 +92,14 @@ class EventLog:
 
     @property
     def instance(self) -> str:
-        """On which instance the log was last written: its CONTAINER_ID, or the host's name where there is none."""
+        """The instance on which the log was last written: its CONTAINER_ID, or the host's name if it has none."""
         return self._meta("instance") or ""
 
     def set_instance(self, instance: str) -> None:
-        """Remember on which instance the log is written.
+        """Store the instance on which the log is written.
 
         Raises:
-            LogUnavailable: it is not remembered.
+            LogUnavailable: it is not stored.
         """
         if instance != self.instance:
             self._write("INSERT OR REPLACE INTO meta VALUES ('instance', ?)", [(instance,)])
@@ -118,16 +118,16 @@ class EventLog:
             self._write("INSERT OR REPLACE INTO meta VALUES ('sink', ?)", [(name,)])
 
     def settle(self, name: str, seqs: Iterable[int], at: float, outcome: str, detail: str | None = None) -> None:
-        """Remember that a reader is done with single events beyond its cursor, or has given them up.
+        """Store the outcome of single events that a reader does not process in order: delivered, refused or given up.
 
         Raises:
-            LogUnavailable: it is not remembered.
+            LogUnavailable: it is not stored.
         """
         rows = [(name, seq, at, outcome, detail) for seq in seqs]
         self._write("INSERT OR IGNORE INTO settled VALUES (?, ?, ?, ?, ?)", rows)
 
     def prune(self, reservation_ids: Iterable[str]) -> None:
-        """Remove reservations, each with all its events; the database refuses one that is not done with.
+        """Remove reservations with all their events; triggers refuse one that a reader still needs.
 
         Raises:
             LogUnavailable: nothing is removed.
@@ -135,15 +135,15 @@ class EventLog:
         self._write("INSERT INTO pruning VALUES (?)", ((each,) for each in reservation_ids))
 
     def give_back(self, pages: int) -> None:
-        """Give free pages back to the disk, so many at most; 0 is all.
+        """Return up to `pages` free pages to the disk; 0 is all.
 
         Raises:
-            sqlite3.Error: they stay, for new events.
+            sqlite3.Error: the pages stay in the file, for new events.
         """
-        self.conn.executescript(f"PRAGMA incremental_vacuum({pages})")  # execute() would give back one page only
+        self.conn.executescript(f"PRAGMA incremental_vacuum({pages})")  # execute() would return only one page
 
     def anchor(self) -> Anchor | None:
-        """The clock's anchor, if something is live that was timed by it."""
+        """The stored anchor of the clock, if a reservation that was timed by it is live."""
         row = self.conn.execute(
             "SELECT value FROM meta WHERE name = 'clock' AND EXISTS (SELECT 1 FROM live)"
         ).fetchone()
@@ -153,15 +153,15 @@ class EventLog:
         return Anchor(boot_id, float(offset))
 
     def store_anchor(self, anchor: Anchor) -> None:
-        """Remember the clock's anchor.
+        """Store the clock's anchor.
 
         Raises:
-            LogUnavailable: it is not remembered.
+            LogUnavailable: it is not stored.
         """
         self._write("INSERT OR REPLACE INTO meta VALUES ('clock', ?)", [(f"{anchor.boot_id} {anchor.offset!r}",)])
 
     def probe(self) -> None:
-        """Find out whether the log can be written.
+        """Test whether the log can be written.
 
         Raises:
             LogUnavailable: it cannot.
@@ -169,7 +169,7 @@ class EventLog:
         self._write("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", [(self.last_seq,)])
 
     def size(self) -> int:
-        """Bytes on disk, the write-ahead log included."""
+        """Bytes on disk, including the write-ahead log."""
         total = 0
         for suffix in ("", "-wal"):
             with contextlib.suppress(OSError):
@@ -177,7 +177,7 @@ class EventLog:
         return total
 
     def close(self) -> None:
-        """Close the file and give the lock back. A second call does nothing."""
+        """Close the file and release the lock. A second call does nothing."""
         with contextlib.suppress(sqlite3.Error):
             self.conn.close()
         if self._lock is not None:
@@ -194,12 +194,15 @@ class EventLog:
         return False
 
     def _write(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
-        if not self._is_there():  # SQLite would go on in a file that has no name any more
+        if not self._is_there():  # SQLite would go on writing to a deleted file
             raise LogUnavailable(f"{self.path} was moved or removed; restart the worker to begin a new one")
         try:
             with transaction(self.conn):
                 self.conn.executemany(statement, rows)
-        except (sqlite3.Error, UnicodeDecodeError) as error:  # the second: a sentence about damage, quoting it
+        except (
+            sqlite3.Error,
+            UnicodeDecodeError,
+        ) as error:  # the second: the message quotes damaged text
             if is_damage(error):
                 with contextlib.suppress(OSError):
                     suspicion(self.path).touch()
@@ -208,5 +211,5 @@ class EventLog:
 
 
 def suspicion(path: Path) -> Path:
-    """A mark beside the log: a write has met damage that a start, which reads only what is open, may not see."""
+    """The path of a marker file: a write has met damage, which a start may not notice since it reads only open rows."""
     return Path(f"{path}.suspect")

@@ -22,24 +22,24 @@ from nullworker.logs import get_log
 
 log = get_log(__name__)
 
-#: Milliseconds that an append waits for a stranger's write lock. The whole worker waits with it, so it is short.
+#: Milliseconds that an append waits for another program's lock. The whole worker waits with it, so it is short.
 BUSY_MILLISECONDS = 100
-#: Bytes that the write-ahead log keeps on disk after a checkpoint.
+#: Bytes to which the write-ahead log is truncated after a checkpoint.
 WAL_BYTES = 4 * 1024 * 1024
-#: The cursors of the two that read along: metrics/reporter.py.
+#: The cursors of the reporter (autoscaler/reporter.py).
 READERS: Final = ("worker_status", "delete_requests")
 
 
 def open_log(path: Path, *, sync: str = "full", fix: bool = True) -> EventLog:
-    """Open the log for writing, make it if there is none; with `fix`, set a damaged one aside.
+    """Open the log for writing, and create it if needed; with `fix`, set a damaged one aside.
 
     Raises:
         CannotStart: another worker has it, it is of a newer version or another program, or the folder is not writable.
     """
-    path = path.resolve()  # a link to another worker's log is that log
+    path = path.resolve()  # a symlink to another worker's log shares its lock
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm get the same mode
         lock = _take_lock(path)
     except OSError as error:
         raise CannotStart(f"the event log {path} cannot be made: {error.strerror}; set NULL_EVENT_LOG") from error
@@ -53,7 +53,7 @@ def open_log(path: Path, *, sync: str = "full", fix: bool = True) -> EventLog:
 
 
 def open_for_reading(path: Path) -> EventLog:
-    """Open a log that another process may be writing to, or none.
+    """Open a log for reading, whether or not a worker is writing to it.
 
     Raises:
         CannotStart: there is no such log, or it is not one of this version.
@@ -71,7 +71,7 @@ def open_for_reading(path: Path) -> EventLog:
 
 
 def _open(path: Path, sync: str, lock: int, *, fix: bool) -> EventLog | None:
-    """The log; None: it was damaged, and is set aside."""
+    """The log; None if it was damaged and has been set aside."""
     conn = sqlite3.connect(path, isolation_level=None, timeout=BUSY_MILLISECONDS / 1000, cached_statements=64)
     try:
         return _prepare(conn, path, sync, lock)
@@ -82,7 +82,7 @@ def _open(path: Path, sync: str, lock: int, *, fix: bool) -> EventLog | None:
         if not fix:
             conn.close()
             raise CannotStart(f"{path} is damaged: {error}; the next start of its worker sets it aside") from error
-        aside = _set_aside(path)  # before the close, which could fold the -wal into the damaged file
+        aside = _set_aside(path)  # before the close, which could checkpoint the -wal into the damaged file
         conn.close()
         log.error("event_log_damaged", path=str(path), set_aside=str(aside), error=str(error))
         return None
@@ -94,7 +94,7 @@ def _open(path: Path, sync: str, lock: int, *, fix: bool) -> EventLog | None:
 def _prepare(conn: sqlite3.Connection, path: Path, sync: str, lock: int) -> EventLog:
     schema.check_version(path, conn)
     if conn.execute("PRAGMA page_count").fetchone() == (0,):
-        conn.execute("PRAGMA auto_vacuum = INCREMENTAL")  # what is pruned can be given back
+        conn.execute("PRAGMA auto_vacuum = INCREMENTAL")  # so that pruning can return space to the disk
     conn.execute("PRAGMA journal_mode = WAL")
     conn.execute(f"PRAGMA synchronous = {sync}")
     conn.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
@@ -109,7 +109,7 @@ def _prepare(conn: sqlite3.Connection, path: Path, sync: str, lock: int) -> Even
 
 
 def _take_lock(path: Path) -> int:
-    """An flock beside the log: it ends with the process, however that ends. The file says who holds it."""
+    """Take an flock on a file beside the log, and write into it who holds it. It ends with the process."""
     lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -134,21 +134,21 @@ def _set_aside(path: Path) -> Path:
 
 
 def verify_replay(log: EventLog) -> None:
-    """Read what is open and what is owed, as the worker will: everything that a start needs must make sense.
+    """Replay the live reservations and read what is still to be delivered, as the worker will do.
 
-    It costs what is open and owed, not what the log has grown to.
+    The cost depends on their number, not on the size of the log.
 
     Raises:
-        UNREADABLE: it cannot be read, or does not make sense.
+        UNREADABLE: it cannot be read, or is inconsistent.
     """
     try:
-        _read_what_is_open(log)
-        _read_what_is_owed(log)
+        _replay_live(log)
+        _read_undelivered(log)
     except (IllegalMove, ValueError, TypeError, KeyError, AssertionError, RecursionError) as error:
         raise LogDamaged(f"what a worker needs to go on makes no sense: {type(error).__name__}: {error}") from error
 
 
-def _read_what_is_open(log: EventLog) -> None:
+def _replay_live(log: EventLog) -> None:
     book = Book(Limits())
     for _, event in log.live():
         iso(book.apply(event).ends_at or event.at)
@@ -158,7 +158,7 @@ def _read_what_is_open(log: EventLog) -> None:
     log.anchor()
 
 
-def _read_what_is_owed(log: EventLog) -> None:
+def _read_undelivered(log: EventLog) -> None:
     for owed in queries.callbacks(log.conn, after=0):
         queries.callback_call(log.conn, owed.seq)
     for name in READERS:
@@ -171,10 +171,10 @@ def _read_what_is_owed(log: EventLog) -> None:
 
 
 def verify_integrity(conn: sqlite3.Connection) -> None:
-    """Check the whole file. It takes as long as the file is large, so it is done only after a write has met damage.
+    """Check the whole file, which takes time in proportion to its size; only done after a write has met damage.
 
     Raises:
-        UNREADABLE: it is not sound.
+        UNREADABLE: it is damaged.
     """
     found = conn.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if found != "ok":

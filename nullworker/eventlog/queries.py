@@ -18,7 +18,7 @@ from nullworker.clock import from_shown, iso, tidy
 from nullworker.fsm.book import refused_at_once
 from nullworker.fsm.table import ENDED, LIVE, Outcome, ending
 
-#: Events that are walked through in one step: about 10 ms.
+#: Events that are searched in one batch: about 10 ms.
 STEP: Final = 20_000
 
 _COLUMNS: Final = (
@@ -29,7 +29,7 @@ _COLUMNS: Final = (
 
 @dataclass(frozen=True)
 class Finished:
-    """One reservation that has ended, as the log has it. Times are epoch seconds; None never came."""
+    """An ended reservation from the log. Times are epoch seconds; None: it was never held."""
 
     seq: int
     request_idx: int | None
@@ -41,7 +41,7 @@ class Finished:
 
 
 class ReservationJson(TypedDict):
-    """One reservation as the control port and the commands show it. Times are ISO 8601 UTC with milliseconds and Z."""
+    """A reservation as the control port and the commands show it. Times are as 2026-11-24T14:05:00.123Z."""
 
     id: str
     kind: str  # request or session
@@ -66,7 +66,7 @@ def reservation(conn: sqlite3.Connection, reservation_id: str) -> ReservationJso
 
 
 def reservations(conn: sqlite3.Connection, **asked: Any) -> list[ReservationJson]:
-    """The newest reservations first; the arguments and errors are those of `batches`."""
+    """The newest reservations first; arguments and errors as for `batches`."""
     return list(itertools.chain.from_iterable(batches(conn, **asked)))
 
 
@@ -78,14 +78,18 @@ def batches(
     before: str | None = None,
     since: float | None = None,
 ) -> Iterator[list[ReservationJson]]:
-    """The newest reservations first, in a batch for each STEP events that were searched; a batch may be empty.
+    """The newest reservations first, in one batch for each STEP searched events; a batch may be empty.
 
-    `before`: the id of a reservation, or an ISO time; older ones are returned. `since`: epoch seconds.
+    Args:
+        state: only reservations in this state.
+        limit: the maximum number of reservations.
+        before: only reservations older than this id or ISO 8601 time.
+        since: only reservations queued at or after this time, in epoch seconds.
 
     Raises:
         ValueError: before is neither a known id nor a time.
     """
-    # each by itself: SQLite reads the whole table for both
+    # two queries, since SQLite scans the table for min and max together
     first, last = conn.execute("SELECT (SELECT min(seq) FROM events), (SELECT max(seq) FROM events)").fetchone()
     where, values = ["kind = 'queued'"], list[Any]()
     if before is not None:
@@ -108,7 +112,7 @@ def batches(
         values.append(state)
     if first is None:
         return
-    step = max(last, 1) if state in LIVE else STEP  # what is live is found by its name, and not by a walk
+    step = max(last, 1) if state in LIVE else STEP  # live reservations are found by the table `live` and need no search
     for top in range(last, first - 1, -step):
         ids = conn.execute(
             f"SELECT reservation_id FROM events q WHERE {' AND '.join(where)} AND seq BETWEEN ? AND ?"
@@ -122,7 +126,7 @@ def batches(
 
 
 def event_json(seq: int, at: float, reservation_id: str, kind: str, reason: str | None, data: str) -> dict[str, Any]:
-    """An event as people and streams get it."""
+    """An event as streams and commands show it."""
     return {
         "seq": seq,
         "at": iso(at),
@@ -134,7 +138,7 @@ def event_json(seq: int, at: float, reservation_id: str, kind: str, reason: str 
 
 
 def public_data(data: dict[str, Any]) -> dict[str, Any]:
-    """An event's data without what only the log needs: a session's hash and callback."""
+    """An event's data without a session's auth hash and callback."""
     if "session" in data:
         data = {**data, "session": {"lifetime": data["session"].get("lifetime")}}
     return data
@@ -143,7 +147,7 @@ def public_data(data: dict[str, Any]) -> dict[str, Any]:
 def events(
     conn: sqlite3.Connection, *, after: int = 0, limit: int = 1000, reservation_id: str | None = None
 ) -> list[dict[str, Any]]:
-    """Events in order."""
+    """Events after a seq, in order; of one reservation if its id is given."""
     only = "" if reservation_id is None else " AND reservation_id = ?"
     values = (after,) if reservation_id is None else (after, reservation_id)
     rows = conn.execute(
@@ -154,7 +158,7 @@ def events(
 
 
 def finished(conn: sqlite3.Connection, *, after: int, limit: int) -> list[Finished]:
-    """Reservations that have ended, in the order of their ends, from an event on."""
+    """Reservations whose end has a seq above `after`, in the order of their ends."""
     rows = conn.execute(
         """
         SELECT e.seq, q.data ->> 'request_idx', e.kind, e.reason, q.at, h.at, e.at, q.data ->> 'give_up_at'
@@ -178,7 +182,7 @@ def finished(conn: sqlite3.Connection, *, after: int, limit: int) -> list[Finish
 
 @dataclass(frozen=True)
 class Callback:
-    """A session's end that its owner wants to be told of: small, for many may be owed."""
+    """A pending callback. Small, since many may be pending; its call is read by `callback_call`."""
 
     seq: int
     ended_at: float
@@ -186,7 +190,7 @@ class Callback:
 
 
 def callbacks(conn: sqlite3.Connection, *, after: int) -> list[Callback]:
-    """The callbacks that are owed for ends after a seq, in order."""
+    """The pending callbacks of sessions whose end has a seq above `after`, in order."""
     rows = conn.execute(
         """
         SELECT e.seq, e.at, e.reservation_id
@@ -201,7 +205,7 @@ def callbacks(conn: sqlite3.Connection, *, after: int) -> list[Callback]:
 
 
 def callback_call(conn: sqlite3.Connection, seq: int) -> tuple[str, dict[str, Any]]:
-    """The route of a callback that is owed, and the body that goes there."""
+    """The route and the body of a pending callback."""
     session_id, state, reason, session = conn.execute(
         """
         SELECT e.reservation_id, e.kind, e.reason, q.data -> 'session'
@@ -218,13 +222,13 @@ def callback_call(conn: sqlite3.Connection, seq: int) -> tuple[str, dict[str, An
 
 
 def count_begun(conn: sqlite3.Connection, *, after: int) -> int:
-    """Claims made from an event on."""
+    """The number of claims made after an event."""
     row = conn.execute("SELECT count(*) FROM events WHERE seq > ? AND kind = 'queued'", (after,)).fetchone()
     return int(row[0])
 
 
 def count_finished(conn: sqlite3.Connection, *, after: int) -> int:
-    """Claims ended from an event on."""
+    """The number of reservations that ended after an event."""
     row = conn.execute(
         "SELECT count(*) FROM events WHERE seq > ? AND kind IN ('released', 'expired', 'cancelled')", (after,)
     ).fetchone()

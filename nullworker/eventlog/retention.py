@@ -18,21 +18,21 @@ from nullworker.logs import get_log
 
 log = get_log(__name__)
 
-#: Events looked at in one step, so some 50 to 100 reservations: a few milliseconds of a worker's time.
+#: Events searched in one step, about 50 to 100 reservations: a few milliseconds.
 STEP: Final = 256
-#: Pages given back to the disk after each step, 4 KiB each: more than a step frees.
+#: Pages of 4 KiB returned to the disk after each step: more than a step frees.
 PAGES: Final = 64
-#: Seconds between two steps of a worker.
+#: Seconds between two steps in a running worker.
 PAUSE_SECONDS: Final = 0.05
-#: Seconds from a worker's start to its first pruning, and from one to the next.
+#: Seconds from a worker's start to its first pruning, and between two prunings.
 FIRST_SECONDS: Final = 60.0
 DAY_SECONDS: Final = 86_400.0
 
 
 def expendable(conn: sqlite3.Connection, before: float) -> Iterator[list[str]]:
-    """Reservations that ended before a time, in epoch seconds, and may be pruned; oldest first, in small lists.
+    """The ids of reservations that ended before a time, in epoch seconds, and may be pruned; oldest first, in batches.
 
-    It stops at the first step in which everything is newer, so it costs what it finds and not what the log holds.
+    The search stops at the first step in which every event is newer.
     """
     seq = 0
     while True:
@@ -48,13 +48,13 @@ def expendable(conn: sqlite3.Connection, before: float) -> Iterator[list[str]]:
 
 
 def ended_before(conn: sqlite3.Connection, before: float) -> int:
-    """How many reservations ended before a time, in epoch seconds. It reads all that is older."""
+    """The number of reservations that ended before a time, in epoch seconds. It scans all older events."""
     query = "SELECT count(*) FROM events WHERE kind IN ('released', 'expired', 'cancelled') AND at < ?"
     return int(conn.execute(query, (before,)).fetchone()[0])
 
 
 async def prune_gently(event_log: EventLog, before: float) -> None:
-    """Prune the log of a worker that goes on working. What fails is tried again the next day."""
+    """Prune the log of a running worker, in small steps. After an error the rest is pruned the next day."""
     pruned = 0
     try:
         for reservation_ids in expendable(event_log.conn, before):

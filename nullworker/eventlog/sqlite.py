@@ -9,31 +9,31 @@ from typing import Final, Literal
 
 from nullworker.errors import LogDamaged
 
-#: What a damaged file can raise. SQLite quotes what it has read, and Python cannot always decode that sentence.
+#: What a damaged file can raise. SQLite's messages quote what was read, and Python cannot decode all of them.
 UNREADABLE: Final = (LogDamaged, sqlite3.DatabaseError, UnicodeDecodeError)
-#: In damage that is told as an OperationalError, like a lock or a full disk.
+#: Words in the message of an OperationalError that is caused by damage, not by a lock or a full disk.
 _WORDS: Final = ("malformed", "corrupt", "no such table", "no such column", "could not decode")
 
 
 @contextlib.contextmanager
 def transaction(conn: sqlite3.Connection, kind: Literal["IMMEDIATE", "DEFERRED"] = "IMMEDIATE") -> Iterator[None]:
-    """IMMEDIATE writes; in a DEFERRED one, which only reads, several queries see the log as it is at the first.
+    """A transaction: IMMEDIATE to write, DEFERRED so that several reads see one snapshot.
 
     Raises:
-        sqlite3.Error: it cannot be begun or committed; nothing was done.
+        sqlite3.Error: it could not be begun or committed; nothing has changed.
     """
     conn.execute(f"BEGIN {kind}")
     try:
         yield
         conn.execute("COMMIT")
     except BaseException:
-        with contextlib.suppress(sqlite3.Error):  # SQLite itself may have done it, and would hide the cause
+        with contextlib.suppress(sqlite3.Error):  # SQLite may have rolled back already
             conn.execute("ROLLBACK")
         raise
 
 
 def statements(script: str) -> list[str]:
-    """The statements of a script, one by one: `executescript` would commit a transaction that is open."""
+    """Split a script into statements, since `executescript` would commit an open transaction."""
     found, part = [], ""
     for line in script.splitlines(keepends=True):
         part += line
@@ -44,7 +44,7 @@ def statements(script: str) -> list[str]:
 
 
 def is_damage(error: BaseException) -> bool:
-    """Whether an error speaks of the file, and not of the disk, a lock or a full table."""
+    """Whether an error means that the file is damaged, as opposed to a full disk or a lock."""
     if isinstance(error, sqlite3.OperationalError):
         return any(word in str(error).lower() for word in _WORDS)
     damage = isinstance(error, sqlite3.InternalError) or type(error) is sqlite3.DatabaseError

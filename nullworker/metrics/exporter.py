@@ -27,7 +27,7 @@ from nullworker.fsm.table import EDGES, ENDED
 from nullworker.readiness import WORKER_STATES
 from nullworker.service import Commit, Service
 
-#: A second to a day: a wait in the queue ends after seconds, a hold after minutes or hours.
+#: Up to a day, for holds of minutes or hours.
 _LONG_BUCKETS: Final = (0.1, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 28800, 86400)
 _WAIT_BUCKETS: Final = (0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 15, 20, 30, 60, 120, 300, 600)
 _HTTP_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -43,14 +43,14 @@ CALLBACK_RESULTS: Final = ("delivered", "failed", "given_up")
 
 @dataclass(frozen=True)
 class Readings:
-    """Figures that live elsewhere and are read at each scrape."""
+    """Figures of other parts of the worker, read at each scrape."""
 
     backlog: Callable[[], int]
     log_bytes: Callable[[], int]
 
 
 class Exporter:
-    """All metrics of one worker, in a registry of their own. Add `observe` to the service's observers."""
+    """All metrics of one worker, in their own registry. Add `observe` to the service's observers."""
 
     def __init__(self, service: Service, readings: Readings) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -63,7 +63,7 @@ class Exporter:
             for kind in ("request", "session")
         }
         self._since = service.now()
-        self._held_here: str | None = None  # the reservation whose hold has begun in this process
+        self._held_here: str | None = None  # the last reservation that was first held by this process
 
         def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
             return Counter(f"nullworker_{name}", text, tuple(labels), registry=self.registry)
@@ -72,9 +72,9 @@ class Exporter:
             return Histogram(f"nullworker_{name}", text, tuple(labels), buckets=buckets, registry=self.registry)
 
         self.queue_wait = histogram("queue_wait_seconds", "Time from the claim to the slot.", _WAIT_BUCKETS)
-        self.hold = histogram("hold_seconds", "Time that a reservation was held.", _LONG_BUCKETS)
-        self.releases = counter("releases_total", "Calls of /release, by what came of them.", ("result",))
-        self.extensions = counter("extensions_total", "Calls of /extend, by what came of them.", ("result",))
+        self.hold = histogram("hold_seconds", "Time for which a reservation was held.", _LONG_BUCKETS)
+        self.releases = counter("releases_total", "Calls of /release, by result.", ("result",))
+        self.extensions = counter("extensions_total", "Calls of /extend, by result.", ("result",))
         self.requests = counter(
             "http_requests_total", "HTTP answers; 499: the client hung up.", ("port", "route", "status")
         )
@@ -108,7 +108,7 @@ class Exporter:
         self._openmetrics = make_aiohttp_handler(_OneFamilyEach(self.registry))
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
-        """GET /metrics: OpenMetrics, with exemplars, for those who ask for it by Accept; else Prometheus' text."""
+        """GET /metrics: OpenMetrics with exemplars if Accept asks for it, else Prometheus' text format."""
         openmetrics = "application/openmetrics-text" in ",".join(request.headers.getall(hdrs.ACCEPT, ()))
         return await (self._openmetrics if openmetrics else self._text)(request)
 
@@ -126,39 +126,39 @@ class Exporter:
                 self.busy_seconds += self.busy_with(reservation, event.at)
 
     def busy_with(self, reservation: Reservation, until: float) -> float:
-        """Seconds of a hold that are this process's: of one that it has taken over, those since its start."""
+        """The seconds of a hold that fall to this process: after a restart, only those since its start."""
         assert reservation.held_at is not None
         own = reservation.id == self._held_here
         return max(until - (reservation.held_at if own else max(reservation.held_at, self._since)), 0.0)
 
     def count_append(self, events: int, seconds: float) -> None:
-        """So many events were written, in one commit that took so long."""
+        """Count a commit of so many events, which took so many seconds."""
         self.events.inc(events)
         self.append.observe(seconds)
 
     def count_request(self, port: str, route: str, status: int, seconds: float | None) -> None:
-        """An HTTP request was answered; `seconds` is None for one that was held."""
+        """Count an HTTP answer; `seconds` is None for a request that waited for a reservation."""
         self.requests.labels(port, route, str(status)).inc()
         if seconds is not None:
             self.durations.labels(port, route).observe(seconds)
 
     def count_auth_failure(self, reason: str) -> None:
-        """A request was not authenticated."""
+        """Count a request that was not authenticated."""
         self.auth_failures.labels(reason).inc()
 
     def count_report(self, call: str, result: str) -> None:
-        """A call to the autoscaler has ended."""
+        """Count a call to the autoscaler."""
         self.reports.labels(call, result).inc()
 
 
 class _OneFamilyEach(Collector):
-    """A registry's metrics, with `nullworker_reservations_total` as a family of its own name."""
+    """The metrics of a registry, with `nullworker_reservations_total` as a family of its own."""
 
     def __init__(self, registry: Any) -> None:
         self._registry = registry
 
     def restricted_registry(self, names: Iterable[str]) -> _OneFamilyEach:
-        """Only some of them, as asked for by `?name[]=`."""
+        """Only the metrics named by `?name[]=`."""
         return _OneFamilyEach(self._registry.restricted_registry(names))
 
     def collect(self) -> Iterable[Metric]:
@@ -173,7 +173,7 @@ class _OneFamilyEach(Collector):
 
 
 class _BookCollector(Collector):
-    """What is true now, asked at the scrape."""
+    """Gauges that are read at each scrape."""
 
     def __init__(self, service: Service, readings: Readings, exporter: Exporter) -> None:
         self._service = service
@@ -181,7 +181,7 @@ class _BookCollector(Collector):
         self._exporter = exporter
 
     def collect(self) -> Iterable[Metric]:
-        """All gauges, and the counters that are kept elsewhere."""
+        """All gauges, and the counters that the exporter keeps."""
         service, now = self._service, self._service.now()
         book, readiness, held = service.book, service.readiness, service.book.held
 
