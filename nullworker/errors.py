@@ -13,6 +13,7 @@
         ├── NotFound                404
         ├── SlowBody                408
         ├── Conflict                409
+        │   └── Busy                    with Retry-After
         ├── Gone                    410
         ├── BodyTooLarge            413
         ├── UnsupportedMedia        415
@@ -122,6 +123,15 @@ class Conflict(RequestError):
     """The request does not fit the present state, for example because nothing is held."""
 
     status: ClassVar[int] = 409
+
+
+class Busy(Conflict):
+    """What is asked for is taken, perhaps only for a moment."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Retry-After: a consumer that was restarted may be quicker than the end of the one before."""
+        return {"Retry-After": str(RETRY_AFTER_SECONDS)}
 
 
 class Gone(RequestError):

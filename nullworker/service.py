@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple, Protocol
@@ -21,6 +22,7 @@ from msgspec import UNSET, UnsetType
 
 from nullworker.clock import Anchor, Clock, to_ms
 from nullworker.errors import LogUnavailable
+from nullworker.fsm.attachment import Extends
 from nullworker.fsm.book import Book, Claim, Limits, Reservation
 from nullworker.fsm.events import Event
 from nullworker.fsm.table import ENDED
@@ -85,6 +87,7 @@ class Service:
         book: the live reservations; read it, but change it only through the commands here.
         readiness: whether claims are taken.
         observers: called with every commit, in order; their exceptions are logged and ignored.
+        on_attachment: called when a consumer has attached or its connection has broken: a request's is no commit.
         unwritten: commits that are applied but not yet in the log, in order.
     """
 
@@ -94,6 +97,7 @@ class Service:
         self.book = Book(limits)
         self.readiness = readiness
         self.observers: list[Observer] = []
+        self.on_attachment: list[Callable[[], None]] = []
         self.unwritten: list[Commit] = []
         self._journal = journal
         self._clock = clock
@@ -167,6 +171,34 @@ class Service:
         """
         return self._commit(self.book.renew(reservation_id, self.now()), must=False)[0].reservation
 
+    def attach(self, reservation_id: str, extends: Extends) -> Reservation:
+        """A consumer holds its liveness connection to the held reservation from now on, until `detach`.
+
+        Raises:
+            IllegalMove: it is not held, or another connection is there.
+            LogUnavailable: it could not be logged, so it was not done.
+        """
+        now = self.now()
+        self._commit(self.book.attach(reservation_id, extends, now), must=False)
+        self.book.attached(reservation_id, extends, now)
+        self._tell_attachment()
+        assert self.book.held is not None
+        return self.book.held
+
+    def detach(self, reservation_id: str, *, by_worker: bool = False) -> None:
+        """The liveness connection has ended; unless the worker has closed it or stops, the grace begins."""
+        if self.book.held is None or self.book.held.id != reservation_id:
+            return
+        self.book.detached(reservation_id, None if by_worker or self.readiness.draining else self.now())
+        self._tell_attachment()
+
+    def listening(self) -> None:
+        """The control port answers: from now on consumers are waited for, also for one from before a restart."""
+        now = self.now()
+        self._commit(self.book.reopen(now))
+        self.book.count_from(now)
+        self._tell_attachment()
+
     def cancel(self, reservation_id: str, reason: str) -> None:
         """Cancel a live reservation; does nothing if it has ended."""
         if self.book.get(reservation_id) is not None:
@@ -182,6 +214,7 @@ class Service:
     def drain(self, why: str) -> None:
         """Refuse new claims and cancel the queue; a held reservation stays."""
         self.readiness.drain(why)
+        self.book.count_from(None)
         self._commit(self.book.cancel_queued("draining", self.now()))
 
     def end_drain(self) -> None:
@@ -198,7 +231,11 @@ class Service:
         now = self.now()
         if self.readiness.log:
             self._flush(now)
-        self._commit(self.book.due(now))
+        self._give_time(now)
+        held = self.book.held
+        if held is not None and held.attachment.state == "attached" and (held.ends_at or now) <= now:
+            self.probe()  # an end that could not be logged must not come
+        self._commit(self.book.due(now, log_is_down=self.readiness.log is not None))
 
     def probe(self) -> None:
         """Test whether the log can be written; call it regularly, for idle times."""
@@ -212,7 +249,8 @@ class Service:
 
     def next_deadline(self) -> float | None:
         """When to call `tick`, in epoch seconds; None while there is no deadline."""
-        deadlines = [self.book.next_deadline(), self._retry_at if self.readiness.log else None]
+        log_is_down = self.readiness.log is not None
+        deadlines = [self.book.next_deadline(log_is_down=log_is_down), self._retry_at if log_is_down else None]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     # -- notifications ------------------------------------------------------------------------------------------
@@ -246,6 +284,15 @@ class Service:
             self.unwatch(reservation.id, watcher)
 
     # -- private -------------------------------------------------------------------------------------------------
+
+    def _give_time(self, now: float) -> None:
+        """More time for the consumer that is attached; while it cannot be logged, the hold does not expire."""
+        with contextlib.suppress(LogUnavailable):
+            self._commit(self.book.give_time(now), must=False)
+
+    def _tell_attachment(self) -> None:
+        for listener in self.on_attachment:
+            listener()
 
     def _commit(self, events: list[Event], *, must: bool = True) -> list[Commit]:
         """Log, apply, tell. With `must`, events that cannot be logged wait in memory; else raise LogUnavailable."""

@@ -20,6 +20,8 @@ from nullworker.errors import BadSettings
 
 #: A year, in seconds: the limit of times, so that every deadline is a valid date.
 YEAR_SECONDS = 31_536_000
+#: Seconds of the longest hold, unless a reservation may be longer: a consumer that hangs should not cost a week.
+DAY = 86_400.0
 
 #: The SDK skips this entry of REPORT_ADDR: the old API takes no reports (vastai 1.9.1, server/lib/metrics.py).
 OLD_API = "https://cloud.vast.ai/api/v0"
@@ -135,6 +137,11 @@ class Settings:
     max_reservation_seconds: float = _setting(
         3600.0, _number(0, YEAR_SECONDS, unit="seconds", above=True), "cap on how long one reservation may be held"
     )
+    null_max_hold_seconds: float | None = _setting(
+        None,
+        _number(0, YEAR_SECONDS, unit="seconds"),
+        "cap on one whole hold, all extensions included; 0 = none; unset: 24 h, or MAX_RESERVATION_SECONDS if larger",
+    )
     backend_health_url: str | None = _setting(
         None, _URL, "the consumer's health endpoint; unset: the stub /health of the control port"
     )
@@ -170,6 +177,16 @@ class Settings:
     )
     null_unhealthy_action: str = _setting(
         "report", _choice("report", "cancel"), "cancel: an unhealthy consumer also ends the held reservation"
+    )
+    null_consumer_grace_seconds: float = _setting(
+        5.0,
+        _number(0, 60, unit="seconds"),
+        "how long a consumer's liveness connection may be broken before its reservation ends",
+    )
+    null_attach_timeout: float | None = _setting(
+        None,
+        _number(0, YEAR_SECONDS, unit="seconds", above=True),
+        "a hold to which no consumer attaches within so long ends; unset: it waits for its deadline",
     )
     null_drain_seconds: float = _setting(
         5.0, _number(0, 86400, unit="seconds"), "on SIGTERM: how long a held reservation may still finish"
@@ -220,6 +237,13 @@ class Settings:
         if self.workspace_dir is not None and self.container_id is not None:
             return self.workspace_dir / f"nullworker-{self.container_id}.db"
         return Path("nullworker.db")
+
+    @property
+    def max_hold_seconds(self) -> float | None:
+        """The cap on one whole hold in seconds; None: there is none."""
+        if self.null_max_hold_seconds is None:
+            return max(DAY, self.max_reservation_seconds)
+        return self.null_max_hold_seconds or None
 
     @property
     def own_url(self) -> str:

@@ -111,7 +111,14 @@ class Worker:
             key=None if settings.unsecured else "the autoscaler's key is not loaded yet",
             consumer_starting="the consumer has not been healthy yet" if settings.backend_health_url else None,
         )
-        limits = Limits(settings.max_reservation_seconds, settings.null_max_queue_seconds, settings.null_max_queued)
+        limits = Limits(
+            max_reservation_seconds=settings.max_reservation_seconds,
+            max_queue_seconds=settings.null_max_queue_seconds,
+            max_queued=settings.null_max_queued,
+            max_hold_seconds=settings.max_hold_seconds,
+            consumer_grace_seconds=settings.null_consumer_grace_seconds,
+            attach_timeout=settings.null_attach_timeout,
+        )
         clock = SystemClock(event_log.anchor())
         with contextlib.suppress(LogUnavailable):
             event_log.store_anchor(clock.anchor)
@@ -149,6 +156,7 @@ class Worker:
             service.observers.append(self.reporter.observe)
             readiness.listeners.append(self.reporter.changed)
         service.observers += [exporter.observe, self.callbacks.observe, self.timer.set, write_log_line]
+        service.on_attachment.append(self.timer.set)
         readiness.listeners.append(self.timer.set)  # a failing log has a deadline: the next try
 
         self.servers = ports.servers(
@@ -175,6 +183,7 @@ class Worker:
         self.timer.set()
         for server in self.servers:
             await server.start()
+        self.service.listening()
         self._start_tasks()
         if self.settings.unsecured:
             log.warning(

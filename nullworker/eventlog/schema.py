@@ -184,12 +184,15 @@ SELECT q.reservation_id AS id,
        q.data ->> 'request_idx' AS request_idx,
        q.data -> 'metadata' AS metadata,
        e.data -> 'result' AS result,
-       {_span("h.at", "e.data ->> 'attached_at'")} AS attach_seconds
+       {_span("h.at", "coalesce(e.data ->> 'attached_at', a.at)")} AS attach_seconds
   FROM events AS q
   LEFT JOIN events AS h ON h.reservation_id = q.reservation_id AND h.kind = 'held'
   LEFT JOIN events AS e ON e.reservation_id = q.reservation_id AND e.kind IN ('released', 'expired', 'cancelled')
   LEFT JOIN events AS x ON x.seq = (
        SELECT max(seq) FROM events WHERE reservation_id = q.reservation_id AND kind = 'extended')
+  LEFT JOIN events AS a ON a.seq = (
+       SELECT min(seq) FROM events
+        WHERE reservation_id = q.reservation_id AND kind = 'extended' AND reason = 'attached')
  WHERE q.kind = 'queued'
  ORDER BY q.seq
 """

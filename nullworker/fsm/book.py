@@ -12,22 +12,32 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
 from nullworker.errors import IllegalMove
+from nullworker.fsm.attachment import Attachment, Extends
 from nullworker.fsm.events import Ended, Event, Extended, Held, Queued, ReservationKind, SessionTerms
 from nullworker.fsm.table import ENDED, EventKind, State, step
 
+#: Seconds left of a session that the worker has given time to for its consumer, unless the cap is less. It is given
+#: more when half of them are over: one commit in half a minute.
+ATTACHED_SECONDS: Final = 60.0
+#: Seconds, at least, in which the consumer of before must attach again after a restart of the worker.
+RESTART_GRACE_SECONDS: Final = 30.0
+
 
 class Limits(msgspec.Struct, frozen=True):
-    """Limits from the settings: two times in seconds, and a length."""
+    """Limits from the settings: times in seconds, and a length; None: no limit."""
 
     max_reservation_seconds: float = 3600.0
     max_queue_seconds: float = 30.0
     max_queued: int = 1000
+    max_hold_seconds: float | None = None
+    consumer_grace_seconds: float = 5.0
+    attach_timeout: float | None = None
 
 
 class Claim(msgspec.Struct, frozen=True):
@@ -52,6 +62,15 @@ class Reservation(msgspec.Struct):
     ends_at: float | None = None
     ended_at: float | None = None
     result: Any | UnsetType = UNSET
+    attachment: Attachment = msgspec.field(default_factory=Attachment)
+
+
+class _End(NamedTuple):
+    """What time alone will bring to the held reservation."""
+
+    at: float
+    kind: EventKind
+    reason: str
 
 
 def refused_at_once(queued_at: float, held_at: float | None, give_up_at: float) -> bool:
@@ -65,6 +84,7 @@ class Book:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.held: Reservation | None = None
+        self._listening_since: float | None = None  # when the control port began to answer
         # In the order of arrival. A dict finds its first key by walking past removed ones, so that with a long queue
         # each promotion would take time in proportion to its length.
         self.queue: OrderedDict[str, Reservation] = OrderedDict()
@@ -83,18 +103,22 @@ class Book:
             yield self.held
         yield from self.queue.values()
 
-    def next_deadline(self) -> float | None:
-        """When `due` will next return events, in epoch seconds; None while nothing is live."""
+    def next_deadline(self, *, log_is_down: bool = False) -> float | None:
+        """When `give_time` or `due` will next return events, in epoch seconds; None while neither will."""
         deadlines = [reservation.terms.give_up_at for reservation in islice(self.queue.values(), 1)]
-        if self.held is not None and self.held.ends_at is not None:
-            deadlines.append(self.held.ends_at)
+        if (end := self._next_end(log_is_down)) is not None:
+            deadlines.append(end.at)
+        held = self.held
+        if held is not None and held.attachment.state == "attached" and not log_is_down:
+            low_at = self._low_at(held, held.attachment.extends)
+            deadlines += [] if low_at is None else [low_at]
         return min(deadlines, default=None)
 
     # -- commands: decide ----------------------------------------------------------------------------------------
 
     def claim(self, reservation_id: str, claim: Claim, now: float, refusal: str | None = None) -> list[Event]:
         """A new reservation: held at once, queued, or refused. `refusal`: the reason why every claim is refused now."""
-        longest = self.limits.max_reservation_seconds
+        longest = min(self.limits.max_reservation_seconds, self._max_hold)
         cap = longest if claim.duration is None else min(claim.duration, longest)
         end: tuple[EventKind, str] | None = None
         if refusal is not None:
@@ -123,12 +147,12 @@ class Book:
     def release(self, reservation_id: str, reason: str, now: float, result: Any | UnsetType = UNSET) -> list[Event]:
         """Release the held reservation; the next in the queue is held in the same batch."""
         held = self._held(reservation_id)
-        return [Event(now, held.id, "released", reason, Ended(result)), *self._promote(now)]
+        return [_end(held, "released", reason, now, result), *self._promote(now)]
 
     def extend(self, reservation_id: str, seconds: float, now: float) -> list[Event]:
         """Move the deadline to now + seconds, at most the cap of this worker from now."""
         held = self._held(reservation_id)
-        ends_at = now + min(seconds, self.limits.max_reservation_seconds)
+        ends_at = self._at_most(held, now + seconds, now)
         return [Event(now, held.id, "extended", "extend", Extended(ends_at))]
 
     def renew(self, reservation_id: str, now: float) -> list[Event]:
@@ -136,7 +160,7 @@ class Book:
         held = self._held(reservation_id)
         if held.terms.session is None or held.ends_at is None:
             raise IllegalMove(f"reservation {reservation_id} is no session")
-        ends_at = now + min(held.terms.session.lifetime, self.limits.max_reservation_seconds)
+        ends_at = self._at_most(held, now + held.terms.session.lifetime, now)
         return [Event(now, held.id, "extended", "ping", Extended(max(ends_at, held.ends_at)))]
 
     def cancel(self, reservation_id: str, reason: str, now: float) -> list[Event]:
@@ -144,35 +168,62 @@ class Book:
         reservation = self.get(reservation_id)
         if reservation is None:
             raise IllegalMove(f"reservation {reservation_id} is not live")
-        ended = Event(now, reservation.id, "cancelled", reason, Ended())
+        ended = _end(reservation, "cancelled", reason, now)
         return [ended, *self._promote(now)] if reservation is self.held else [ended]
 
     def cancel_queued(self, reason: str, now: float) -> list[Event]:
         """Cancel all queued reservations."""
-        return [Event(now, reservation_id, "cancelled", reason, Ended()) for reservation_id in self.queue]
+        return [_end(reservation, "cancelled", reason, now) for reservation in self.queue.values()]
 
     def cancel_requests(self, reason: str, now: float) -> list[Event]:
         """Cancel all request reservations, held or queued; a session stays."""
         requests = [r for r in self.live() if r.terms.kind == "request"]
-        return [Event(now, reservation.id, "cancelled", reason, Ended()) for reservation in requests]
+        return [_end(reservation, "cancelled", reason, now) for reservation in requests]
 
-    def due(self, now: float) -> list[Event]:
-        """The events of all deadlines that have passed, in their order: expired holds and waits, and promotions."""
+    def attach(self, reservation_id: str, extends: Extends, now: float) -> list[Event]:
+        """A consumer attaches: the first of a session is an event, so that a restart knows of it."""
+        held = self._held(reservation_id)
+        held.attachment.check("attach")
+        if held.attachment.first_at is None and held.terms.session is not None:
+            return [self._more_time(held, extends, now) or self._extended(held, held.ends_at or now, now)]
+        more = self._more_time(held, extends, now)
+        return [] if more is None else [more]
+
+    def give_time(self, now: float) -> list[Event]:
+        """More time for the held reservation whose consumer is attached, when little is left."""
+        if self.held is None or self.held.attachment.state != "attached":
+            return []
+        more = self._more_time(self.held, self.held.attachment.extends, now)
+        return [] if more is None else [more]
+
+    def reopen(self, now: float) -> list[Event]:
+        """The control port answers after a restart: the held session's consumer has time to attach again."""
+        held = self.held
+        if held is None or held.attachment.state != "restarted" or held.ends_at is None:
+            return []
+        ends_at = self._at_most(held, now + self._restart_grace, now)
+        return [self._extended(held, ends_at, now)] if ends_at > held.ends_at else []
+
+    def due(self, now: float, *, log_is_down: bool = False) -> list[Event]:
+        """The events of all deadlines that have passed, in their order: ends of holds and waits, and promotions.
+
+        While the log cannot be written, what a consumer is attached to does not expire.
+        """
         events: list[Event] = []
         waiting = iter(self.queue.values())
         head = next(waiting, None)
-        held, ends_at = (None, None) if self.held is None else (self.held.id, self.held.ends_at)
+        held, end = self.held, self._next_end(log_is_down)
         while True:
-            if ends_at is not None and ends_at <= now and (head is None or ends_at <= head.terms.give_up_at):
+            if end is not None and end.at <= now and (head is None or end.at <= head.terms.give_up_at):
                 assert held is not None
-                events.append(Event(now, held, "expired", "duration_elapsed", Ended()))
-                held, ends_at = None, None
+                events.append(_end(held, end.kind, end.reason, now))
+                held, end = head, None
                 if head is not None:
-                    held, ends_at = head.id, now + head.terms.duration_cap
-                    events.append(Event(now, held, "held", None, Held(ends_at)))
+                    end = _End(now + head.terms.duration_cap, "expired", "duration_elapsed")
+                    events.append(Event(now, head.id, "held", None, Held(end.at)))
                     head = next(waiting, None)
             elif head is not None and head.terms.give_up_at <= now:
-                events.append(Event(now, head.id, "expired", "queue_timeout", Ended()))
+                events.append(_end(head, "expired", "queue_timeout", now))
                 head = next(waiting, None)
             else:
                 return events
@@ -204,6 +255,9 @@ class Book:
             self.held, known.held_at, known.ends_at = known, event.at, data.ends_at
         elif isinstance(data, Extended):
             known.ends_at = data.ends_at
+            if event.reason == "attached" and known.attachment.first_at is None:
+                known.attachment.first_at = event.at
+                known.attachment.state = "restarted"  # `attached` follows in the process that has the connection
         else:
             known.reason, known.ended_at, known.result = event.reason, event.at, data.result
         if state in ENDED:
@@ -213,7 +267,84 @@ class Book:
                 del self.queue[known.id]
         return known
 
+    # -- the consumer's connection, which no log can bring back ----------------------------------------------------
+
+    def attached(self, reservation_id: str, extends: Extends, now: float) -> None:
+        """The connection that `attach` has allowed is there."""
+        attachment = self._held(reservation_id).attachment
+        attachment.state, attachment.extends = attachment.check("attach"), extends
+        if attachment.first_at is None:
+            attachment.first_at = now
+
+    def detached(self, reservation_id: str, now: float | None) -> None:
+        """The connection broke at `now`; None: the worker itself has closed it, so no grace runs."""
+        attachment = self._held(reservation_id).attachment
+        attachment.state = attachment.check("break")
+        attachment.lost_at = None if now is None else now + self.limits.consumer_grace_seconds
+
+    def count_from(self, now: float | None) -> None:
+        """Consumers are waited for from `now` on, the moment at which the control port answers; None: no more."""
+        self._listening_since = now
+        if self.held is not None:
+            self.held.attachment.lost_at = None if now is None else now + self._restart_grace
+
     # -- private -------------------------------------------------------------------------------------------------
+
+    @property
+    def _max_hold(self) -> float:
+        return float("inf") if self.limits.max_hold_seconds is None else self.limits.max_hold_seconds
+
+    @property
+    def _attached_seconds(self) -> float:
+        return min(ATTACHED_SECONDS, self.limits.max_reservation_seconds)
+
+    @property
+    def _restart_grace(self) -> float:
+        return max(self.limits.consumer_grace_seconds, RESTART_GRACE_SECONDS)
+
+    def _at_most(self, held: Reservation, ends_at: float, now: float) -> float:
+        """A new deadline, within the caps of one extension and of the whole hold."""
+        assert held.held_at is not None
+        return min(ends_at, now + self.limits.max_reservation_seconds, held.held_at + self._max_hold)
+
+    def _low_at(self, held: Reservation, extends: Extends) -> float | None:
+        """From when on it should be given more time for its consumer; None: never."""
+        assert held.ends_at is not None
+        assert held.held_at is not None
+        if extends == "" or (extends == "1" and held.terms.session is None):
+            return None
+        if held.ends_at >= held.held_at + self._max_hold:
+            return None
+        return held.ends_at - self._attached_seconds / 2
+
+    def _more_time(self, held: Reservation, extends: Extends, now: float) -> Event | None:
+        low_at = self._low_at(held, extends)
+        if low_at is None or low_at > now:
+            return None
+        return self._extended(held, self._at_most(held, now + self._attached_seconds, now), now)
+
+    @staticmethod
+    def _extended(held: Reservation, ends_at: float, now: float) -> Event:
+        return Event(now, held.id, "extended", "attached", Extended(ends_at))
+
+    def _next_end(self, log_is_down: bool) -> _End | None:
+        """How and when the held reservation ends if nobody does anything."""
+        held = self.held
+        if held is None or held.ends_at is None or held.held_at is None:
+            return None
+        attachment, ends = held.attachment, list[_End]()
+        if attachment.state == "attached" and log_is_down:
+            return None
+        if attachment.state != "restarted":  # there the consumer has its time to attach again, however late it is
+            ends.append(_End(held.ends_at, "expired", "duration_elapsed"))
+        elif self.limits.max_hold_seconds is not None:
+            ends.append(_End(held.held_at + self.limits.max_hold_seconds, "expired", "duration_elapsed"))
+        if attachment.state in ("restarted", "broken") and attachment.lost_at is not None:
+            ends.append(_End(attachment.lost_at, "cancelled", "consumer_lost"))
+        timeout, listening = self.limits.attach_timeout, self._listening_since
+        if attachment.state == "awaited" and timeout is not None and listening is not None and not log_is_down:
+            ends.append(_End(max(held.held_at, listening) + timeout, "cancelled", "consumer_absent"))
+        return min(ends, default=None)
 
     def _held(self, reservation_id: str) -> Reservation:
         if self.held is None or self.held.id != reservation_id:
@@ -233,3 +364,8 @@ class Book:
 def _hold(reservation_id: str, cap: float, now: float) -> list[Event]:
     held = Event(now, reservation_id, "held", None, Held(now + cap))
     return [held] if cap > 0 else [held, Event(now, reservation_id, "expired", "duration_elapsed", Ended())]
+
+
+def _end(reservation: Reservation, kind: EventKind, reason: str, now: float, result: Any | UnsetType = UNSET) -> Event:
+    first_at = reservation.attachment.first_at
+    return Event(now, reservation.id, kind, reason, Ended(result, UNSET if first_at is None else first_at))

@@ -56,6 +56,7 @@ EDGES: Final[tuple[Edge, ...]] = (
     Edge("queued", "held", None, "held"),
     Edge("held", "extended", "extend", "held"),  # POST /extend
     Edge("held", "extended", "ping", "held"),  # POST /ping: a session is renewed by its owner
+    Edge("held", "extended", "attached", "held"),  # POST /attach: by the worker, for the attached consumer
     Edge("held", "released", "explicit", "released", 200, "Success"),
     Edge("held", "released", "session_end", "released", 200, "Success"),
     Edge("held", "released", "consumer_exit", "released", 200, "Success"),
@@ -81,6 +82,8 @@ EDGES: Final[tuple[Edge, ...]] = (
     ),
     Edge("held", "cancelled", "draining", "cancelled", 503, "Cancelled", "the worker stopped before the release"),
     Edge("held", "cancelled", "consumer_unhealthy", "cancelled", 503, "Cancelled", "the consumer became unhealthy"),
+    Edge("held", "cancelled", "consumer_lost", "cancelled", 503, "Cancelled", "the consumer died; try another worker"),
+    Edge("held", "cancelled", "consumer_absent", "cancelled", 503, "Cancelled", "no consumer came; try another worker"),
     Edge("queued", "cancelled", "worker_restart", "cancelled", 503, "Cancelled", "the worker was restarted"),
     Edge("held", "cancelled", "worker_restart", "cancelled", 503, "Cancelled", "the worker was restarted"),
     Edge("queued", "cancelled", "worker_error", "cancelled", 500, "Error", "a fault of the worker; see its log"),

@@ -7,25 +7,29 @@ browser on the same machine, or a host name rebound to 127.0.0.1, gets 403.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, cast
 from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
 from msgspec import UNSET, Meta, UnsetType
 
-from nullworker.errors import Conflict, Forbidden, Invalid, NotFound
+from nullworker.errors import Busy, Conflict, Forbidden, Invalid, NotFound
 from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.queries import ReservationJson
+from nullworker.fsm.attachment import Extends
 from nullworker.fsm.table import STATES
 from nullworker.http.bodies import decode, number, read_body, unfit
 from nullworker.http.page import add_page
-from nullworker.http.reservations import find, newest, reservation_json
+from nullworker.http.reservations import final_status, find, newest, reservation_json
 from nullworker.http.responses import HELD, Handler, json_response, make_app
-from nullworker.http.sse import Watchers, stream_events
+from nullworker.http.sse import Watchers, stream_attachment, stream_events
 from nullworker.http.status import Status
+from nullworker.logs import get_log
 from nullworker.metrics.exporter import Exporter
 from nullworker.service import Commit, Service
+
+log = get_log(__name__)
 
 MAX_RESULT_BYTES: Final = 64 * 1024
 MAX_WAIT_SECONDS: Final = 60.0
@@ -96,6 +100,39 @@ class ControlHandlers:
         self._exporter.extensions.labels("extended").inc()
         ends_at = reservation_json(extended, self._service.now())["ends_at"]
         return json_response({"reservation_id": held.id, "ends_at": ends_at})
+
+    async def attach(self, request: web.Request) -> web.StreamResponse:
+        """The consumer's liveness connection: while it is there the reservation has its consumer."""
+        await read_body(request)  # an unread one would keep the end of the connection from being noticed
+        asked, extends = request.query.get("reservation_id"), request.query.get("extend", "")
+        if not asked:
+            raise Invalid("reservation_id is missing", reservation_id="missing parameter")
+        if extends not in ("", "1", "all"):
+            raise Invalid("extend is wrong", extend="must be 1 or all")
+        held = self._service.book.held
+        if held is None or held.id != asked:
+            known = find(self._service, self._log, asked)
+            if known is None:
+                raise NotFound(f"there is no reservation {asked}")
+            raise Conflict(f"it is not held: {_fate(known)}", **final_status(known))
+        if held.attachment.state == "attached":
+            raise Busy("another consumer is attached to this reservation", state="attached")
+        first = held.attachment.first_at is None
+        self._service.attach(asked, cast(Extends, extends))
+        log.info("consumer_attached", reservation_id=asked, first=first)
+        if first and held.held_at is not None and held.attachment.first_at is not None:
+            self._exporter.attach.observe(max(held.attachment.first_at - held.held_at, 0.0))
+        closed_by_worker = False
+        try:
+            return await stream_attachment(request, self._service, self._log, held, self.watchers)
+        except Exception as error:  # of a log that cannot be read, not of the consumer
+            closed_by_worker = not isinstance(error, ConnectionError)
+            raise
+        finally:
+            if held.state == "held":
+                if not self._service.readiness.draining:
+                    log.warning("consumer_detached", reservation_id=asked)
+                self._service.detach(asked, by_worker=closed_by_worker)
 
     async def reservation(self, request: web.Request) -> web.Response:
         """GET /reservation: the held one, or the one that is held within `wait` seconds."""
@@ -197,6 +234,7 @@ def control_app(
     app.on_shutdown.append(control.watchers.dismiss)
     app.router.add_post("/release", control.release)
     app.router.add_post("/extend", control.extend)
+    app.router.add_post("/attach", control.attach)
     app.router.add_get("/reservation", control.reservation)
     app.router.add_get("/reservations", control.reservations)
     app.router.add_get("/readyz", control.readyz)

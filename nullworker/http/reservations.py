@@ -41,6 +41,11 @@ def reservation_json(reservation: Reservation, now: float) -> ReservationJson:
     }
 
 
+def final_status(known: ReservationJson) -> dict[str, Any]:
+    """How a reservation ended: `state, reason, held_at, ended_at, held_seconds, result`; of a live one, how it is."""
+    return {name: known[name] for name in ("state", "reason", "held_at", "ended_at", "held_seconds", "result")}
+
+
 def find(service: Service, event_log: EventLog, reservation_id: str) -> ReservationJson | None:
     """A reservation by its id: live, ended but not yet written, or in the log. None: it is unknown."""
     found = service.find(reservation_id)

@@ -79,6 +79,28 @@ async def stream_reservation(
         service.unwatch(reservation.id, wakeup.set)
 
 
+async def stream_attachment(
+    request: web.Request, service: Service, event_log: EventLog, reservation: Reservation, watchers: Watchers
+) -> web.StreamResponse:
+    """The events of the held reservation, until it ends or the worker stops; then the connection is closed."""
+    with watchers.wakeup() as wakeup, _cut_off_by_errors(request):
+        service.watch(reservation.id, wakeup.set)
+        try:
+            response = await _begin(request, {RESERVATION_HEADER: reservation.id}, close=True)
+            await _follow(
+                response,
+                event_log,
+                wakeup,
+                0,
+                reservation.id,
+                until=lambda: reservation.state in ENDED or watchers.dismissed,
+            )
+            await response.write_eof()
+            return response
+        finally:
+            service.unwatch(reservation.id, wakeup.set)
+
+
 async def stream_events(
     request: web.Request, event_log: EventLog, after: int, watchers: Watchers
 ) -> web.StreamResponse:
@@ -103,9 +125,13 @@ def _cut_off_by_errors(request: web.Request) -> Iterator[None]:
         raise
 
 
-async def _begin(request: web.Request, headers: dict[str, str] | None = None) -> web.StreamResponse:
+async def _begin(
+    request: web.Request, headers: dict[str, str] | None = None, *, close: bool = False
+) -> web.StreamResponse:
     response = web.StreamResponse(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no", **(headers or {})})
     response.content_type = "text/event-stream"
+    if close:
+        response.force_close()
     request[HELD] = True
     await response.prepare(request)
     await response.write(b": open\n\n")

@@ -7,7 +7,7 @@ from typing import TypedDict
 from nullworker import __version__
 from nullworker.autoscaler.connection import AutoscalerClient
 from nullworker.autoscaler.reporter import Reporter
-from nullworker.clock import elapsed
+from nullworker.clock import elapsed, iso
 from nullworker.consumer_health import HealthPoll
 from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.queries import ReservationJson
@@ -24,12 +24,14 @@ class QueueJson(TypedDict):
 
 
 class ConsumerJson(TypedDict):
-    """The consumer's health, as BACKEND_HEALTH_URL tells it."""
+    """The consumer: its health, as BACKEND_HEALTH_URL tells it, and its connection to what is held."""
 
     healthy: bool
     url: str | None  # None: BACKEND_HEALTH_URL is not set
     last: str | None  # the last result in words
     why: str | None  # why no reservation is taken for it
+    attached: bool  # whether it is attached to the held reservation
+    attached_at: str | None  # when one first was, ISO 8601
 
 
 class AutoscalerJson(TypedDict):
@@ -89,6 +91,7 @@ class Status:
         service, readiness, now = self._service, self._service.readiness, self._service.now()
         book = service.book
         head = next(iter(book.queue.values()), None)
+        attachment = None if book.held is None else book.held.attachment
         return {
             "state": readiness.state,
             "held": None if book.held is None else reservation_json(book.held, now),
@@ -102,6 +105,8 @@ class Status:
                 "url": self._health.url if self._health else None,
                 "last": self._health.last if self._health else None,
                 "why": readiness.consumer,
+                "attached": attachment is not None and attachment.state == "attached",
+                "attached_at": None if attachment is None or attachment.first_at is None else iso(attachment.first_at),
             },
             "autoscaler": {
                 "reports_to": None if self._autoscaler is None else list(self._autoscaler.addresses),

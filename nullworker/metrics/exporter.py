@@ -73,6 +73,9 @@ class Exporter:
 
         self.queue_wait = histogram("queue_wait_seconds", "Time from the claim to the slot.", _WAIT_BUCKETS)
         self.hold = histogram("hold_seconds", "Time for which a reservation was held.", _LONG_BUCKETS)
+        self.attach = histogram(
+            "attach_seconds", "Time from the hold to the consumer's first attachment.", _WAIT_BUCKETS
+        )
         self.releases = counter("releases_total", "Calls of /release, by result.", ("result",))
         self.extensions = counter("extensions_total", "Calls of /extend, by result.", ("result",))
         self.requests = counter(
@@ -218,6 +221,11 @@ class _BookCollector(Collector):
             "nullworker_consumer_healthy",
             "1 when the consumer's last health answers were good, or none is asked for.",
             0 if readiness.consumer else 1,
+        )
+        yield GaugeMetricFamily(
+            "nullworker_consumer_attached",
+            "1 while a consumer is attached to the held reservation.",
+            1 if held is not None and held.attachment.state == "attached" else 0,
         )
         states = GaugeMetricFamily("nullworker_worker_state", "1 for the state of the worker.", labels=("state",))
         for state in WORKER_STATES:

@@ -45,6 +45,8 @@ def test_the_contract_has_these_ends_and_no_others() -> None:
         ("cancelled", "log_unavailable", False, 503, "Rejected"),
         ("cancelled", "draining", True, 503, "Cancelled"),
         ("cancelled", "consumer_unhealthy", True, 503, "Cancelled"),
+        ("cancelled", "consumer_lost", True, 503, "Cancelled"),
+        ("cancelled", "consumer_absent", True, 503, "Cancelled"),
         ("cancelled", "worker_restart", False, 503, "Cancelled"),
         ("cancelled", "worker_restart", True, 503, "Cancelled"),
         ("cancelled", "worker_error", False, 500, "Error"),

@@ -118,6 +118,10 @@ function drawHeld({ state, held, queue, ...status }) {
   seen.heldId = id;
 }
 
+function attachment({ attached, attached_at }) {
+  return attached ? `; attached since ${clock(attached_at)}` : attached_at ? "; its connection is broken" : "";
+}
+
 function drawChecks({ state, queue, consumer, autoscaler, log }) {
   const reports = autoscaler.reports_to;
   const trouble = reports && (autoscaler.trouble || !autoscaler.key_loaded);
@@ -125,7 +129,7 @@ function drawChecks({ state, queue, consumer, autoscaler, log }) {
   const checks = [
     ["Worker", { ready: "good", errored: "bad" }[state] ?? "wait", state, { ready: "takes reservations", errored: "refuses reservations until the cause is gone", draining: "refuses new reservations, and stops", starting: "takes no reservations yet" }[state]],
     ["Queue", queue.length >= queue.limit && queue.limit ? "bad" : queue.length ? "wait" : "good", queue.length ? `${queue.length} waiting` : "empty", queue.length ? `the first for ${span(queue.oldest_seconds)}; room for ${queue.limit}` : `room for ${queue.limit}`],
-    ["Consumer", consumer.healthy ? "good" : state === "starting" ? "wait" : "bad", consumer.healthy ? "healthy" : state === "starting" ? "not ready" : "unhealthy", consumer.why ?? (consumer.url ? (consumer.last === "healthy" ? `${consumer.url} answers` : `at the last look: ${consumer.last}`) : "no health endpoint is set; taken as healthy")],
+    ["Consumer", consumer.healthy ? "good" : state === "starting" ? "wait" : "bad", consumer.healthy ? "healthy" : state === "starting" ? "not ready" : "unhealthy", consumer.why ?? (consumer.url ? (consumer.last === "healthy" ? `${consumer.url} answers` : `at the last look: ${consumer.last}`) : "no health endpoint is set; taken as healthy") + attachment(consumer)],
     ["Autoscaler", !reports ? "off" : trouble ? "bad" : autoscaler.backlog ? "wait" : "good", !reports ? "standalone" : trouble ? "trouble" : "connected",
       !reports ? "this worker reports to nobody" : [autoscaler.trouble ?? `reports to ${reports.join(", ")}`, autoscaler.key_loaded ? null : "no key to verify with", autoscaler.backlog ? `${autoscaler.backlog} outcomes not acknowledged` : null].filter(Boolean).join("; ")],
     ["Event log", log.why || log.unwritten ? "bad" : "good", log.why ? "not writable" : "writable", log.why ? `${log.why}; ${log.unwritten} events wait in memory` : `${size}, the last event is ${log.last_seq}, ${log.path}`],
