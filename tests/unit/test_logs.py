@@ -21,9 +21,11 @@ from typing import Any
 
 import pytest
 from harness import PATIENCE, ROOT, post
-from programs import free_port, listens, until
+from programs import free_port, until
 
 from nullworker import logs
+from nullworker.control_client import ControlClient
+from nullworker.errors import WorkerUnreachable
 
 
 class Untold:
@@ -203,14 +205,22 @@ def speaking(folder: Path, code: str, stderr: int) -> contextlib.AbstractAsyncCo
 
 @contextlib.asynccontextmanager
 async def working(folder: Path, stderr: int | None = None, redirected: str = "") -> AsyncIterator[tuple[Process, str]]:
-    """A worker that listens, which is seen by its ports, since it may say nothing; and its url."""
+    """A worker that has started, which is seen on its control port, since it may have no stderr; and its url."""
     port, control = free_port(), free_port()
     ports = {"WORKER_PORT": port, "NULL_CONTROL_PORT": control, "WORKER_HTTP_PORT": free_port()}
     env = {"UNSECURED": "true", "NULL_LOG_FORMAT": "json", **{name: str(port) for name, port in ports.items()}}
     command = ("/bin/sh", "-c", f'exec "$0" -m nullworker serve {redirected}', sys.executable)
     async with started(folder, *command, stderr=stderr, **env) as process:
-        await until(lambda: listens(port) and listens(control))
+        await until(lambda: answers(control))
         yield process, f"http://127.0.0.1:{port}"
+
+
+def answers(control: int) -> bool:
+    """Whether a worker answers on this control port. Its ports listen some time before it handles signals."""
+    try:
+        return bool(ControlClient(f"http://127.0.0.1:{control}").ask("GET", "/status"))
+    except WorkerUnreachable:
+        return False
 
 
 async def end_of(process: Process) -> int:
