@@ -13,6 +13,7 @@ import aiohttp
 from nullworker.logs import get_log
 from nullworker.outgoing import describe_failure
 from nullworker.service import Service
+from nullworker.settings import without_secrets
 
 log = get_log(__name__)
 
@@ -26,6 +27,7 @@ class HealthPoll:
 
     Attributes:
         last: the result of the last poll, in words.
+        url: the URL as it may be shown.
     """
 
     def __init__(
@@ -39,7 +41,8 @@ class HealthPoll:
         cancel_held: bool,
     ) -> None:
         self.last = "not asked yet"
-        self.url = url
+        self.url = without_secrets(url)
+        self._url = url
         self._service = service
         self._interval = interval
         self._timeout = aiohttp.ClientTimeout(total=timeout)
@@ -79,7 +82,7 @@ class HealthPoll:
 
     async def _look(self, http: aiohttp.ClientSession) -> str | None:
         try:
-            async with http.get(self.url, allow_redirects=False) as answer:
+            async with http.get(self._url, allow_redirects=False) as answer:
                 return None if answer.status == 200 else f"{self.url} answered {answer.status}"
         except asyncio.TimeoutError:
             return f"{self.url} did not answer in {self._timeout.total:g} s"

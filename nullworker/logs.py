@@ -87,14 +87,16 @@ def as_text(at: float, level: str, event: str, fields: dict[str, Any], trace: st
 class _Out:
     """Where lines go: a stream, or whatever stderr is at the time."""
 
-    def __init__(self, form: Form, stream: TextIO | None = None) -> None:
+    def __init__(self, form: Form, stream: TextIO | None = None, common: dict[str, Any] | None = None) -> None:
         self.form = form
         self._stream = stream
+        self._common = common or {}
 
     def write(self, at: float, level: str, event: str, fields: dict[str, Any], trace: str) -> None:
         stream = self._stream or sys.stderr
         if stream is None:  # the process was started without one
             return
+        fields = {**fields, **self._common}
         try:
             line = self.form(at, level, event, fields, trace)
         except Exception as error:  # a field that cannot be told: the rest can
@@ -171,7 +173,7 @@ def _own(fd: int) -> int:
 
 
 class _Library(logging.Handler):
-    """Lines of the libraries."""
+    """Lines of the libraries, and of our own parts that are libraries to others: nullworker.consumer."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """One of them, in the form of ours."""
@@ -179,21 +181,28 @@ class _Library(logging.Handler):
             message = record.getMessage()
         except Exception:  # its words do not fit its arguments: the library's bug, and not worth a stop
             message = repr(record.msg)
-        fields = {"library": record.name, "message": message}
+        top, _, rest = record.name.partition(".")
+        ours = top == __name__.partition(".")[0]
+        event = rest.partition(".")[0] if ours else "library_line"
+        fields = {"message": message} if ours else {"library": record.name, "message": message}
         trace = _trace(record.exc_info[1]) if record.exc_info else ""
-        _out.write(record.created, record.levelname.lower(), "library_line", fields, trace)
+        _out.write(record.created, record.levelname.lower(), event, fields, trace)
 
 
 _LEVELS = {logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error"}
 _out = _Out(as_text)
 
 
-def configure(form: str, level: str, stream: TextIO | None = None) -> None:
-    """Set up all log lines of this process. `form` is json or console, `level` the least that is shown."""
+def configure(form: str, level: str, stream: TextIO | None = None, *, instance: int | None = None) -> None:
+    """Set up all log lines of this process.
+
+    `form` is json or console, `level` the least that is shown, `instance` Vast's id of this machine: it ends each line.
+    """
     global _out
     if sys.stderr is not None and sys.stderr is sys.__stderr__:  # the process's own
         sys.stderr = cast("TextIO", _Stderr())
-    _out = _Out(as_json if form == "json" else as_text, stream)
+    common = {} if instance is None else {"instance": instance}
+    _out = _Out(as_json if form == "json" else as_text, stream, common)
     least = logging.getLevelName(level.upper())
     logging.basicConfig(handlers=[_Library()], level=max(least, logging.WARNING), force=True)
     logging.getLogger("nullworker").setLevel(least)
@@ -204,5 +213,7 @@ def _trace(error: BaseException | None) -> str:
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, dict):
+        value = " ".join(f"{name}={_word(each)}" for name, each in value.items())
     text = str(value)
     return text if _PLAIN.fullmatch(text) else json.dumps(text)

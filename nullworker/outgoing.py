@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import ssl
 import traceback
 from typing import Any, Final
@@ -13,6 +14,21 @@ import msgspec
 
 #: Seconds that one POST may take.
 CALL_SECONDS: Final = 10.0
+
+#: What errors mean whose cause says no more.
+_WORDS: Final[dict[type[BaseException], str]] = {
+    asyncio.TimeoutError: "it did not answer in time",
+    aiohttp.ServerFingerprintMismatch: "it has another certificate",
+    aiohttp.ServerDisconnectedError: "it closed the connection without an answer",
+    aiohttp.ClientPayloadError: "its answer broke off",
+    aiohttp.NonHttpUrlClientError: "its url is not http or https",
+    aiohttp.InvalidURL: "its url is not valid",
+    UnicodeError: "its url is not valid",
+}
+#: OpenSSL's reasons when the other side answers in plain text.
+_PLAIN_TEXT: Final = frozenset(
+    ("WRONG_VERSION_NUMBER", "UNEXPECTED_MESSAGE", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG")
+)
 
 
 class HttpPost:
@@ -42,17 +58,30 @@ class HttpPost:
 
 
 def describe_failure(error: BaseException) -> str:
-    """Why a call failed: the type of the error and the operating system's words for its cause.
+    """Why a call did not arrive, in words that go on from "it cannot be reached: ".
 
-    The error's own message is not used: aiohttp's quote the url and the answer, asyncio's and OpenSSL's the host.
+    Never in the error's own words: aiohttp's quote the url and what came back, asyncio's and OpenSSL's the host.
     """
     cause = error.__cause__ or error
-    why: object = None
+    for each in (error, cause):
+        for kind, words in _WORDS.items():
+            if isinstance(each, kind):
+                return words
     if isinstance(cause, ssl.SSLError):
-        why = getattr(cause, "verify_message", "").partition(",")[0] or getattr(cause, "reason", None)
-    elif isinstance(cause, OSError) and not isinstance(cause, aiohttp.ClientError):
-        number = cause.errno or 0  # a resolver's errors have none or a negative one, and a message without a host
-        why = os.strerror(number) if number > 0 else cause.strerror
-    elif isinstance(error, aiohttp.ClientResponseError):
-        why = error.status if cause is error else "no valid HTTP"
-    return f"{type(error).__name__}: {why}" if why else type(error).__name__
+        return _describe_tls(cause)
+    if isinstance(cause, OSError) and not isinstance(cause, aiohttp.ClientError):
+        number = cause.errno or 0  # a resolver's errors have none, or a negative one, and words without a host
+        why = (os.strerror(number) if number > 0 else cause.strerror or "the connection failed").lower()
+        return f"its name is not known: {why}" if isinstance(cause, socket.gaierror) else why
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"it answered {error.status}" if cause is error else "it does not speak HTTP"
+    return f"the call failed ({type(error).__name__})"
+
+
+def _describe_tls(error: ssl.SSLError) -> str:
+    reason: str | None = getattr(error, "reason", None)
+    if message := getattr(error, "verify_message", "").partition(",")[0]:
+        return f"its certificate is not trusted: {message.lower()}"
+    if reason in _PLAIN_TEXT:
+        return "it does not speak TLS"
+    return f"TLS failed: {reason.replace('_', ' ').lower()}" if reason else "TLS failed"

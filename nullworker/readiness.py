@@ -31,6 +31,7 @@ class Readiness:
         self.listeners: list[Callable[[], None]] = []
         self._key = key
         self._starting = consumer_starting
+        self._asked = consumer_starting is not None
         self._unhealthy: str | None = None
         self._log: str | None = None
         self._draining: str | None = None
@@ -97,6 +98,11 @@ class Readiness:
         return self._unhealthy or self._starting
 
     @property
+    def consumer_healthy(self) -> bool | None:
+        """Whether the consumer is healthy; None: nobody asks it."""
+        return self.consumer is None if self._asked else None
+
+    @property
     def starting(self) -> bool:
         """Whether the consumer has not been healthy even once."""
         return self._starting is not None
@@ -143,10 +149,11 @@ class Readiness:
     def checks(self) -> dict[str, Check]:
         """The checks of /readyz by name."""
         stops = self._dead_part or self._draining
+        healthy = "the consumer is healthy" if self._asked else "the consumer is not asked: BACKEND_HEALTH_URL is unset"
         return {
             "log": Check(not self._log, self._log or "the event log is writable"),
             "key": Check(not self._key, self._key or "requests can be verified"),
-            "consumer": Check(not self.consumer, self.consumer or "the consumer is healthy"),
+            "consumer": Check(not self.consumer, self.consumer or healthy),
             "draining": Check(not stops, stops or "not draining"),
         }
 

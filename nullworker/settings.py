@@ -2,11 +2,12 @@
 
 Each field has the name of its environment variable in lower case. Its metadata hold the parser, the allowed values and
 the help text; `--help`, the table in docs/deploying.md and all error messages are made from them. No other module of
-the worker reads the environment; the consumer's commands read NULL_CONTROL_PORT.
+the worker reads the environment; the other commands read theirs, those in OTHER_NAMES, through their options.
 """
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import math
 import re
@@ -25,6 +26,9 @@ DAY = 86_400.0
 
 #: The SDK skips this entry of REPORT_ADDR: the old API takes no reports (vastai 1.9.1, server/lib/metrics.py).
 OLD_API = "https://cloud.vast.ai/api/v0"
+
+#: Variables that begin with NULL_ and belong to other commands than `serve`; a test compares them with the options.
+OTHER_NAMES = frozenset(("NULL_QUEUE",))
 
 _TRUE = frozenset(("true", "t", "yes", "y", "on", "1"))
 _AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -224,6 +228,25 @@ class Settings:
         """As of a dataclass, with secrets hidden."""
         return f"Settings({', '.join(f'{f.name}={_shown(f, getattr(self, f.name))}' for f in fields(self))})"
 
+    def in_force(self) -> dict[str, str | float | bool]:
+        """The settings that are not the default, by their variables, as people may see them: no secret is in it."""
+        found: dict[str, str | float | bool] = {}
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if value == each.default:
+                continue
+            if each.name.endswith("_token"):
+                value = "***"
+            elif isinstance(value, tuple):
+                value = ",".join(map(without_secrets, value))
+            elif each.metadata["kind"] is _URL:
+                value = without_secrets(value)
+            name = variable(each.name).replace("<WORKER_PORT>", str(self.worker_port))
+            if isinstance(value, float) and value.is_integer():
+                value = int(value)
+            found[name] = value if isinstance(value, (str, int, float)) else str(value)
+        return found
+
     @property
     def standalone(self) -> bool:
         """Whether the worker reports to no autoscaler."""
@@ -266,6 +289,19 @@ def _shown(setting: Field[Any], value: Any) -> str:
 def variable(name: str) -> str:
     """The environment variable of a field."""
     return "VAST_TCP_PORT_<WORKER_PORT>" if name == "vast_tcp_port" else name.upper()
+
+
+def unknown_names(values: Mapping[str, str]) -> dict[str, str | None]:
+    """Variables that begin with NULL_ and that no command knows, each with the known name nearest to it, if any is."""
+    known = {variable(each.name) for each in fields(Settings)} | OTHER_NAMES
+    known = {name for name in known if name.startswith("NULL_")}
+    strange = sorted(name for name in values if name.startswith("NULL_") and name not in known)
+    return {name: next(iter(difflib.get_close_matches(name, known, n=1)), None) for name in strange}
+
+
+def unknown_setting(name: str, nearest: str | None) -> str:
+    """What is said of a variable that looks like a setting and is none."""
+    return f"there is no setting {name}" + (f": is {nearest} meant?" if nearest else "; it changes nothing")
 
 
 def read_settings(values: Mapping[str, str]) -> Settings:

@@ -11,7 +11,7 @@ import contextlib
 import gc
 import signal
 import socket
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from typing import Any, Final
 
 from nullworker import __version__, aio, logs
@@ -36,7 +36,7 @@ from nullworker.outgoing import HttpPost
 from nullworker.readiness import Readiness
 from nullworker.service import DeadlineTimer, Service
 from nullworker.session_callbacks import Callbacks
-from nullworker.settings import Settings
+from nullworker.settings import Settings, unknown_setting, without_secrets
 
 log = get_log(__name__)
 
@@ -50,13 +50,17 @@ PROBE_SECONDS: Final = 10.0
 YOUNG_OBJECTS: Final = 20_000
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings, unknown: Mapping[str, str | None]) -> int:
     """Run a worker until it is told to stop. Returns the exit code.
+
+    `unknown`: variables that look like settings and are none, with the known name nearest to each.
 
     Raises:
         CannotStart: a port is taken, or the certificate or the log cannot be opened.
     """
-    logs.configure(settings.null_log_format, settings.null_log_level)
+    logs.configure(settings.null_log_format, settings.null_log_level, instance=settings.container_id)
+    for name, nearest in unknown.items():
+        log.warning("unknown_setting", name=name, nearest=nearest, message=unknown_setting(name, nearest))
     gc.freeze()  # imported objects are never garbage
     gc.set_threshold(YOUNG_OBJECTS)
     return asyncio.run(_serve(settings))
@@ -168,7 +172,7 @@ class Worker:
                 url_policy="off" if settings.standalone else settings.null_grant_url,
             ),
             exporter,
-            Status(service, event_log, self.autoscaler, self.reporter, self.health, own_url=settings.own_url),
+            Status(service, event_log, self.autoscaler, self.reporter, self.health, settings),
             shutdown_seconds=STOP_SECONDS / 2,
         )
         self._stop = asyncio.Event()
@@ -196,7 +200,8 @@ class Worker:
             external_port=self.settings.worker_port,
             control_port=self.settings.null_control_port,
             event_log=str(self.log.path),
-            reports_to=None if self.autoscaler is None else ",".join(self.autoscaler.addresses),
+            reports_to=None if self.autoscaler is None else ",".join(map(without_secrets, self.autoscaler.addresses)),
+            settings=self.settings.in_force(),
         )
 
     async def serve(self) -> str | None:

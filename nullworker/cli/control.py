@@ -14,7 +14,8 @@ from typing import Any, Final
 import click
 
 from nullworker.cli.options import SECONDS, with_control
-from nullworker.clock import stopwatch
+from nullworker.cli.words import clock_time, duration, job_name, settings_line
+from nullworker.clock import from_iso, stopwatch
 from nullworker.control_client import ANSWER_SECONDS, ControlClient, Refused
 from nullworker.errors import NullworkerError, WorkerUnreachable
 
@@ -48,17 +49,21 @@ def status(control: ControlClient, *, as_json: bool) -> None:
         click.echo(json.dumps(answer))
         return
     consumer, autoscaler, log, queue = answer["consumer"], answer["autoscaler"], answer["log"], answer["queue"]
-    waits = "" if queue["oldest_seconds"] is None else f", the oldest for {queue['oldest_seconds']} s"
-    reports = ", ".join(autoscaler["reports_to"] or ()) or "no autoscaler (standalone)"
+    waits = "" if queue["oldest_seconds"] is None else f", the first for {duration(queue['oldest_seconds'])}"
+    reports = ", ".join(autoscaler["reports_to"] or ()) or "nobody (standalone)"
     facts = {
-        "worker": f"{answer['state']}, {answer['url']}, version {answer['version']}",
-        "held": _in_short(answer["held"]),
+        "worker": f"{answer['state']}, version {answer['version']}",
+        "instance": None if answer["instance"] is None else str(answer["instance"]),
+        "address": answer["url"],
+        **_held(answer["held"]),
         "queue": f"{queue['length']} of {queue['limit']}{waits}",
-        "consumer": consumer["why"] or _healthy(consumer),
-        "reports to": f"{reports}; {autoscaler['trouble'] or 'ok'}, {autoscaler['backlog']} outcomes to be sent",
-        "log": f"{log['path']}: {log['why'] or 'writable'}, {log['bytes']} bytes, last event {log['last_seq']}",
+        "consumer": _consumer(consumer),
+        "reports to": f"{reports}; {autoscaler['trouble'] or 'all well'}, {autoscaler['backlog']} outcomes owed",
+        "log": f"{log['why'] or 'writable'}, {log['bytes']} bytes, the last event is {log['last_seq']}",
+        "file": log["path"],
+        "settings": settings_line(answer["settings"]),
     }
-    show(facts)
+    show({name: fact for name, fact in facts.items() if fact is not None})
 
 
 @click.command()
@@ -136,7 +141,7 @@ def show(facts: dict[str, Any]) -> None:
     """Print one line for each item."""
     width = max(map(len, facts))
     for name, value in facts.items():
-        text = value if isinstance(value, str) else json.dumps(value)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
         click.echo(f"{click.style(name.ljust(width), bold=True)}  {text}")
 
 
@@ -154,14 +159,22 @@ def _ask(control: ControlClient, path: str, body: dict[str, Any], as_json: bool)
     return answer
 
 
-def _in_short(held: dict[str, Any] | None) -> str:
+def _held(held: dict[str, Any] | None) -> dict[str, str]:
     if held is None:
-        return "nothing"
-    return f"{held['id']}, a {held['kind']}, for {held['held_seconds']} s, ends at {held['ends_at']}"
+        return {"held": "nothing"}
+    name = job_name(held["metadata"])
+    left = duration(from_iso(held["ends_at"]) - from_iso(held["held_at"]) - held["held_seconds"])
+    return {
+        "held": f"{name or held['id']}, a {held['kind']}, for {duration(held['held_seconds'])}",
+        "ends": f"in {left}, at {clock_time(held['ends_at'])}",
+        **({"id": held["id"]} if name else {}),
+    }
 
 
-def _healthy(consumer: dict[str, Any]) -> str:
-    if not consumer["url"]:
-        return "not polled, BACKEND_HEALTH_URL is not set"
-    lately = "" if consumer["last"] in (None, "healthy") else f", but the last poll: {consumer['last']}"
+def _consumer(consumer: dict[str, Any]) -> str:
+    if consumer["healthy"] is None:
+        return "not asked: BACKEND_HEALTH_URL is unset"
+    if not consumer["healthy"]:
+        return f"unhealthy: {consumer['why']}"
+    lately = "" if consumer["last"] in (None, "healthy") else f", but at the last look: {consumer['last']}"
     return f"healthy, {consumer['url']}{lately}"

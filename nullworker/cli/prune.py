@@ -52,8 +52,7 @@ def prune(keep: float, *, dry_run: bool, as_json: bool, path: str | None) -> Non
     if not file.exists():
         raise CannotStart(f"there is no event log {file.absolute()}: give --log PATH or NULL_EVENT_LOG")
     before = SystemClock().now() - keep
-    open_for_reading(file).close()  # fails for a file that is no log, before a lock file is made
-    with contextlib.closing(open_for_reading(file) if dry_run else open_log(file, fix=False)) as log:
+    with contextlib.closing(open_for_reading(file) if dry_run else _open(file)) as log:
         size = log.size()
         try:
             gone = [each for ids in expendable(log.conn, before) for each in ids]
@@ -72,6 +71,19 @@ def prune(keep: float, *, dry_run: bool, as_json: bool, path: str | None) -> Non
         "bytes": log.size(),
     }
     click.echo(json.dumps(summary) if as_json else _sentence(summary))
+
+
+def _open(file: Path) -> EventLog:
+    open_for_reading(file).close()  # what is no log gets no lock beside it
+    try:
+        return open_log(file, fix=False)
+    except CannotStart as error:
+        if error.tell:
+            raise
+        raise CannotStart(  # a worker has it
+            f"{str(error).partition(';')[0]}; with NULL_LOG_KEEP it prunes its log by itself, daily; to prune now, "
+            "stop it first; --dry-run says what would go, also while it runs"
+        ) from None
 
 
 def _remove(log: EventLog, gone: list[str], *, quiet: bool) -> None:

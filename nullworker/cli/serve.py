@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from nullworker.settings import Settings, read_settings, variable
+from nullworker.settings import Settings, read_settings, unknown_names, variable
 
 
 def _option_name(field: str) -> str:
@@ -56,4 +56,4 @@ def serve(**options: str | None) -> None:
 
     from nullworker.worker import serve as run_worker
 
-    sys.exit(run_worker(settings))
+    sys.exit(run_worker(settings, unknown_names(os.environ)))

@@ -47,6 +47,12 @@ class HoldError(NullworkerError):
         self.answer = answer
 
 
+def _describe(error: Exception) -> str:
+    from nullworker.outgoing import describe_failure  # with aiohttp, which `nullworker --help` must not pay for
+
+    return describe_failure(error)
+
+
 def refusal(who: str, status: int, text: str) -> HoldError:
     """The error for an HTTP answer that says no."""
     try:
@@ -125,7 +131,7 @@ class ClaimTrace:
             raise HoldError(f"no worker within {self.timeout:g} s{trouble}; {advice}") from error
         except Exception as error:  # aiohttp's errors, and the SDK's, which are bare Exceptions and RuntimeErrors
             if self.held:
-                broke = f"the connection to {self.worker} broke while it was held ({type(error).__name__})"
+                broke = f"the connection to {self.worker} broke while it was held: {_describe(error)}"
                 raise HoldError(f"{broke}; the reservation has ended: ask for a new one") from error
             advice = "; check VAST_API_KEY" if re.search("HTTP 40[13]", str(error)) else ""
             raise HoldError((self.trouble or str(error) or type(error).__name__) + advice) from error
@@ -156,7 +162,7 @@ class ClaimTrace:
 
         async def broke(_: object, __: object, call: aiohttp.TraceRequestExceptionParams) -> None:
             if call.url.path in CLAIMS and isinstance(call.exception, Exception):  # a cancellation is no failure
-                self.failed(f"{self.worker} cannot be reached ({type(call.exception).__name__})", retried=True)
+                self.failed(f"{self.worker} cannot be reached: {_describe(call.exception)}", retried=True)
 
         config = aiohttp.TraceConfig()
         config.on_request_start.append(started)

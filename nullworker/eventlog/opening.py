@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import sqlite3
+import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -59,15 +61,41 @@ def open_for_reading(path: Path) -> EventLog:
         CannotStart: there is no such log, or it is not one of this version.
     """
     try:
-        conn = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=5)
         try:
-            schema.check_version(path, conn)
-            return EventLog(path, conn, None)
-        except BaseException:
-            conn.close()
-            raise
+            return _open_as(path, path, "mode=ro")
+        except sqlite3.OperationalError as error:
+            if error.args[0] != "unable to open database file" or not os.access(path, os.R_OK):
+                raise
+            return _open_on_read_only_disk(path)
     except sqlite3.Error as error:
         raise CannotStart(f"there is no event log to read at {path}: {error}") from error
+
+
+def _open_as(path: Path, file: Path, how: str) -> EventLog:
+    """The log of a path, whose content is in a file."""
+    conn = sqlite3.connect(f"{file.absolute().as_uri()}?{how}", uri=True, isolation_level=None, timeout=5)
+    try:
+        schema.check_version(path, conn)
+        return EventLog(path, conn, None)
+    except BaseException:
+        conn.close()
+        raise
+
+
+def _open_on_read_only_disk(path: Path) -> EventLog:
+    """Where no -shm can be made beside a log, it is read as a file that nobody changes (sqlite.org/wal.html#readonly).
+
+    SQLite does not look at the -wal then: when there is one with something in it, both are copied to where an -shm can
+    be made.
+    """
+    wal = Path(f"{path}-wal")
+    if not wal.exists() or wal.stat().st_size == 0:
+        return _open_as(path, path, "immutable=1")
+    with tempfile.TemporaryDirectory() as folder:  # what is open stays when it is removed
+        copy = Path(folder, "copy.db")
+        shutil.copyfile(path, copy)
+        shutil.copyfile(wal, f"{copy}-wal")
+        return _open_as(path, copy, "mode=ro")
 
 
 def _open(path: Path, sync: str, lock: int, *, fix: bool) -> EventLog | None:

@@ -13,6 +13,7 @@ from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.queries import ReservationJson
 from nullworker.http.reservations import reservation_json
 from nullworker.service import Service
+from nullworker.settings import Settings, without_secrets
 
 
 class QueueJson(TypedDict):
@@ -26,7 +27,7 @@ class QueueJson(TypedDict):
 class ConsumerJson(TypedDict):
     """The consumer: its health, as BACKEND_HEALTH_URL tells it, and its connection to what is held."""
 
-    healthy: bool
+    healthy: bool | None  # None: nobody asks it
     url: str | None  # None: BACKEND_HEALTH_URL is not set
     last: str | None  # the last result in words
     why: str | None  # why no reservation is taken for it
@@ -62,7 +63,9 @@ class StatusJson(TypedDict):
     consumer: ConsumerJson
     autoscaler: AutoscalerJson
     log: LogJson
+    instance: int | None  # Vast's id of this machine, CONTAINER_ID; None: standalone
     url: str  # of the external port, as the autoscaler knows it
+    settings: dict[str, str | float | bool]  # those in force that are not the default, by variable; secrets hidden
     version: str
 
 
@@ -76,15 +79,14 @@ class Status:
         autoscaler: AutoscalerClient | None,
         reporter: Reporter | None,
         health: HealthPoll | None,
-        *,
-        own_url: str,
+        settings: Settings,
     ) -> None:
         self._service = service
         self._log = event_log
         self._autoscaler = autoscaler
         self._reporter = reporter
         self._health = health
-        self._own_url = own_url
+        self._settings = settings
 
     def document(self) -> StatusJson:
         """The present state of the worker."""
@@ -92,6 +94,7 @@ class Status:
         book = service.book
         head = next(iter(book.queue.values()), None)
         attachment = None if book.held is None else book.held.attachment
+        addresses = None if self._autoscaler is None else map(without_secrets, self._autoscaler.addresses)
         return {
             "state": readiness.state,
             "held": None if book.held is None else reservation_json(book.held, now),
@@ -101,15 +104,15 @@ class Status:
                 "oldest_seconds": None if head is None else elapsed(head.queued_at, now),
             },
             "consumer": {
-                "healthy": readiness.consumer is None,
-                "url": self._health.url if self._health else None,
+                "healthy": readiness.consumer_healthy,
+                "url": without_secrets(self._health.url) if self._health else None,
                 "last": self._health.last if self._health else None,
                 "why": readiness.consumer,
                 "attached": attachment is not None and attachment.state == "attached",
                 "attached_at": None if attachment is None or attachment.first_at is None else iso(attachment.first_at),
             },
             "autoscaler": {
-                "reports_to": None if self._autoscaler is None else list(self._autoscaler.addresses),
+                "reports_to": None if addresses is None else list(addresses),
                 "trouble": None if self._autoscaler is None else self._autoscaler.trouble,
                 "backlog": 0 if self._reporter is None else self._reporter.backlog,
                 "key_loaded": readiness.key is None,
@@ -121,6 +124,8 @@ class Status:
                 "unwritten": len(service.unwritten),
                 "why": readiness.log,
             },
-            "url": self._own_url,
+            "instance": self._settings.container_id,
+            "url": self._settings.own_url,
+            "settings": self._settings.in_force(),
             "version": __version__,
         }

@@ -10,6 +10,7 @@ changes no query.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -219,8 +220,8 @@ class _BookCollector(Collector):
         )
         yield GaugeMetricFamily(
             "nullworker_consumer_healthy",
-            "1 when the consumer's last health answers were good, or none is asked for.",
-            0 if readiness.consumer else 1,
+            "1 when the consumer's last health answers were good, 0 when not, NaN when nobody asks it.",
+            math.nan if readiness.consumer_healthy is None else int(readiness.consumer_healthy),
         )
         yield GaugeMetricFamily(
             "nullworker_consumer_attached",

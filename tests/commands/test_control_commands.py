@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import re
 import subprocess
 import sys
@@ -40,7 +41,13 @@ async def test_status_is_a_table_for_people_and_what_the_worker_says_for_scripts
         table = dict(line.split(maxsplit=1) for line in (await command(worker, "status")).splitlines())
         assert table["worker"].startswith("ready, ")
         assert table["held"].startswith(f"{told['held']['id']}, a request")
-        assert str(tmp_path) in table["log"]
+        assert "the last event is 2" in table["log"]
+        assert str(tmp_path) in str(told["log"]["path"])
+        assert table["consumer"] == "not asked: BACKEND_HEALTH_URL is unset"
+        assert (told["consumer"]["healthy"], told["instance"]) == (None, None)
+        assert math.isnan(await worker.metric("nullworker_consumer_healthy"))
+        assert told["settings"].items() >= {"UNSECURED": True, "NULL_LOG_FORMAT": "json"}.items()
+        assert "UNSECURED=true" in table["settings"].split()
 
 
 async def test_release_hands_the_result_to_the_caller(tmp_path: Path) -> None:

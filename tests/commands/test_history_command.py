@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -17,7 +18,7 @@ from programs import Program, answered, caller, free_port, nullworker, run, unti
 from nullworker.cli.commands import cli
 from nullworker.eventlog import queries
 from nullworker.eventlog.opening import open_log
-from nullworker.fsm.events import Ended, Event, Queued
+from nullworker.fsm.events import Ended, Event, Extended, Held, Queued
 
 
 async def command(worker: WorkerProcess, *arguments: str, code: int = 0) -> str:
@@ -55,8 +56,8 @@ async def test_history_is_the_reservations_newest_first(tmp_path: Path) -> None:
         assert await as_json(worker, "history", "--since", since) == [row for row in rows if row["queued_at"] >= since]
         assert len(await as_json(worker, "history", "--since", "1h")) == 3
         table = (await command(worker, "history")).splitlines()
-        assert table[0].split()[:4] == ["queued", "at", "id", "kind"]
-        assert [line.split()[1] for line in table[1:]] == ids[::-1]
+        assert table[0].split() == ["queued", "at", "(UTC)", "state", "held", "reason", "job"]
+        assert [line.split()[-1] for line in table[1:]] == ids[::-1]
 
 
 async def test_events_are_those_of_the_control_port(tmp_path: Path) -> None:
@@ -176,3 +177,144 @@ async def _lines(out: Path, count: int) -> list[Any]:
 
     await until(enough)
     return [json.loads(line) for line in found]
+
+
+# -- what a person sees ------------------------------------------------------------------------------------------------
+
+NOON = 1_767_268_800.0  # 2026-01-01T12:00:00Z
+TABLE = """\
+queued at (UTC)       state      held     reason         job
+2026-01-01T12:01:00Z  queued     -        -              job=render-2 user=bob
+2026-01-01T12:00:00Z  released   49m53s   explicit       job=render-1 user=ada
+2026-01-01T11:59:00Z  expired    -        queue_timeout  aaaaaaaaaaaaaaaa
+"""
+WIDE_TABLE = """\
+queued at (UTC)       state      held     reason         id                waited   job
+2026-01-01T12:01:00Z  queued     -        -              cccccccccccccccc  -        job=render-2 user=bob
+2026-01-01T12:00:00Z  released   49m53s   explicit       bbbbbbbbbbbbbbbb  2.0s     job=render-1 user=ada
+2026-01-01T11:59:00Z  expired    -        queue_timeout  aaaaaaaaaaaaaaaa  30.0s    aaaaaaaaaaaaaaaa
+"""
+EVENTS = """\
+seq    at (UTC)              event      what                  job
+1      2026-01-01T11:59:00Z  queued     request, up to 1m00s  aaaaaaaaaaaaaaaa
+2      2026-01-01T11:59:30Z  expired    queue_timeout         aaaaaaaaaaaaaaaa
+3      2026-01-01T12:00:00Z  queued     request, up to 1h00m  job=render-1 user…
+4      2026-01-01T12:00:02Z  held       until 13:00:02        job=render-1 user…
+5      2026-01-01T12:10:00Z  extended   until 01-02T00:10     job=render-1 user…
+6      2026-01-01T12:49:55Z  released   explicit              job=render-1 user…
+7      2026-01-01T12:01:00Z  queued     request, up to 1m00s  job=render-2 user…
+"""
+
+
+def told_log(path: Path) -> Path:
+    """A log with a reservation that waited too long, one that was released, and one that waits."""
+    with contextlib.closing(open_log(path)) as log:
+        history = [
+            Event(NOON - 60, "a" * 16, "queued", None, Queued("request", 60.0, NOON - 30)),
+            Event(NOON - 30, "a" * 16, "expired", "queue_timeout", Ended()),
+            Event(NOON, "b" * 16, "queued", None, Queued("request", 3600.0, NOON + 30, metadata=METADATA)),
+            Event(NOON + 2, "b" * 16, "held", None, Held(NOON + 3602)),
+            Event(NOON + 600, "b" * 16, "extended", "extend", Extended(NOON + 43_800)),
+            Event(NOON + 2995, "b" * 16, "released", "explicit", Ended(result={"pages": 3})),
+            Event(NOON + 60, "c" * 16, "queued", None, Queued("request", 60.0, NOON + 90, metadata=OTHER)),
+        ]
+        log.append(list(enumerate(history, 1)))
+    return path
+
+
+METADATA, OTHER = {"job": "render-1", "user": "ada"}, {"job": "render-2", "user": "bob"}
+
+
+async def test_the_tables_fit_their_terminal_and_name_the_job(tmp_path: Path) -> None:
+    log = ("--log", str(told_log(tmp_path / "log.db")))
+    assert await nullworker("history", *log) == TABLE
+    assert await nullworker("history", *log, COLUMNS="130") == WIDE_TABLE
+    assert await nullworker("events", *log) == EVENTS
+
+
+async def test_a_job_is_found_by_its_metadata(tmp_path: Path) -> None:
+    log = ("--log", str(told_log(tmp_path / "log.db")))
+    for text in ("render-1", "ada", "job=render-1 user", '"user": "ada"'):
+        (line,) = (await nullworker("history", "--json", "--job", text, "--limit", "1", *log)).splitlines()
+        assert json.loads(line)["id"] == "b" * 16
+        seqs = [
+            json.loads(each)["seq"] for each in (await nullworker("events", "--json", "--job", text, *log)).splitlines()
+        ]
+        assert seqs == [3, 4, 5, 6]
+    assert await nullworker("history", "--json", "--job", "aaaa", *log) == ""
+
+
+async def test_several_logs_are_one_table_and_a_column_says_which(tmp_path: Path) -> None:
+    for name in ("nullworker-7.db", "nullworker-8.db"):
+        told_log(tmp_path / name)
+    logs = [word for name in ("nullworker-7.db", "nullworker-8.db") for word in ("--log", str(tmp_path / name))]
+    rows = [json.loads(line) for line in (await nullworker("history", "--json", *logs, "--limit", "4")).splitlines()]
+    assert [(row["log"], row["id"][0]) for row in rows] == [
+        (name, each) for each in "cb" for name in ("nullworker-7.db", "nullworker-8.db")
+    ]
+    for command in ("history", "events"):
+        lines = (await nullworker(command, *logs)).splitlines()
+        assert lines[0].startswith("log         ")
+        assert {line.split()[0] for line in lines[1:]} == {"…rker-7.db", "…rker-8.db"}
+        assert max(map(len, lines)) <= 80
+        assert sum("job=rend" in line for line in lines) == (4 if command == "history" else 10)
+    folders = [word for each in "78" for word in ("--log", str(told_log(folder(tmp_path / each) / "log.db")))]
+    told = await nullworker("history", "--json", *folders)
+    assert {json.loads(line)["log"] for line in told.splitlines()} == {"7", "8"}
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+async def test_a_terminal_obeys_nothing_that_a_caller_has_sent(tmp_path: Path) -> None:
+    async with WorkerProcess(tmp_path) as worker, caller(worker, metadata={"job": "\x1b]0;taken\x07\n\u202e"}):
+        await worker.line("reservation_held")
+        for command in ("history", "events", "status"):
+            said = await nullworker(command, NULL_CONTROL_PORT=str(worker.control_port))
+            assert "job=\N{REPLACEMENT CHARACTER}]0;taken" in said
+            assert not set(said) & set("\x1b\x07\u202e")
+
+
+async def test_a_log_that_is_replaced_is_followed_from_its_first_event(tmp_path: Path) -> None:
+    path = told_log(tmp_path / "log.db")
+    python = (sys.executable, "-m", "nullworker")
+    (tmp_path / "events").mkdir()
+    arguments = ("events", "-f", "--json", "--log", str(path))
+    async with Program(tmp_path / "events", *python, *arguments, PYTHONUNBUFFERED="1") as events:
+        await _lines(events.out, 7)
+        for suffix in ("", "-wal", "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(f"{path}{suffix}", f"{path}.before{suffix}")
+        with contextlib.closing(open_log(path)) as log:
+            log.append([(1, Event(NOON, "n" * 16, "queued", None, Queued("request", 60.0, NOON + 30)))])
+            assert [event["reservation_id"][0] for event in (await _lines(events.out, 8))[6:]] == ["c", "n"]
+            log.append([(2, Event(NOON, "n" * 16, "held", None, Held(NOON + 60)))])
+            assert (await _lines(events.out, 9))[-1]["seq"] == 2
+
+
+@pytest.mark.parametrize("unfolded", [False, True], ids=["closed", "killed"])
+async def test_a_log_on_a_read_only_disk_is_read(tmp_path: Path, unfolded: bool) -> None:
+    """Also one whose worker was killed: its last events are in the -wal."""
+    (tmp_path / "disk").mkdir()
+    path = tmp_path / "disk" / "log.db"
+    if unfolded:
+        async with WorkerProcess(tmp_path, NULL_EVENT_LOG=str(path)) as worker:
+            async with caller(worker, metadata=METADATA):
+                await worker.line("reservation_held")
+            await worker.line("reservation_cancelled")
+            await worker.kill()
+        os.unlink(f"{path}-shm")
+        assert os.path.getsize(f"{path}-wal") > 0
+    else:
+        told_log(path)
+    before = sorted(os.listdir(path.parent))
+    script = f"""
+        cd {tmp_path}
+        mount --bind disk disk && mount -o remount,bind,ro disk && ! touch disk/x 2>/dev/null
+        exec {sys.executable} -m nullworker history --json --log disk/log.db --job ada
+    """
+    told = await run("unshare", "-rm", "sh", "-ec", script)
+    assert json.loads(told)["metadata"] == METADATA
+    assert sorted(os.listdir(path.parent)) == before

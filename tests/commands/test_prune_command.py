@@ -57,6 +57,8 @@ async def test_the_command_leaves_the_log_of_a_running_worker_alone(tmp_path: Pa
     async with WorkerProcess(tmp_path) as worker:
         said = await nullworker("prune", "--keep", "30d", "--log", str(worker.db), code=1)
         assert f"pid {worker.process.pid}" in said
+        assert "NULL_LOG_KEEP" in said
+        assert "--dry-run" in said
         told = await ask("--keep", "30d", "--log", str(worker.db), "--dry-run")
         assert (told["reservations"], told["kept"]) == (3, 0)
         assert worker.sql("SELECT count(*) FROM reservations") == [(4,)]

@@ -261,7 +261,7 @@ async def test_straight_to_nobody_says_that_it_cannot_be_reached() -> None:
     async with FakeWorker() as gone:
         pass
     code, _, err = await run("--url", gone.url, "--json")
-    assert (code, err) == (1, f"nullworker reserve: {gone.url} cannot be reached (ClientConnectorError)\n")
+    assert (code, err) == (1, f"nullworker reserve: {gone.url} cannot be reached: connection refused\n")
 
 
 async def test_without_the_sdk_it_says_what_to_install(vast: FakeAutoscaler, tmp_path: Path) -> None:

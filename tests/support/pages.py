@@ -74,6 +74,8 @@ def alike(value: Any, name: str = "") -> Any:
         return "a number"
     if isinstance(value, str) and name in ("path", "url"):
         return "a place"
+    if name == "settings":
+        return "settings"
     return in_words(value) if isinstance(value, str) else value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import re
 import socket
 import ssl
 import struct
@@ -73,20 +74,21 @@ def test_no_error_of_the_client_is_told_with_its_url(kind: type[Exception]) -> N
         assert "SECRET" in str(error)
         error.__cause__ = cause
         told = describe_failure(error)
-        assert told.partition(":")[0] == kind.__name__
+        assert told
+        assert not re.search("[A-Z][a-z]+[A-Z]", told) or told == f"the call failed ({kind.__name__})"
         assert "secret" not in told.lower()
 
 
 @pytest.mark.parametrize(
     ("error", "told"),
     [
-        (asyncio.TimeoutError(), "TimeoutError"),
-        (ValueError(URL), "ValueError"),
-        (ConnectionResetError(errno.ECONNRESET, f"by {URL}"), "ConnectionResetError: Connection reset by peer"),
-        (socket.gaierror(socket.EAI_AGAIN, "try again"), "gaierror: try again"),
-        (mismatch(), "SSLCertVerificationError: Hostname mismatch"),
-        (aiohttp.ClientOSError(None, f"Can not write request body for {URL}"), "ClientOSError"),
-        (quoting(aiohttp.ClientHttpProxyError), "ClientHttpProxyError: 407"),
+        (asyncio.TimeoutError(), "it did not answer in time"),
+        (ValueError(URL), "the call failed (ValueError)"),
+        (ConnectionResetError(errno.ECONNRESET, f"by {URL}"), "connection reset by peer"),
+        (socket.gaierror(socket.EAI_AGAIN, "try again"), "its name is not known: try again"),
+        (mismatch(), "its certificate is not trusted: hostname mismatch"),
+        (aiohttp.ClientOSError(None, f"Can not write request body for {URL}"), "the call failed (ClientOSError)"),
+        (quoting(aiohttp.ClientHttpProxyError), "it answered 407"),
     ],
     ids=lambda each: type(each).__name__,
 )
@@ -125,7 +127,8 @@ async def reset(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
     writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
 
 
-NO_HTTP = "ClientResponseError: no valid HTTP"
+NO_HTTP = "it does not speak HTTP"
+HUNG_UP = "it closed the connection without an answer"
 
 
 @pytest.mark.parametrize(
@@ -133,11 +136,11 @@ NO_HTTP = "ClientResponseError: no valid HTTP"
     [
         ("http", echo, NO_HTTP),
         ("http", echo_body, NO_HTTP),
-        ("http", stop_short, "ServerDisconnectedError"),
-        ("http", leave, "ServerDisconnectedError"),
-        ("http", reset, "ClientOSError: Connection reset by peer"),
-        ("https", echo, "ClientConnectorSSLError: UNEXPECTED_MESSAGE"),
-        ("https", reset, "ClientConnectorError: Connection reset by peer"),
+        ("http", stop_short, HUNG_UP),
+        ("http", leave, HUNG_UP),
+        ("http", reset, "connection reset by peer"),
+        ("https", echo, "it does not speak TLS"),
+        ("https", reset, "connection reset by peer"),
     ],
 )
 async def test_why_a_callback_failed_is_told_whatever_came_back(scheme: str, answer: Answer, why: str) -> None:
@@ -150,18 +153,18 @@ async def test_why_a_callback_failed_is_told_of_a_certificate_that_nobody_trusts
     trustme.CA().issue_cert("127.0.0.1").configure_cert(tls)
     async with answering(leave, tls) as place:
         why = await posted(f"https://{place}/SECRET?token=SECRET")
-    assert why == "ClientConnectorCertificateError: unable to get local issuer certificate"
+    assert why == "its certificate is not trusted: unable to get local issuer certificate"
 
 
 async def test_why_a_callback_failed_is_told_of_what_cannot_be_called() -> None:
     async with answering(leave) as place:
         pass
     for route, why in (
-        (f"http://SECRET@{place}/SECRET", "ClientConnectorError: Connection refused"),
-        ("http://127.1/SECRET", "InvalidUrlClientError"),
-        ("http://secret\\example/SECRET", "InvalidUrlClientError"),
-        ("ftp://secret.example/SECRET", "NonHttpUrlClientError"),
-        ("http://SECRET\N{SNOWMAN}@127.0.0.1/", "UnicodeEncodeError"),
+        (f"http://SECRET@{place}/SECRET", "connection refused"),
+        ("http://127.1/SECRET", "its url is not valid"),
+        ("http://secret\\example/SECRET", "its url is not valid"),
+        ("ftp://secret.example/SECRET", "its url is not http or https"),
+        ("http://SECRET\N{SNOWMAN}@127.0.0.1/", "its url is not valid"),
     ):
         assert await posted(route) == why
 
@@ -172,7 +175,7 @@ async def test_why_a_callback_failed_is_told_of_who_does_not_answer(monkeypatch:
     with contextlib.closing(silent):
         for scheme in ("http", "https"):
             route = f"{scheme}://127.0.0.1:{silent.getsockname()[1]}/SECRET"
-            assert await posted(route) == "TimeoutError"
+            assert await posted(route) == "it did not answer in time"
 
 
 async def test_what_a_report_says_is_not_told_when_it_comes_back() -> None:

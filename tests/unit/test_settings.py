@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 
 from nullworker.cli import commands as cli
-from nullworker.settings import Settings, read_settings, variable, without_secrets
+from nullworker.settings import OTHER_NAMES, Settings, read_settings, unknown_names, variable, without_secrets
 
 STANDALONE = {"UNSECURED": "true"}
 
@@ -214,3 +215,60 @@ def test_a_value_that_is_not_utf_8_is_refused(run: Run, name: str) -> None:
     assert (code, out) == (2, "")
     assert err.startswith(f"nullworker: {name}=")
     assert "UTF-8" in err
+
+
+# -- what is in force --------------------------------------------------------------------------------------------------
+
+
+def test_the_settings_in_force_are_those_that_are_not_the_default_without_secrets() -> None:
+    environ = {
+        **STANDALONE,
+        "NULL_DRAIN_SECONDS": "5",
+        "NULL_HEALTH_INTERVAL": "2.50",
+        "NULL_METRICS_HOST": "0.0.0.0",
+        "NULL_METRICS_PORT": "9100",
+        "NULL_METRICS_TOKEN": "SECRET",
+        "MASTER_TOKEN": "SECRET",
+        "BACKEND_HEALTH_URL": "http://user:SECRET@localhost:8000/health?key=SECRET",
+        "REPORT_ADDR": "http://SECRET@a.example,https://b.example",
+        "WORKER_PORT": "3100",
+        "VAST_TCP_PORT_3100": "41234",
+        "NULL_EVENT_LOG": "log.db",
+    }
+    in_force = read_settings(environ).in_force()
+    assert "SECRET" not in str(in_force)
+    assert in_force == {
+        "NULL_HEALTH_INTERVAL": 2.5,
+        "NULL_METRICS_HOST": "0.0.0.0",
+        "NULL_METRICS_PORT": 9100,
+        "NULL_METRICS_TOKEN": "***",
+        "MASTER_TOKEN": "***",
+        "BACKEND_HEALTH_URL": "http://***@localhost:8000/health?***",
+        "REPORT_ADDR": "http://***@a.example,https://b.example",
+        "WORKER_PORT": 3100,
+        "VAST_TCP_PORT_3100": 41234,
+        "NULL_EVENT_LOG": "log.db",
+        "UNSECURED": True,
+    }
+    assert read_settings({"UNSECURED": "true"}).in_force() == {"UNSECURED": True}
+
+
+def test_a_variable_that_looks_like_a_setting_and_is_none_is_found_with_the_nearest_that_is() -> None:
+    environ = {"NULL_DRAIN_SECOND": "3", "NULL_QUE": "redis://", "NULL_AND_VOID": "", "NULLWORKER_X": "1", "HOME": "/"}
+    assert unknown_names(environ) == {
+        "NULL_AND_VOID": None,
+        "NULL_DRAIN_SECOND": "NULL_DRAIN_SECONDS",
+        "NULL_QUE": "NULL_QUEUE",
+    }
+
+
+def test_no_variable_of_any_command_is_taken_for_a_mistake() -> None:
+    context = click.Context(cli.cli)
+    options = [option for name in cli.COMMANDS for option in cli.cli.get_command(context, name).params]  # type: ignore[union-attr]  # it knows each of them
+    of_options = {name for each in options if isinstance(each.envvar, str) for name in [each.envvar]}
+    own = {variable(field.name) for field in dataclasses.fields(Settings)}
+    used = {name for name in of_options | own if name.startswith("NULL_")}
+    assert unknown_names(dict.fromkeys(used, "1")) == {}
+    assert OTHER_NAMES - {"NULL_QUEUE"} == {name for name in of_options - own if name.startswith("NULL_")} - {
+        "NULL_QUEUE"
+    }

@@ -1,5 +1,5 @@
 // The fleet's page: asks /status every few seconds and draws what it says. The database is the truth.
-import { $, make, text, announce, facts, span, clockOf, REASONS } from "./lib.js";
+import { $, jobOf, make, text, announce, facts, span, clockOf, REASONS } from "./lib.js";
 
 const POLL_MS = 3000; // a batch of a worker comes at most five times a second; a person needs less
 const PATIENCE_MS = 8000; // for one answer: behind it, a tunnel that has died without a word
@@ -94,7 +94,7 @@ function drawHolders(holders) {
     const left = (Date.parse(worker.ends_at) - now()) / 1000;
     say(when, `since ${clock(worker.held_since)}, ${span((now() - Date.parse(worker.held_since)) / 1000)}`,
       worker.state === "holding" ? `ends in ${span(left)}` : `not heard of for ${span(worker.silent_seconds)}`);
-    say(what, worker.holding, [worker.kind, worker.metadata && JSON.stringify(worker.metadata)].filter(Boolean).join(" · "));
+    say(what, worker.holding, [worker.kind, jobOf(worker.metadata)].filter(Boolean).join(" · "));
   });
 }
 

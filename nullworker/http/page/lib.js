@@ -7,7 +7,7 @@ export const REASONS = {
   client_disconnect: "its caller hung up", not_ready: "the worker was not ready", errored: "the consumer was unhealthy",
   draining: "the worker was stopping", log_unavailable: "the log could not be written",
   consumer_unhealthy: "the consumer became unhealthy", consumer_lost: "its consumer died", consumer_absent: "no consumer came",
-  worker_error: "a fault of the worker", duplicate: "its request was live already", worker_restart: "the worker was restarted",
+  attached: "by its consumer, attached", worker_error: "a fault of the worker", duplicate: "its request was live already", worker_restart: "the worker was restarted",
 };
 
 export const $ = (id) => document.getElementById(id);
@@ -18,6 +18,10 @@ export function make(tag, attributes = {}, ...children) {
   node.append(...children);
   return node;
 }
+
+const plain = (value) => (typeof value === "string" ? value : JSON.stringify(value));
+// What a reservation is called: its caller's metadata as `job=42 user=ada`, and nothing where there is none.
+export const jobOf = (metadata) => Object.entries(metadata ?? {}).map(([name, value]) => `${name}=${plain(value)}`).join(" ");
 
 export const text = (node, value) => { if (node.textContent !== value) node.textContent = value; };
 export const announce = (words) => text($("announce"), words);

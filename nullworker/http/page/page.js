@@ -1,6 +1,6 @@
 // The status page: asks /status and /reservations, is woken by /events, and draws what they say.
 // Everything shown is read from the worker: an event only triggers a new read, so the page cannot drift from the log.
-import { $, REASONS, announce, clockOf, facts, make, span, text } from "./lib.js";
+import { $, REASONS, announce, clockOf, facts, jobOf, make, span, text } from "./lib.js";
 
 const ROWS = 12; // reservations at first, and with each "Show older"
 const WAITING_SHOWN = 5, FEED = 100; // of the queue, those whose turn comes first; of the events, the newest
@@ -11,6 +11,8 @@ const STEPS = [15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 21600, 43200, 8
 
 const ICON = { held: "#2f6fed", ready: "#1d9a58", starting: "#c98a12", draining: "#c98a12", errored: "#d63c32", lost: "#8a93a0" };
 const seen = { status: null, list: [], skew: 0, limit: ROWS, lost: null, heldId: undefined, turn: 0 };
+
+const known = new Map(); // metadata by reservation, of the events that were seen
 
 // -- time ---------------------------------------------------------------------------------------------------------
 const now = () => Date.now() + seen.skew; // the worker's clock, in ms: the browser's may be wrong
@@ -86,7 +88,8 @@ function draw() {
   document.body.classList.toggle("stale", Boolean(seen.lost));
   for (const id of ["release", "extend", "confirm-yes"]) $(id).disabled = Boolean(seen.lost);
   if (!status) return;
-  text($("where"), `${status.url} · version ${status.version}`);
+  const instance = status.instance === null ? "" : `instance ${status.instance} · `;
+  text($("where"), `${instance}${status.url} · version ${status.version}`);
   drawHeld(status);
   drawChecks(status);
   drawRows();
@@ -100,7 +103,7 @@ function drawHeld({ state, held, queue, ...status }) {
   text($("kind"), held && !seen.lost ? `A ${held.kind} reservation is` : "This worker is");
   const cause = status.log.why ?? status.consumer.why ?? (status.autoscaler.key_loaded ? null : status.autoscaler.trouble ?? "the key is not loaded");
   const ended = seen.list.find((row) => row.ended_at)?.ended_at;
-  const words = { ready: `Nothing is held${ended ? ` since ${clock(ended)}` : ""}. The next reservation gets the slot at once.`, draining: "New reservations are refused: the worker stops.", held: "", lost: held ? "A reservation was held when it last did." : "Nothing was held when it last did." };
+  const words = { ready: `Nothing is held${ended ? ` since ${clock(ended)}` : ""}. The next reservation gets the slot at once.`, draining: "New reservations are refused: the worker stops.", held: jobOf(held?.metadata), lost: held ? "A reservation was held when it last did." : "Nothing was held when it last did." };
   text($("headline"), words[word] ?? cause ?? "");
   $("icon").href = `data:image/svg+xml,${encodeURIComponent(`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="7" fill="${ICON[word]}"/></svg>`)}`;
   $("held").hidden = !held;
@@ -111,7 +114,7 @@ function drawHeld({ state, held, queue, ...status }) {
       if ($(button).dataset.id !== held.id) $(button).replaceChildren(`${verb} `, make("code", {}, held.id));
       $(button).dataset.id = held.id;
     }
-    facts($("facts"), { waited: span(held.queued_seconds), request: held.request_idx, metadata: held.metadata && JSON.stringify(held.metadata) });
+    facts($("facts"), { waited: span(held.queued_seconds), request: held.request_idx });
   }
   const id = held?.id ?? null;
   if (![undefined, id].includes(seen.heldId)) announce(held ? `Reservation ${id} is held until ${clock(held.ends_at)}.` : "Nothing is held any more.");
@@ -129,7 +132,8 @@ function drawChecks({ state, queue, consumer, autoscaler, log }) {
   const checks = [
     ["Worker", { ready: "good", errored: "bad" }[state] ?? "wait", state, { ready: "takes reservations", errored: "refuses reservations until the cause is gone", draining: "refuses new reservations, and stops", starting: "takes no reservations yet" }[state]],
     ["Queue", queue.length >= queue.limit && queue.limit ? "bad" : queue.length ? "wait" : "good", queue.length ? `${queue.length} waiting` : "empty", queue.length ? `the first for ${span(queue.oldest_seconds)}; room for ${queue.limit}` : `room for ${queue.limit}`],
-    ["Consumer", consumer.healthy ? "good" : state === "starting" ? "wait" : "bad", consumer.healthy ? "healthy" : state === "starting" ? "not ready" : "unhealthy", consumer.why ?? (consumer.url ? (consumer.last === "healthy" ? `${consumer.url} answers` : `at the last look: ${consumer.last}`) : "no health endpoint is set; taken as healthy") + attachment(consumer)],
+    ["Consumer", consumer.healthy === null ? "off" : consumer.healthy ? "good" : state === "starting" ? "wait" : "bad", consumer.healthy === null ? "not asked" : consumer.healthy ? "healthy" : "unhealthy",
+      (consumer.why ?? (consumer.url ? (consumer.last === "healthy" ? `${consumer.url} answers` : `at the last look: ${consumer.last}`) : "BACKEND_HEALTH_URL is unset")) + attachment(consumer)],
     ["Autoscaler", !reports ? "off" : trouble ? "bad" : autoscaler.backlog ? "wait" : "good", !reports ? "standalone" : trouble ? "trouble" : "connected",
       !reports ? "this worker reports to nobody" : [autoscaler.trouble ?? `reports to ${reports.join(", ")}`, autoscaler.key_loaded ? null : "no key to verify with", autoscaler.backlog ? `${autoscaler.backlog} outcomes not acknowledged` : null].filter(Boolean).join("; ")],
     ["Event log", log.why || log.unwritten ? "bad" : "good", log.why ? "not writable" : "writable", log.why ? `${log.why}; ${log.unwritten} events wait in memory` : `${size}, the last event is ${log.last_seq}, ${log.path}`],
@@ -162,25 +166,31 @@ function drawRows() {
 function makeRow(id) {
   const lane = make("span", { class: "lane", "aria-hidden": "true" }, ...["wait", "bar", "rest"].map((part) => make("span", { class: part })));
   const story = make("span", { class: "story" }, make("span", { class: "why" }), make("span", { class: "took" }));
-  const summary = make("summary", {}, make("span", { class: "chip" }), make("code", {}, id), lane, story);
+  const summary = make("summary", {}, make("span", { class: "chip" }), make("span", { class: "job" }), lane, story);
   return make("li", { "data-id": id }, make("details", {}, summary, make("dl")));
 }
 
 function fillRow(row, each) {
   row.dataset.state = each.state;
   row.record = each;
-  const [chip, , , story] = row.querySelector("summary").children;
+  const [chip, job, , story] = row.querySelector("summary").children;
   text(chip, each.state);
+  text(job, jobOf(each.metadata) || each.id);
+  job.title = `${job.textContent} (${each.id})`;
   text(story.firstChild, [each.kind === "session" ? "session" : null, REASONS[each.reason] ?? each.reason ?? `since ${clock(each.held_at ?? each.queued_at)}`].filter(Boolean).join(" · "));
   const [metadata, result] = [each.metadata, each.result].map((value) => value && JSON.stringify(value, null, 1));
-  facts(row.querySelector("dl"), { ...each, id: null, state: null, metadata, result });
+  facts(row.querySelector("dl"), { ...each, state: null, metadata, result });
 }
 
 function feed(event) {
+  const id = event.reservation_id;
+  if (event.data.metadata) known.set(id, jobOf(event.data.metadata));
+  const job = known.get(id) || jobOf(seen.list.find((row) => row.id === id)?.metadata) || id;
   const item = make("li", { "data-state": event.kind }, make("time", { datetime: event.at, title: event.at }, clock(event.at)),
-    make("span", { class: "chip" }, event.kind), make("code", {}, event.reservation_id), make("span", { class: "why" }, REASONS[event.reason] ?? event.reason ?? ""));
+    make("span", { class: "chip" }, event.kind), make("span", { class: "job", title: id }, job), make("span", { class: "why" }, REASONS[event.reason] ?? event.reason ?? ""));
   $("events").prepend(item);
   while ($("events").children.length > FEED) $("events").lastChild.remove();
+  if (known.size > 4 * FEED) known.delete(known.keys().next().value);
 }
 
 // What moves with the clock: the countdown and the bars. The axis is four steps of the past, and one of what comes.
@@ -189,11 +199,12 @@ function tick() {
   if (!status) return;
   if (status.held) {
     const [start, end] = [Date.parse(status.held.held_at), Date.parse(status.held.ends_at)];
-    text($("countdown"), countdown((end - at) / 1000));
+    text($("left"), countdown((end - at) / 1000));
     $("elapsed").value = Math.min(Math.max((at - start) / Math.max(end - start, 1), 0), 1);
     $("now").classList.toggle("near", end - at < 0.1 * (end - start));
   }
-  document.title = seen.lost ? "no answer · nullworker" : status.held ? `${$("countdown").textContent} · nullworker` : `${$("state").textContent} · nullworker`;
+  const who = status.instance === null ? "nullworker" : `${status.instance} · nullworker`;
+  document.title = `${seen.lost ? "no answer" : status.held ? $("countdown").textContent : $("state").textContent} · ${who}`;
   const rows = [...$("rows").children];
   const oldest = Math.min(...rows.slice(0, 8).map((row) => Date.parse(row.record.queued_at)));
   const step = STEPS.find((each) => 4000 * each >= at - oldest) ?? STEPS.at(-1);
@@ -239,6 +250,8 @@ $("release").onclick = () => {
   const told = seen.status.held?.kind === "session" ? "The session is closed" : "Its caller gets the answer “released”";
   const next = seen.status.queue.length ? "goes to the next in the queue" : "is free";
   $("confirm-yes").dataset.id = $("release").dataset.id;
+  const job = jobOf(seen.status.held?.metadata);
+  text($("confirm-job"), job && `${job}, `);
   text($("confirm-id"), $("release").dataset.id);
   text($("confirm-text"), `${told}, and the slot ${next}. This cannot be taken back.`);
   $("confirm").showModal();

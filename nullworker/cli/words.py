@@ -1,0 +1,58 @@
+"""What people read in a terminal: times, durations, and what a reservation is called.
+
+A terminal is taken to be 80 columns wide where nobody says otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from typing import Any, Final
+
+#: Columns of a terminal that does not say how wide it is.
+WIDTH: Final = 80
+
+
+def width() -> int:
+    """Columns of the terminal: those of COLUMNS, else its own."""
+    return shutil.get_terminal_size((WIDTH, 24)).columns
+
+
+def job_name(metadata: Mapping[str, Any] | None) -> str:
+    """What a reservation is called: its caller's metadata, as `job=42 user=ada`; nothing where there is none.
+
+    A caller may have sent what a terminal would obey: it is replaced.
+    """
+    name = " ".join(f"{name}={_plain(value)}" for name, value in (metadata or {}).items())
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in name)
+
+
+def settings_line(settings: Mapping[str, Any]) -> str:
+    """The settings that are not the default, as they would be set."""
+    return " ".join(f"{name}={_plain(value)}" for name, value in settings.items()) or "the defaults"
+
+
+def clock_time(iso: str) -> str:
+    """A time of the log, to the second: `2026-11-26T21:35:02Z`. The commands take it as --since."""
+    return f"{iso[:19]}Z"
+
+
+def duration(seconds: float) -> str:
+    """`3.2s`, `49m53s`, `26h05m` or `12d03h`: at most 7 columns below a century."""
+    if seconds < 59.95:
+        return f"{max(seconds, 0):.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{rest:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours < 100 else f"{hours // 24}d{hours % 24:02d}h"
+
+
+def fit(text: str, columns: int) -> str:
+    """A text in so many columns, cut with an ellipsis."""
+    return text if len(text) <= columns else text[: max(columns - 1, 0)] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
