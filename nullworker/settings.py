@@ -28,7 +28,7 @@ DAY = 86_400.0
 OLD_API = "https://cloud.vast.ai/api/v0"
 
 #: Variables that begin with NULL_ and belong to other commands than `serve`; a test compares them with the options.
-OTHER_NAMES = frozenset(("NULL_QUEUE",))
+OTHER_NAMES = frozenset(("NULL_QUEUE", "NULL_COLLECT_TOKEN", "NULL_SINK_TOKEN"))
 
 _TRUE = frozenset(("true", "t", "yes", "y", "on", "1"))
 _AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

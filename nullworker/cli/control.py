@@ -173,8 +173,14 @@ def _held(held: dict[str, Any] | None) -> dict[str, str]:
 
 def _consumer(consumer: dict[str, Any]) -> str:
     if consumer["healthy"] is None:
-        return "not asked: BACKEND_HEALTH_URL is unset"
-    if not consumer["healthy"]:
-        return f"unhealthy: {consumer['why']}"
-    lately = "" if consumer["last"] in (None, "healthy") else f", but at the last look: {consumer['last']}"
-    return f"healthy, {consumer['url']}{lately}"
+        health = "not asked: BACKEND_HEALTH_URL is unset"
+    elif not consumer["healthy"]:
+        health = f"unhealthy: {consumer['why']}"
+    else:
+        lately = "" if consumer["last"] in (None, "healthy") else f", but at the last look: {consumer['last']}"
+        health = f"healthy, {consumer['url']}{lately}"
+    if consumer["attached_at"] is None:
+        return health
+    return health + (
+        f"; attached since {clock_time(consumer['attached_at'])}" if consumer["attached"] else "; not attached any more"
+    )

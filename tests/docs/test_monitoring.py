@@ -174,9 +174,10 @@ class Prometheus:
         return body["data"]
 
     async def values(self, expression: str) -> list[float]:
-        """The finite values of an expression now."""
+        """The values of an expression now; NaN is one where it says that nobody asks the consumer."""
         found = await self.get("query", query=expression)
-        return [value for each in found["result"] if math.isfinite(value := float(each["value"][1]))]
+        values = [float(each["value"][1]) for each in found["result"]]
+        return values if "consumer_healthy" in expression else [value for value in values if math.isfinite(value)]
 
     async def until(self, expression: str) -> list[float]:
         """Its values, once there are some: scrapes and rules come every second, and tell nobody."""

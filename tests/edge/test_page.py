@@ -63,16 +63,17 @@ async def test_page_follows_a_reservation_from_its_claim_to_its_release(
 
     async with reserved(worker, duration=3000, metadata={"job": "a-7"}) as first:
         await expect(page.locator("#state")).to_have_text("held")
-        await expect(page.locator("#countdown")).to_have_text(re.compile(r"^(50:00|49:\d\d)$"))
-        await expect(page.locator("#facts")).to_contain_text('{"job":"a-7"}')
+        await expect(page.locator("#countdown")).to_have_text(re.compile(r"^(50:00|49:\d\d) left$"))
+        await expect(page.locator("#headline")).to_have_text("job=a-7")
+        await expect(row(page, first).locator("summary .job")).to_have_text("job=a-7")
         await expect(row(page, first)).to_have_attribute("data-state", "held")
-        await expect(page.locator("#events li").first).to_contain_text(f"held{first}")
-        await expect(page).to_have_title(re.compile(r"^\d+:\d\d · nullworker$"))
+        await expect(page.locator("#events li").first).to_contain_text("heldjob=a-7")
+        await expect(page).to_have_title(re.compile(r"^\d+:\d\d left · nullworker$"))
 
         await page.select_option("#extend-by", label="15 min")
         await page.click(f'button:has-text("Extend {first}")')
         await expect(page.locator("#outcome")).to_contain_text(f"{first} now ends")
-        await expect(page.locator("#countdown")).to_have_text(re.compile(r"^(15:00|14:\d\d)$"))
+        await expect(page.locator("#countdown")).to_have_text(re.compile(r"^(15:00|14:\d\d) left$"))
 
         async with reserved(worker) as second:
             await expect(row(page, second)).to_have_attribute("data-state", "queued")
@@ -169,7 +170,7 @@ async def test_what_a_caller_sent_is_shown_as_text(browser: Browser, worker: Wor
     markup = "<img src=x onerror=\"document.title='taken'\">"
     async with reserved(worker, metadata={"job": markup}) as held:
         await row(page, held).locator("summary").click()
-        await expect(page.locator("#facts")).to_contain_text("<img src=x onerror=")
+        await expect(page.locator("#headline")).to_contain_text("<img src=x onerror=")
         await expect(row(page, held).locator("dl")).to_contain_text("<img src=x onerror=")
         assert await page.locator("img").count() == 0
     assert complaints(page) == []

@@ -212,7 +212,7 @@ async def test_readiness_names_each_check_and_status_tells_the_rest(
     assert (status["queue"]["length"], status["queue"]["limit"]) == (1, 1000)
     assert (status["autoscaler"]["reports_to"], status["autoscaler"]["key_loaded"]) == ([vast.url], True)
     assert (status["log"]["last_seq"], status["log"]["unwritten"]) == (3, 0)
-    assert status["consumer"]["healthy"] is True
+    assert status["consumer"]["healthy"] is None
 
 
 @pytest.mark.parametrize("env", [{}, {"BACKEND_HEALTH_URL": "http://127.0.0.1:9/health"}])

@@ -316,3 +316,23 @@ async def test_a_hold_that_ends_by_itself_while_it_drains_is_a_success(
     assert await worker.terminate() == 0
     assert (await claim.answer()).body["released"] == "duration_elapsed"
     assert await claim.outcome() == "Success"
+
+
+async def test_what_is_set_and_what_is_misspelled_is_said_at_the_start(tmp_path: Path) -> None:
+    async with (
+        FakeAutoscaler() as vast,
+        secured(tmp_path, vast, NULL_DRAIN_SECOND="1", NULL_QUEUE="redis://h") as worker,
+    ):
+        warning = await worker.line("unknown_setting")
+        assert (warning["level"], warning["name"], warning["nearest"]) == (
+            "warning",
+            "NULL_DRAIN_SECOND",
+            "NULL_DRAIN_SECONDS",
+        )
+        started = await worker.line("worker_started")
+        status = await worker.get("/status")
+        assert started["settings"] == status["settings"]
+        assert status["settings"].items() >= {"CONTAINER_ID": 7, "MASTER_TOKEN": "***"}.items()
+        assert "master-secret" not in str(worker.lines)
+        assert (status["instance"], {line["instance"] for line in worker.lines}) == (7, {7})
+        assert [line for line in worker.lines if line["event"] == "unknown_setting"] == [warning]

@@ -66,6 +66,8 @@ async def shell(script: str, folder: Path, **env: str) -> str:
 
 def alike(value: Any, name: str = "") -> Any:
     """A value of JSON, without what is another in each run: ids, times, seconds that have passed."""
+    if name == "settings":
+        return "settings"
     if isinstance(value, dict):
         return {key: alike(each, key) for key, each in value.items()}
     if isinstance(value, list):
@@ -74,8 +76,6 @@ def alike(value: Any, name: str = "") -> Any:
         return "a number"
     if isinstance(value, str) and name in ("path", "url"):
         return "a place"
-    if name == "settings":
-        return "settings"
     return in_words(value) if isinstance(value, str) else value
 
 
