@@ -163,13 +163,16 @@ class Service:
         return self._commit(events, must=False)[0].reservation
 
     def renew(self, reservation_id: str) -> Reservation:
-        """Renew a session by its lifetime from now; a later deadline stays.
+        """A session's owner is there: it lives for its lifetime from now, but for less than a tenth of it.
 
         Raises:
             IllegalMove: it is not held, or is no session.
             LogUnavailable: it could not be logged; nothing has changed.
         """
-        return self._commit(self.book.renew(reservation_id, self.now()), must=False)[0].reservation
+        self._commit(self.book.renew(reservation_id, self.now()), must=False)
+        held = self.book.held
+        assert held is not None
+        return held
 
     def attach(self, reservation_id: str, extends: Extends) -> Reservation:
         """A consumer holds its liveness connection to the held reservation from now on, until `detach`.

@@ -142,7 +142,7 @@ def _releases(history: History, ledger: Ledger) -> Iterator[str]:
 
 def _outcomes(history: History, vast: FakeAutoscaler, sure: list[dict[str, Any]]) -> Iterator[str]:
     """Every outcome has arrived, the first arrivals in the log's order; and the figures add up."""
-    owed = [(r.terms.request_idx, outcome_of(r)) for r in history.ends]
+    owed = [(r.terms.request_idx, outcome) for r in history.ends if (outcome := outcome_of(r)) is not None]
     arrived = list(dict.fromkeys((each["request_idx"], each["status"]) for each in vast.outcomes))
     if arrived != owed:
         missing, extra = Counter(owed) - Counter(arrived), Counter(arrived) - Counter(owed)
@@ -150,10 +150,10 @@ def _outcomes(history: History, vast: FakeAutoscaler, sure: list[dict[str, Any]]
             "" if missing or extra else "(the order differs)"
         )
     told: Counter[str] = Counter(outcome for _, outcome in owed)
-    for name, outcome in (("cur_perf", "Success"), ("rej_load", "Rejected")):
+    for name, word in (("cur_perf", "Success"), ("rej_load", "Rejected")):
         least, most = (sum(status[name] for status in statuses) / 100 for statuses in (sure, vast.statuses))
-        if not least <= told[outcome] <= most:
-            yield f"{name}: the log has {told[outcome]}, reports say {least} at least and {most} at most"
+        if not least <= told[word] <= most:
+            yield f"{name}: the log has {told[word]}, reports say {least} at least and {most} at most"
 
 
 def _overlaps(ledger: Ledger) -> Iterator[str]:

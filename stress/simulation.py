@@ -144,7 +144,7 @@ class Simulation:
         terms = None
         if session:
             duration = random.uniform(1.0, 40.0)
-            terms = SessionTerms(duration, "hash", "http://owner/" if random.random() < 0.7 else None)
+            terms = SessionTerms(duration, "http://owner/" if random.random() < 0.7 else None)
         try:
             reservation = service.claim(
                 Claim("session" if session else "request", duration, request_idx=number, session=terms)

@@ -20,44 +20,51 @@ PROTOCOL_VERSION: Final = "1.1.0"
 STATUS_PATH: Final = "/worker_status/"
 OUTCOMES_PATH: Final = "/delete_requests/"
 KEY_PATH: Final = "/pubkey/"
+#: Decimals of a load. Sums of floats that are set back by other sums leave what no scale would show.
+LOAD_DIGITS: Final = 6
 
 #: The SDK reports a cancelled request as a success (server/lib/metrics.py, _request_canceled).
 _SUCCESS: Final[dict[Outcome, bool]] = {"Success": True, "Cancelled": True, "Rejected": False, "Error": False}
 
 
-def outcome_of(reservation: Reservation) -> Outcome:
-    """The outcome that is reported for an ended reservation."""
-    edge = ending(reservation.state, reservation.reason, was_held=reservation.held_at is not None)
-    assert edge.outcome is not None
-    return edge.outcome
+def outcome_of(reservation: Reservation) -> Outcome | None:
+    """The outcome that is reported for an ended reservation; None for a duplicate, whose number is another one's."""
+    return ending(reservation.state, reservation.reason, was_held=reservation.held_at is not None).outcome
+
+
+def workload(cost: float | None, perf: float) -> float:
+    """The load of one reservation: a session's is the cost of its grant, as with the SDK; a request's is max_perf."""
+    return perf if cost is None else cost
 
 
 @dataclass
 class Load:
-    """Counts of reservations since the last delivered report.
+    """The load of reservations since the last delivered report, in the unit of `cost`.
 
     A claim that is refused at once counts as `rejected` only, not as `received`, as in the SDK's worker.
     """
 
-    received: int = 0
-    cancelled: int = 0
-    rejected: int = 0
-    served: int = 0
+    received: float = 0.0
+    cancelled: float = 0.0
+    rejected: float = 0.0
+    served: float = 0.0
 
-    def begun(self) -> None:
+    def begun(self, load: float) -> None:
         """A claim was made."""
-        self.received += 1
+        self.received += load
 
-    def ended(self, outcome: Outcome, *, at_once: bool) -> None:
+    def ended(self, outcome: Outcome | None, load: float, *, at_once: bool) -> None:
         """A reservation has ended; `at_once`: in the commit that made it."""
-        if outcome == "Success":
-            self.served += 1
+        if outcome is None:
+            self.received -= load
+        elif outcome == "Success":
+            self.served += load
         elif outcome == "Cancelled":
-            self.cancelled += 1
+            self.cancelled += load
         elif outcome == "Rejected":
-            self.rejected += 1
+            self.rejected += load
             if at_once:
-                self.received -= 1
+                self.received -= load
         # "Error" is not counted: the SDK's worker has it in `workload_errored`, which it does not report
 
     def copy(self) -> Load:
@@ -74,7 +81,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Identity:
-    """The reporting worker. `perf` is its max_perf and the workload of one reservation."""
+    """The reporting worker. `perf` is its max_perf and the workload of one request."""
 
     worker_id: int
     mtoken: str
@@ -104,12 +111,12 @@ def worker_status(
         "mtoken": me.mtoken,
         "version": PROTOCOL_VERSION,
         "loadtime": load_seconds if loaded else 0.0,
-        "cur_load": len(working) * me.perf,
-        "rej_load": load.rejected * me.perf,
-        "new_load": max(load.received - load.cancelled, 0) * me.perf,
+        "cur_load": round(sum(workload(r.terms.cost, me.perf) for r in working), LOAD_DIGITS),
+        "rej_load": round(load.rejected, LOAD_DIGITS),
+        "new_load": round(max(load.received - load.cancelled, 0), LOAD_DIGITS),
         "error_msg": error_msg,
         "max_perf": me.perf if loaded else 0.0,
-        "cur_perf": load.served * me.perf,
+        "cur_perf": round(load.served, LOAD_DIGITS),
         "cur_capacity": 0,
         "max_capacity": 0,
         "num_requests_working": len(working),
@@ -151,5 +158,6 @@ def delete_requests(me: Identity, finished: Iterable[Finished]) -> dict[str, Any
                 "work_completed_at": each.ended_at if each.outcome == "Success" else 0,
             }
             for each in finished
+            if each.outcome is not None
         ],
     }

@@ -24,6 +24,7 @@ from nullworker.autoscaler.messages import (
     delete_requests,
     outcome_of,
     worker_status,
+    workload,
 )
 from nullworker.errors import LogUnavailable
 from nullworker.eventlog import queries
@@ -71,10 +72,10 @@ class Reporter:
         self._urgent = AutoResetEvent()
         self._ended = AutoResetEvent()
         since = event_log.cursor(STATUS)
-        self._load.received = queries.count_begun(event_log.conn, after=since)
+        self._load.received = queries.begun_load(event_log.conn, after=since, load=me.perf)
         for batch in self._finished_since(since):
             for each in batch:
-                self._load.ended(each.outcome, at_once=each.refused_at_once)
+                self._load.ended(each.outcome, workload(each.cost, me.perf), at_once=each.refused_at_once)
         self._cursor = event_log.cursor(OUTCOMES)
         self.backlog = queries.count_finished(event_log.conn, after=self._cursor)
         if self.backlog:
@@ -83,12 +84,16 @@ class Reporter:
     def observe(self, commit: Commit) -> None:
         """An event was committed."""
         reservation = commit.reservation
+        load = workload(reservation.terms.cost, self._me.perf)
         if commit.event.kind == "queued":
-            self._load.begun()
+            self._load.begun(load)
             self._received += 1
         elif commit.event.kind in ENDED:
             at_once = refused_at_once(reservation.queued_at, reservation.held_at, reservation.terms.give_up_at)
-            self._load.ended(outcome_of(reservation), at_once=at_once)
+            outcome = outcome_of(reservation)
+            self._load.ended(outcome, load, at_once=at_once)
+            if outcome is None:
+                self._received -= 1
             self.backlog += 1
             self._ended.set()
         self._changed.set()
@@ -191,7 +196,7 @@ class Reporter:
         if not batch:
             return "ok", False
         last = batch[-1].seq
-        told = [each for each in batch if each.request_idx is not None]
+        told = [each for each in batch if each.request_idx is not None and each.outcome is not None]
         delivery: Delivery = "ok"
         if told:
             delivery = await self._autoscaler.post(OUTCOMES_PATH, delete_requests(self._me, told), seconds=seconds)

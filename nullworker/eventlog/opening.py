@@ -189,9 +189,11 @@ def _replay_live(log: EventLog) -> None:
 def _read_undelivered(log: EventLog) -> None:
     for owed in queries.callbacks(log.conn, after=0):
         queries.callback_call(log.conn, owed.seq)
+    for _ in queries.ended_holds(log.conn, limit=1):
+        pass
     for name in READERS:
         seq = log.cursor(name)
-        queries.count_begun(log.conn, after=seq)
+        queries.begun_load(log.conn, after=seq, load=1.0)
         while batch := queries.finished(log.conn, after=seq, limit=1000):
             if batch[-1].seq <= seq:
                 raise LogDamaged(f"event {batch[-1].seq} comes after event {seq}")

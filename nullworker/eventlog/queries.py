@@ -20,6 +20,8 @@ from nullworker.fsm.table import ENDED, LIVE, Outcome, ending
 
 #: Events that are searched in one batch: about 10 ms.
 STEP: Final = 20_000
+#: Events among which a start looks for the last holds: 40 ms, and many hours of refusals beside a hold.
+SEARCHED: Final = 100_000
 
 _COLUMNS: Final = (
     "id, kind, state, reason, queued_at, held_at, ends_at, ended_at, queued_seconds, held_seconds,"
@@ -33,11 +35,12 @@ class Finished:
 
     seq: int
     request_idx: int | None
-    outcome: Outcome
+    outcome: Outcome | None  # None: nothing is told of it
     queued_at: float
     held_at: float | None
     ended_at: float
     refused_at_once: bool
+    cost: float | None = None  # the load, where it is not that of every request
 
 
 class ReservationJson(TypedDict):
@@ -138,10 +141,39 @@ def event_json(seq: int, at: float, reservation_id: str, kind: str, reason: str 
 
 
 def public_data(data: dict[str, Any]) -> dict[str, Any]:
-    """An event's data without a session's auth hash and callback."""
+    """An event's data without the hash of its auth and a session's callback."""
+    data = {name: value for name, value in data.items() if name != "auth_sha256"}
     if "session" in data:
-        data = {**data, "session": {"lifetime": data["session"].get("lifetime")}}
+        data["session"] = {"lifetime": data["session"].get("lifetime")}
     return data
+
+
+def ended_holds(conn: sqlite3.Connection, *, limit: int) -> list[tuple[str, str, str]]:
+    """Kind, hash of the auth, and id of the last that were held and have ended, but for hang-ups; oldest first.
+
+    No more than the last SEARCHED events are searched: an index of the holds would cost each commit a page.
+    """
+    rows = conn.execute(
+        """
+        SELECT q.data ->> 'kind', q.data ->> 'auth_sha256', h.reservation_id
+          FROM events AS h
+          JOIN events AS e ON e.reservation_id = h.reservation_id AND e.kind IN ('released', 'expired', 'cancelled')
+          JOIN events AS q ON q.reservation_id = h.reservation_id AND q.kind = 'queued'
+         WHERE h.seq > (SELECT max(seq) FROM events) - ? AND h.kind = 'held'
+           AND q.data ->> 'auth_sha256' IS NOT NULL AND e.reason <> 'client_disconnect'
+         ORDER BY h.seq DESC
+         LIMIT ?
+        """,
+        (SEARCHED, limit),
+    ).fetchall()
+    return rows[::-1]
+
+
+def claimed_by(conn: sqlite3.Connection, reservation_id: str) -> tuple[str | None, str | None]:
+    """The kind of a reservation of the log, and the hash of the auth it was claimed with."""
+    query = "SELECT data ->> 'kind', data ->> 'auth_sha256' FROM events WHERE reservation_id = ? AND kind = 'queued'"
+    row = conn.execute(query, (reservation_id,)).fetchone()
+    return (None, None) if row is None else (row[0], row[1])
 
 
 def events(
@@ -161,7 +193,8 @@ def finished(conn: sqlite3.Connection, *, after: int, limit: int) -> list[Finish
     """Reservations whose end has a seq above `after`, in the order of their ends."""
     rows = conn.execute(
         """
-        SELECT e.seq, q.data ->> 'request_idx', e.kind, e.reason, q.at, h.at, e.at, q.data ->> 'give_up_at'
+        SELECT e.seq, q.data ->> 'request_idx', e.kind, e.reason, q.at, h.at, e.at, q.data ->> 'give_up_at',
+               q.data ->> 'cost'
           FROM events AS e
           JOIN events AS q ON q.reservation_id = e.reservation_id AND q.kind = 'queued'
           LEFT JOIN events AS h ON h.reservation_id = e.reservation_id AND h.kind = 'held'
@@ -172,11 +205,10 @@ def finished(conn: sqlite3.Connection, *, after: int, limit: int) -> list[Finish
         (after, limit),
     )
     done = []
-    for seq, request_idx, state, reason, queued_at, held_at, ended_at, give_up_at in rows:
+    for seq, request_idx, state, reason, queued_at, held_at, ended_at, give_up_at, cost in rows:
         outcome = ending(state, reason, was_held=held_at is not None).outcome
-        assert outcome is not None
         at_once = refused_at_once(queued_at, held_at, give_up_at)
-        done.append(Finished(seq, request_idx, outcome, queued_at, held_at, ended_at, at_once))
+        done.append(Finished(seq, request_idx, outcome, queued_at, held_at, ended_at, at_once, cost))
     return done
 
 
@@ -221,10 +253,10 @@ def callback_call(conn: sqlite3.Connection, seq: int) -> tuple[str, dict[str, An
     return terms["on_close_route"], {**theirs, "session_id": session_id, "state": state, "reason": reason}
 
 
-def count_begun(conn: sqlite3.Connection, *, after: int) -> int:
-    """The number of claims made after an event."""
-    row = conn.execute("SELECT count(*) FROM events WHERE seq > ? AND kind = 'queued'", (after,)).fetchone()
-    return int(row[0])
+def begun_load(conn: sqlite3.Connection, *, after: int, load: float) -> float:
+    """The load of the claims made after an event; `load` is that of one without a cost of its own."""
+    query = "SELECT total(coalesce(data ->> 'cost', ?)) FROM events WHERE seq > ? AND kind = 'queued'"
+    return float(conn.execute(query, (load, after)).fetchone()[0])
 
 
 def count_finished(conn: sqlite3.Connection, *, after: int) -> int:

@@ -27,6 +27,8 @@ from nullworker.fsm.table import ENDED, EventKind, State, step
 ATTACHED_SECONDS: Final = 60.0
 #: Seconds, at least, in which the consumer of before must attach again after a restart of the worker.
 RESTART_GRACE_SECONDS: Final = 30.0
+#: Seconds that a renewal moves a deadline by, at least, or a tenth of the lifetime if that is less.
+SMALLEST_RENEWAL_SECONDS: Final = 1.0
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -48,6 +50,8 @@ class Claim(msgspec.Struct, frozen=True):
     request_idx: int | None = None
     metadata: dict[str, Any] | None = None
     session: SessionTerms | None = None
+    auth_sha256: str | None = None
+    cost: float | None = None
 
 
 class Reservation(msgspec.Struct):
@@ -88,6 +92,7 @@ class Book:
         # In the order of arrival. A dict finds its first key by walking past removed ones, so that with a long queue
         # each promotion would take time in proportion to its length.
         self.queue: OrderedDict[str, Reservation] = OrderedDict()
+        self._by_request_idx: dict[int, str] = {}  # the live reservation that the autoscaler knows by it
 
     # -- queries -------------------------------------------------------------------------------------------------
 
@@ -117,11 +122,17 @@ class Book:
     # -- commands: decide ----------------------------------------------------------------------------------------
 
     def claim(self, reservation_id: str, claim: Claim, now: float, refusal: str | None = None) -> list[Event]:
-        """A new reservation: held at once, queued, or refused. `refusal`: the reason why every claim is refused now."""
+        """A new reservation: held at once, queued, or refused. `refusal`: the reason why every claim is refused now.
+
+        A request_idx that is live here is refused before all else: the autoscaler knows its reservation by that
+        number, and must not be told that it was rejected.
+        """
         longest = min(self.limits.max_reservation_seconds, self._max_hold)
         cap = longest if claim.duration is None else min(claim.duration, longest)
         end: tuple[EventKind, str] | None = None
-        if refusal is not None:
+        if claim.request_idx in self._by_request_idx:
+            end = "expired", "duplicate"
+        elif refusal is not None:
             end = "cancelled", refusal
         elif self.held is not None and claim.kind == "session":
             end = "expired", "busy"
@@ -136,6 +147,8 @@ class Book:
             request_idx=claim.request_idx,
             metadata=claim.metadata,
             session=claim.session,
+            auth_sha256=claim.auth_sha256,
+            cost=claim.cost,
         )
         events = [Event(now, reservation_id, "queued", None, terms)]
         if end is not None:
@@ -156,12 +169,19 @@ class Book:
         return [Event(now, held.id, "extended", "extend", Extended(ends_at))]
 
     def renew(self, reservation_id: str, now: float) -> list[Event]:
-        """Move a session's deadline to its lifetime from now, at most the cap; a later deadline stays."""
+        """Move a session's deadline to its lifetime from now, at most the cap; a later deadline stays.
+
+        One that would hardly move stays too: the official client repeats a ping whose answer was lost without a
+        pause, and each would cost a commit.
+        """
         held = self._held(reservation_id)
         if held.terms.session is None or held.ends_at is None:
             raise IllegalMove(f"reservation {reservation_id} is no session")
-        ends_at = self._at_most(held, now + held.terms.session.lifetime, now)
-        return [Event(now, held.id, "extended", "ping", Extended(max(ends_at, held.ends_at)))]
+        lifetime = min(held.terms.session.lifetime, self.limits.max_reservation_seconds)
+        ends_at = self._at_most(held, now + lifetime, now)
+        if ends_at - held.ends_at < min(SMALLEST_RENEWAL_SECONDS, lifetime / 10):
+            return []
+        return [Event(now, held.id, "extended", "ping", Extended(ends_at))]
 
     def cancel(self, reservation_id: str, reason: str, now: float) -> list[Event]:
         """Cancel a live reservation, held or queued."""
@@ -242,6 +262,8 @@ class Book:
                 raise IllegalMove(f"reservation {event.reservation_id} is queued already")
             reservation = Reservation(event.reservation_id, data, event.at)
             self.queue[reservation.id] = reservation
+            if data.request_idx is not None:
+                self._by_request_idx.setdefault(data.request_idx, reservation.id)
             return reservation
         known = self.get(event.reservation_id)
         if known is None:
@@ -261,6 +283,8 @@ class Book:
         else:
             known.reason, known.ended_at, known.result = event.reason, event.at, data.result
         if state in ENDED:
+            if (idx := known.terms.request_idx) is not None and self._by_request_idx.get(idx) == known.id:
+                del self._by_request_idx[idx]
             if known is self.held:
                 self.held = None
             else:

@@ -4,7 +4,7 @@ Times are epoch seconds and are passed in. The stored `kind` is a word from the 
 so old logs still replay after a rename. A new field needs a default, and an existing field keeps its meaning; the
 golden logs in tests/eventlog check that.
 
-Events hold no secrets: a session's auth_data is stored as a SHA-256.
+Events hold no secrets: a claim's auth_data is stored as its SHA-256.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ ReservationKind = Literal["request", "session"]
 class SessionTerms(msgspec.Struct, frozen=True, omit_defaults=True):
     """The terms with which a session was created."""
 
-    lifetime: float  # seconds; a ping moves the deadline to now + lifetime
-    auth_sha256: str  # of the auth_data of its owner
+    lifetime: float  # seconds, at most the cap; a ping moves the deadline to now + lifetime
     on_close_route: str | None = None
     on_close_payload: Any = None
 
@@ -38,6 +37,8 @@ class Queued(msgspec.Struct, frozen=True, omit_defaults=True):
     request_idx: int | None = None  # the autoscaler's number of the request; None without an envelope
     metadata: dict[str, Any] | None = None
     session: SessionTerms | None = None
+    auth_sha256: str | None = None  # of the auth_data it was made with; None for a bare payload's request
+    cost: float | None = None  # of a session's grant: its load; None is the load of any reservation, NULL_MAX_PERF
 
 
 class Held(msgspec.Struct, frozen=True):

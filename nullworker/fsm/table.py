@@ -48,7 +48,7 @@ class Edge(NamedTuple):
     reason: str | None
     target: State
     status: int | None = None  # HTTP status of the answer to /reserve
-    outcome: Outcome | None = None
+    outcome: Outcome | None = None  # what the autoscaler is told, if anything
     says: str = ""  # the `error` of the answer
 
 
@@ -64,6 +64,7 @@ EDGES: Final[tuple[Edge, ...]] = (
     Edge("queued", "expired", "queue_timeout", "expired", 429, "Rejected", "the worker stayed busy; try another"),
     Edge("queued", "expired", "queue_full", "expired", 429, "Rejected", "the worker's queue is full; try another"),
     Edge("queued", "expired", "busy", "expired", 429, "Rejected", "the worker is taken; try another"),
+    Edge("queued", "expired", "duplicate", "expired", 429, None, "its request_idx is live here; get a new grant"),
     Edge("queued", "cancelled", "client_disconnect", "cancelled", 499, "Cancelled", "the client hung up"),
     Edge("held", "cancelled", "client_disconnect", "cancelled", 499, "Cancelled", "the client hung up"),
     Edge(
@@ -145,6 +146,6 @@ def ending(state: State, reason: str | None, *, was_held: bool) -> Edge:
     """
     source: State = "held" if was_held else "queued"
     edge = _BY_MOVE.get((source, state, reason))
-    if edge is None or edge.outcome is None:
+    if edge is None or edge.target not in ENDED:
         raise IllegalMove(f"no reservation ends as {state}/{reason} from {source}")
     return edge

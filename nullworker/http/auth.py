@@ -61,12 +61,16 @@ class _Bare(msgspec.Struct):
 
 
 class Grant(msgspec.Struct):
-    """A verified request. `auth` is None for a bare payload on an unsecured worker."""
+    """A request that may be acted upon. `auth` is None for a bare payload on an unsecured worker.
+
+    `verified`: the signature was checked, so that the same auth_data again is the same caller again.
+    """
 
     auth: Auth | None
     auth_data: msgspec.Raw
     payload: msgspec.Raw
     session_id: str | None
+    verified: bool = False
 
     @property
     def request_idx(self) -> int | None:
@@ -74,8 +78,22 @@ class Grant(msgspec.Struct):
         return None if self.auth is None else self.auth.request_idx
 
     @property
+    def cost(self) -> float | None:
+        """The load that the autoscaler has been asked for; None without an envelope."""
+        return None if self.auth is None else float(self.auth.cost)
+
+    @property
     def auth_sha256(self) -> str:
-        """The fingerprint of `auth_data`, by which a session's owner is recognized.
+        """What a claim is known to belong to.
+
+        Raises:
+            Invalid: the auth nests too deep to be compared.
+        """
+        return fingerprint(self.auth_json)
+
+    @property
+    def auth_json(self) -> Any:
+        """The auth_data as it came.
 
         Raises:
             Invalid: the auth nests too deep to be compared.
@@ -86,7 +104,7 @@ class Grant(msgspec.Struct):
             raise Invalid("auth_data cannot be compared: it has a number too long, or nests too deep") from None
         if why := unfit(auth, MAX_BODY_BYTES):
             raise Invalid(f"auth_data cannot be compared: it {why}")
-        return fingerprint(auth)
+        return auth
 
     def read(self, shape: type[T]) -> T:
         """The payload, decoded as `shape`.
@@ -163,7 +181,8 @@ class Authenticator:
                 ) from None
             raise explain(body, _Checked) from None
         await self.check(auth)
-        return Grant(auth, envelope.auth_data, envelope.payload, envelope.session_id)
+        verified = self._keys is not None
+        return Grant(auth, envelope.auth_data, envelope.payload, envelope.session_id, verified)
 
     async def check(self, auth: Auth) -> None:
         """Verify that the autoscaler has signed this grant, for this worker.

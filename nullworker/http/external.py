@@ -13,13 +13,14 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta
 
-from nullworker.errors import Gone, Unauthorized
+from nullworker.errors import Unauthorized
 from nullworker.eventlog.log import EventLog
 from nullworker.fsm.book import Claim, Reservation
 from nullworker.fsm.table import ENDED
 from nullworker.http.auth import Authenticator, Grant
 from nullworker.http.bodies import check_metadata, read_body
-from nullworker.http.reservations import verdict_response
+from nullworker.http.ended import EndedClaims
+from nullworker.http.reservations import ended_error, verdict_response, warn_if_capped
 from nullworker.http.responses import HELD, Counts, json_response, make_app, same_secret
 from nullworker.http.sessions import SessionHandlers
 from nullworker.http.sse import stream_reservation
@@ -44,11 +45,20 @@ class ExternalHandlers:
     """The handlers of the external port."""
 
     def __init__(
-        self, service: Service, event_log: EventLog, authenticator: Authenticator, *, master_token: str
+        self,
+        service: Service,
+        event_log: EventLog,
+        authenticator: Authenticator,
+        sessions: SessionHandlers,
+        ended: EndedClaims,
+        *,
+        master_token: str,
     ) -> None:
         self._service = service
         self._log = event_log
         self._authenticator = authenticator
+        self._sessions = sessions
+        self._ended = ended
         self._token = master_token
 
     async def reserve(self, request: web.Request) -> web.StreamResponse:
@@ -74,16 +84,29 @@ class ExternalHandlers:
         return json_response({"ok": True})
 
     def _claim(self, grant: Grant, payload: ReservePayload) -> Reservation:
-        """A new reservation, or with a session_id the held session."""
+        """A new reservation; or with a session_id the session that is held.
+
+        Raises:
+            Gone: the session, or the request that this very grant has made, has ended.
+        """
         check_metadata(payload.metadata)
-        if grant.session_id is None:
-            return self._service.claim(
-                Claim(duration=payload.duration, request_idx=grant.request_idx, metadata=payload.metadata)
+        if grant.session_id is not None:
+            return self._sessions.find(grant, grant.session_id)
+        auth_sha256 = None if grant.auth is None else grant.auth_sha256
+        if grant.verified and auth_sha256 is not None:
+            row = self._ended.made_with("request", auth_sha256)
+            if row is not None:
+                raise ended_error(row)
+        reservation = self._service.claim(
+            Claim(
+                duration=payload.duration,
+                request_idx=grant.request_idx,
+                metadata=payload.metadata,
+                auth_sha256=auth_sha256,
             )
-        session = self._service.book.held
-        if session is None or session.terms.session is None or session.id != grant.session_id:
-            raise Gone(f"there is no session {grant.session_id}")
-        return session
+        )
+        warn_if_capped(reservation, payload.duration)
+        return reservation
 
     async def _verdict(self, request: web.Request, reservation: Reservation, stream: bool) -> web.StreamResponse:
         """Wait for the end and answer with it. A hang-up or an error here ends a request reservation."""

@@ -15,6 +15,7 @@ from nullworker.errors import CannotStart, Unauthorized
 from nullworker.eventlog.log import EventLog
 from nullworker.http.auth import Authenticator
 from nullworker.http.control import ControlHandlers, control_app
+from nullworker.http.ended import EndedClaims
 from nullworker.http.external import ExternalHandlers, external_app, session_end_app
 from nullworker.http.responses import make_app, same_secret
 from nullworker.http.server import Server
@@ -68,8 +69,12 @@ class Ports:
     ) -> list[Server]:
         """A server for each socket, not yet started. `shutdown_seconds`: how long a stop waits for open requests."""
         settings = self.settings
-        sessions = SessionHandlers(service, authenticator, own_addresses=self._own_addresses())
-        external = ExternalHandlers(service, event_log, authenticator, master_token=settings.master_token)
+        ended = EndedClaims(service, event_log)
+        service.observers.append(ended.observe)
+        sessions = SessionHandlers(service, authenticator, ended, own_addresses=self._own_addresses())
+        external = ExternalHandlers(
+            service, event_log, authenticator, sessions, ended, master_token=settings.master_token
+        )
         control = ControlHandlers(service, event_log, exporter, status)
         stub_health = settings.backend_health_url is None
         local = [(control_app(control, exporter, exporter.answer, stub_health=stub_health), self._control)]

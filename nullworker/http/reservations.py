@@ -9,14 +9,17 @@ from aiohttp import web
 from msgspec import UNSET
 
 from nullworker.clock import elapsed, from_shown, iso, tidy
-from nullworker.errors import RETRY_AFTER_SECONDS
+from nullworker.errors import RETRY_AFTER_SECONDS, Gone
 from nullworker.eventlog import queries
 from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.queries import ReservationJson
 from nullworker.fsm.book import Reservation
 from nullworker.fsm.table import ending
 from nullworker.http.responses import RESERVATION_HEADER, json_response
+from nullworker.logs import get_log
 from nullworker.service import Service
+
+log = get_log(__name__)
 
 
 def reservation_json(reservation: Reservation, now: float) -> ReservationJson:
@@ -82,12 +85,36 @@ async def newest(
     return rows[:limit]
 
 
+def ended_error(row: ReservationJson) -> Gone:
+    """The answer to a claim, a ping or a wait for what has ended, for its owner."""
+    return Gone(f"{row['kind']} {row['id']} has ended", reservation_id=row["id"], **final_status(row))
+
+
+def warn_if_capped(reservation: Reservation, asked: float | None) -> None:
+    """Say that this worker holds for less long than its caller believes. Seconds."""
+    cap = reservation.terms.duration_cap
+    if asked is not None and asked > cap and reservation.reason is None:
+        log.warning(
+            "duration_capped",
+            reservation_id=reservation.id,
+            asked_seconds=tidy(asked),
+            cap_seconds=tidy(cap),
+            message="it is held for the cap only: raise MAX_RESERVATION_SECONDS, or extend it",
+        )
+
+
 def verdict(reservation: Reservation) -> tuple[int, dict[str, Any]]:
-    """Status and body of the answer to /reserve; the reservation has ended."""
+    """Status and body for the caller of /reserve: how the reservation has ended.
+
+    Whoever waits for a session's end gets 410 in place of 503: the official client repeats a 503, and loses the reason.
+    """
     assert reservation.ended_at is not None
     held_at = reservation.held_at
     edge = ending(reservation.state, reservation.reason, was_held=held_at is not None)
     assert edge.status is not None
+    if edge.status == 503 and reservation.terms.kind == "session" and held_at is not None:
+        ended = reservation_json(reservation, reservation.ended_at)
+        return 410, {"error": edge.says, "reservation_id": reservation.id, **final_status(ended)}
     if edge.status != 200:
         return edge.status, {"error": edge.says, "reservation_id": reservation.id, "reason": reservation.reason}
     assert held_at is not None

@@ -62,7 +62,10 @@ class Answers:
         if isinstance(error, RequestError):
             if isinstance(error, Unauthorized):
                 self._counts.count_auth_failure(error.reason)
-            return json_response(error.body, error.status, error.headers)
+            headers = error.headers
+            if (reservation_id := error.fields.get("reservation_id")) is not None:
+                headers = {**headers, RESERVATION_HEADER: reservation_id}
+            return json_response(error.body, error.status, headers)
         if isinstance(error, (LogUnavailable, sqlite3.Error)):
             body = {"error": f"the event log: {error}", "reason": "log_unavailable"}
             return json_response(body, LogUnavailable.status, {"Retry-After": str(RETRY_AFTER_SECONDS)})

@@ -15,13 +15,15 @@ import msgspec
 from aiohttp import web
 from msgspec import Meta
 
+from nullworker.clock import tidy
 from nullworker.errors import Gone, Invalid, RequestError, Unauthorized
 from nullworker.fsm.book import Claim, Reservation
 from nullworker.fsm.events import SessionTerms
 from nullworker.fsm.table import ENDED
-from nullworker.http.auth import Authenticator, owns
+from nullworker.http.auth import Authenticator, Grant, owns
 from nullworker.http.bodies import check_metadata, decode, read_body, unfit
-from nullworker.http.reservations import verdict_response
+from nullworker.http.ended import EndedClaims
+from nullworker.http.reservations import ended_error, final_status, verdict_response, warn_if_capped
 from nullworker.http.responses import RESERVATION_HEADER, json_response
 from nullworker.service import Service
 from nullworker.settings import is_absolute_http_url
@@ -47,29 +49,47 @@ class Named(msgspec.Struct):
     session_auth: Any = None
 
 
+def _created(session: Reservation) -> web.Response:
+    assert session.terms.session is not None
+    body = {
+        "session_id": session.id,
+        "expiration": session.ends_at,
+        "lifetime": tidy(session.terms.session.lifetime),
+    }
+    return json_response(body, 201, {RESERVATION_HEADER: session.id})
+
+
 class SessionHandlers:
     """The handlers for sessions. `own_addresses` are the worker's own ports, to which no callback may go."""
 
     def __init__(
-        self, service: Service, authenticator: Authenticator, *, own_addresses: Iterable[tuple[str, int]]
+        self,
+        service: Service,
+        authenticator: Authenticator,
+        ended: EndedClaims,
+        *,
+        own_addresses: Iterable[tuple[str, int]],
     ) -> None:
         self._service = service
         self._authenticator = authenticator
+        self._ended = ended
         self._own = frozenset(own_addresses)
 
     async def create(self, request: web.Request) -> web.Response:
-        """POST /session/create: claim the slot for a session, which never queues."""
+        """POST /session/create: claim the slot, without queueing, or find what the same grant has made."""
         grant = await self._authenticator.authenticate(await read_body(request))
+        if grant.verified and (again := self._made_with(grant.auth_sha256)) is not None:
+            return _created(again)
         payload = grant.read(CreatePayload)
         check_metadata(payload.metadata)
         for name in ("on_close_route", "on_close_payload"):
             if why := unfit(getattr(payload, name), MAX_CALLBACK_BYTES):
                 raise Invalid(f"{name} {why}", payload={name: why})
         self._check_route(payload.on_close_route)
-        lifetime = 60.0 if payload.lifetime is None else payload.lifetime
+        asked = 60.0 if payload.lifetime is None else payload.lifetime
+        lifetime = min(asked, self._service.book.limits.max_reservation_seconds)
         terms = SessionTerms(
             lifetime=lifetime,
-            auth_sha256=grant.auth_sha256,
             on_close_route=payload.on_close_route,
             on_close_payload=payload.on_close_payload if payload.on_close_route is not None else None,
         )
@@ -80,19 +100,21 @@ class SessionHandlers:
                 request_idx=grant.request_idx,
                 metadata=payload.metadata,
                 session=terms,
+                auth_sha256=grant.auth_sha256,
+                cost=grant.cost,
             )
         )
         if session.state in ENDED:
             return verdict_response(session)
-        body = {"session_id": session.id, "expiration": session.ends_at}
-        return json_response(body, 201, {RESERVATION_HEADER: session.id})
+        warn_if_capped(session, asked)
+        return _created(session)
 
     async def end(self, request: web.Request) -> web.Response:
         """POST /session/end: release a session."""
         named = await self._named(request)
         session = self._find(named.session_id)
         if session is None:
-            raise RequestError(f"session with id {named.session_id} not found")
+            raise RequestError(f"session with id {named.session_id} not found", **self._final_status(named))
         self._check_auth(session, named.session_auth)
         self._service.release(session.id, reason="session_end")
         body = {"ended": True, "removed_session": session.id}
@@ -103,7 +125,7 @@ class SessionHandlers:
         named = await self._named(request)
         session = self._find(named.session_id)
         if session is None:
-            raise RequestError("session does not exist")
+            raise RequestError("session does not exist", **self._final_status(named))
         terms = self._check_auth(session, named.session_auth)
         return json_response(
             {
@@ -122,7 +144,7 @@ class SessionHandlers:
         named = await self._named(request)
         session = self._find(named.session_id)
         if session is None:
-            return json_response({"ok": False})
+            return json_response({"ok": False, **self._final_status(named)})
         self._check_auth(session, named.session_auth)
         return json_response({"ok": True})
 
@@ -131,11 +153,43 @@ class SessionHandlers:
         grant = await self._authenticator.authenticate(await read_body(request))
         if grant.session_id is None:
             raise Invalid("session_id is missing: a ping renews a session", session_id="missing parameter")
-        session = self._find(grant.session_id)
-        if session is None or session.terms.session is None:
-            raise Gone(f"there is no session {grant.session_id}")
+        session = self.find(grant, grant.session_id)
         self._service.renew(session.id)
         return json_response({"result": {"ok": True}}, headers={RESERVATION_HEADER: session.id})
+
+    def find(self, grant: Grant, session_id: str) -> Reservation:
+        """The session that is held, for who waits for its end.
+
+        Raises:
+            Gone: it has ended, and its owner is told how; or it never was.
+        """
+        session = self._find(session_id)
+        if session is None:
+            raise self._gone(grant, session_id)
+        return session
+
+    def _made_with(self, auth_sha256: str) -> Reservation | None:
+        """The session that is held and was made with this auth, renewed; None if there never was one.
+
+        Raises:
+            Gone: it has ended.
+            LogUnavailable: it could not be renewed.
+        """
+        held = self._service.book.held
+        if held is not None and held.terms.session is not None and held.terms.auth_sha256 == auth_sha256:
+            return self._service.renew(held.id)
+        if (row := self._ended.made_with("session", auth_sha256)) is not None:
+            raise ended_error(row)
+        return None
+
+    def _gone(self, grant: Grant, session_id: str) -> Gone:
+        row = self._ended.session(session_id, grant.auth_json)
+        return Gone(f"there is no session {session_id}") if row is None else ended_error(row)
+
+    def _final_status(self, named: Named) -> dict[str, Any]:
+        """Of a session that has ended, for its owner; nothing for anybody else."""
+        row = self._ended.session(named.session_id, named.session_auth)
+        return {} if row is None else final_status(row)
 
     async def _named(self, request: web.Request) -> Named:
         return decode(await read_body(request), Named)
@@ -147,7 +201,7 @@ class SessionHandlers:
     def _check_auth(self, session: Reservation, auth: Any) -> SessionTerms:
         terms = session.terms.session
         assert terms is not None
-        if not owns(auth, terms.auth_sha256):
+        if not owns(auth, session.terms.auth_sha256 or ""):
             raise Unauthorized("session_auth is not valid", reason="session")
         return terms
 

@@ -60,7 +60,7 @@ class Exporter:
         self.ended: dict[tuple[str, str, str], int] = {
             (kind, edge.target, edge.reason or ""): 0
             for edge in EDGES
-            if edge.outcome
+            if edge.target in ENDED
             for kind in ("request", "session")
         }
         self._since = service.now()

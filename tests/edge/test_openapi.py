@@ -85,8 +85,8 @@ def test_it_is_valid_and_of_this_version() -> None:
 def test_it_has_every_route_of_each_port_and_no_other() -> None:
     nothing: Any = None
     reserve, session = (
-        external.ExternalHandlers(nothing, nothing, nothing, master_token=""),
-        sessions.SessionHandlers(nothing, nothing, own_addresses=()),
+        external.ExternalHandlers(nothing, nothing, nothing, nothing, nothing, master_token=""),
+        sessions.SessionHandlers(nothing, nothing, nothing, own_addresses=()),
     )
     handlers = control.ControlHandlers(nothing, nothing, nothing, nothing)
     assert operations("external") == routes(external.external_app(reserve, session, nothing))

@@ -233,10 +233,11 @@ async def test_an_unsecured_worker_takes_a_bare_payload_and_says_so_loudly(tmp_p
         assert [row[0] for row in worker.sql("SELECT request_idx FROM reservations")] == [None, None, 5]
 
 
-async def test_many_claims_with_one_grant_are_many_reservations(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
-    body = signed(vast, worker.url, {"duration": 0})
-    answers = await asyncio.gather(*(post(worker.url + "/reserve", body) for _ in range(3)))
+async def test_one_request_idx_after_the_other_is_a_reservation_each(
+    worker: WorkerProcess, vast: FakeAutoscaler
+) -> None:
+    bodies = [signed(vast, worker.url, {"duration": 0}, request_idx=70) for _ in range(3)]  # a new reqnum each
+    answers = await asyncio.gather(*(post(worker.url + "/reserve", body) for body in bodies))
     assert [answer.status for answer in answers] == [200, 200, 200]
     assert len({answer.headers[HEADER] for answer in answers}) == 3
-    idx = body["auth_data"]["request_idx"]
-    await vast.wait_for(lambda: len(vast.outcomes_of(idx)) == 3)
+    await vast.wait_for(lambda: len(vast.outcomes_of(70)) == 3)

@@ -74,7 +74,7 @@ async def test_a_session_takes_the_slot_and_tells_its_id_and_its_end(
     owner = Owner(vast, worker)
     answer = await owner.create(lifetime=60, metadata={"job": 12})
     assert answer.status == 201
-    assert answer.body == {"session_id": owner.id, "expiration": await deadline(worker)}
+    assert answer.body == {"session_id": owner.id, "expiration": await deadline(worker), "lifetime": 60}
     assert answer.headers[HEADER] == owner.id
     held = await worker.get("/reservation")
     assert (held["id"], held["kind"], held["state"], held["metadata"]) == (owner.id, "session", "held", {"job": 12})
@@ -205,7 +205,9 @@ async def test_get_and_health_tell_what_the_client_asks_for(vast: FakeAutoscaler
     }
     assert (await owner.named("/session/health")).body == {"ok": True}
     await worker.release()
-    assert (await owner.named("/session/health")).body == {"ok": False}
+    gone = (await owner.named("/session/health")).body
+    assert (gone["ok"], gone["state"], gone["reason"]) == (False, "released", "explicit")
+    assert (await owner.named("/session/health", session_auth={})).body == {"ok": False}
 
 
 async def test_the_consumer_may_release_a_session(worker: WorkerProcess, owner: Owner) -> None:
@@ -219,6 +221,7 @@ async def test_the_consumer_may_release_a_session(worker: WorkerProcess, owner: 
 
 async def test_a_ping_renews_it_by_its_lifetime(worker: WorkerProcess, owner: Owner) -> None:
     before = await deadline(worker)
+    await asyncio.sleep(1.0)
     answer = await owner.ping()
     assert (answer.status, answer.body) == (200, {"result": {"ok": True}})
     ((at, kind, reason),) = worker.sql("SELECT at, kind, reason FROM events WHERE seq = 3")
@@ -245,9 +248,13 @@ async def test_a_ping_for_nothing_is_refused(vast: FakeAutoscaler, worker: Worke
 
 async def test_no_lifetime_and_no_ping_goes_beyond_the_cap(vast: FakeAutoscaler, worker: WorkerProcess) -> None:
     owner = Owner(vast, worker)
-    await owner.create(lifetime=86_400)
+    created = await owner.create(lifetime=86_400)
+    assert created.body["lifetime"] == (await owner.named("/session/get")).body["lifetime"] == 100
+    said = await worker.line("duration_capped")
+    assert (said["asked_seconds"], said["cap_seconds"]) == (86_400, 100)
     ((held_at,),) = worker.sql("SELECT at FROM events WHERE kind = 'held'")
     assert await deadline(worker) == pytest.approx(held_at + 100, abs=0.001)
+    await asyncio.sleep(1.0)
     await owner.ping()
     ((pinged_at,),) = worker.sql("SELECT at FROM events WHERE kind = 'extended'")
     assert await deadline(worker) == pytest.approx(pinged_at + 100, abs=0.001)

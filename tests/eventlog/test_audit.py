@@ -61,7 +61,7 @@ class History:
         self.at = until
 
     def claim(self, name: str, request_idx: int, *, route: str | None = None, **claim: Any) -> str:
-        session = None if route is None else SessionTerms(60.0, "0" * 64, on_close_route=route)
+        session = None if route is None else SessionTerms(60.0, on_close_route=route)
         kind: Any = "request" if session is None else "session"
         made = self.service.claim(Claim(kind=kind, request_idx=request_idx, session=session, **claim))
         self.ids[name] = made.id

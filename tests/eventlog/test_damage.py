@@ -18,7 +18,7 @@ from test_log import open_files, queue
 from nullworker.clock import SystemClock
 from nullworker.errors import CannotStart, LogDamaged
 from nullworker.eventlog.opening import open_for_reading, open_log
-from nullworker.fsm.events import from_row
+from nullworker.fsm.events import Ended, Event, Queued, from_row
 
 
 def read(path: str) -> bytes:
@@ -75,10 +75,13 @@ async def test_a_damaged_log_is_set_aside_and_the_worker_starts(tmp_path: Path, 
 
 async def test_damage_that_only_a_write_meets_is_found_at_the_next_start(tmp_path: Path) -> None:
     worker = WorkerProcess(tmp_path)
-    leave_session(worker.db, begun=0, ended=60)
+    with contextlib.closing(open_log(worker.db)) as log:
+        terms = Queued(kind="request", duration_cap=60, give_up_at=0)
+        expired = Event(0, "old", "expired", "queue_full", Ended())
+        log.append([(1, Event(0, "old", "queued", None, terms)), (2, expired)])
     conn = sqlite3.connect(worker.db)
-    with conn:  # nothing is owed either, so a start has no reason to look there
-        conn.executemany("INSERT INTO cursors VALUES (?, 3)", [("worker_status",), ("delete_requests",)])
+    with conn:  # nothing is owed or was held, so a start has no reason to look there
+        conn.executemany("INSERT INTO cursors VALUES (?, 2)", [("worker_status",), ("delete_requests",)])
     ((page,),) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_by_reservation'")
     conn.close()
     with worker.db.open("r+b") as file:

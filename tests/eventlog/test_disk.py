@@ -195,6 +195,7 @@ async def test_a_session_without_a_log_can_be_ended_but_not_renewed(
     body = signed(vast, worker.url, {"lifetime": 60})
     session_id = (await post(worker.url + "/session/create", body)).body["session_id"]
     await trouble.begin(worker)
+    await asyncio.sleep(1.0)  # sooner the deadline would hardly move, and nothing would be written
     ping = await post(worker.url + "/ping", signed(vast, worker.url, session_id=session_id))
     assert (ping.status, ping.body["reason"]) == (503, "log_unavailable")
     named = {"session_id": session_id, "session_auth": body["auth_data"]}

@@ -46,7 +46,7 @@ JSON_VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner, max_size=3),
     max_leaves=5,
 )
-SESSIONS = st.builds(SessionTerms, FINITE, st.text(), st.none() | st.text(), JSON_VALUES)
+SESSIONS = st.builds(SessionTerms, FINITE, st.none() | st.text(), JSON_VALUES)
 DATA = {
     "queued": st.builds(
         Queued,
@@ -102,7 +102,7 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         log.move_cursor("delete_requests", 50)
         log.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         now = SystemClock().now()
-        terms = SessionTerms(lifetime=60, auth_sha256="0" * 64, on_close_route="http://10.0.0.1/")
+        terms = SessionTerms(lifetime=60, on_close_route="http://10.0.0.1/")
         queued = Queued(kind="session", duration_cap=60, give_up_at=now + 30, session=terms)
         waiting = Queued(kind="request", duration_cap=60, give_up_at=now + 30)
         log.append(

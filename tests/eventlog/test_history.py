@@ -67,7 +67,7 @@ def test_what_was_refused_at_once_is_told_from_what_had_waited_for_less_than_a_m
         service.claim(Claim())
         restarted = reporter(service, log)
         assert [each.refused_at_once for each in queries.finished(log.conn, after=0, limit=10)] == [True, False, True]
-        assert [(each._load.received, each._load.rejected) for each in (live, restarted)] == [(2, 3), (2, 3)]
+        assert [(each._load.received, each._load.rejected) for each in (live, restarted)] == [(200, 300), (200, 300)]
 
 
 def test_the_pages_follow_the_order_of_the_claims_also_when_the_clock_was_set_back(tmp_path: Path) -> None:
@@ -103,5 +103,5 @@ def test_others_have_their_turn_while_the_history_is_searched(log: EventLog, mon
             found = done.value
             break
         turns += 1
-    assert len(found) == 5
+    assert len(found) == 6
     assert turns == log.last_seq

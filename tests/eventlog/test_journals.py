@@ -212,7 +212,7 @@ def test_a_reader_sees_the_log_of_a_worker_that_runs(log: EventLog) -> None:
                 give_up_at=2.0,
                 request_idx=2**70,
                 metadata={"x": [None, "ü"]},
-                session=SessionTerms(60.0, "00", "http://x/", {"a": None}),
+                session=SessionTerms(60.0, "http://x/", {"a": None}),
             ),
         ),
         Event(1.5, "a", "held", None, Held(2.0)),

@@ -32,7 +32,7 @@ def log(tmp_path: Path) -> Iterator[EventLog]:
 
 def begin(name: str, seq: int) -> list[tuple[int, Event]]:
     """A session that is held, and whose owner is to be told of its end."""
-    terms = SessionTerms(lifetime=60, auth_sha256="0" * 64, on_close_route="http://10.0.0.1/")
+    terms = SessionTerms(lifetime=60, on_close_route="http://10.0.0.1/")
     queued = Queued(kind="session", duration_cap=60, give_up_at=seq + 30, session=terms)
     return [
         (seq + 1, Event(seq, name, "queued", None, queued)),
@@ -120,7 +120,7 @@ def test_what_is_read_and_written_costs_no_more_when_the_log_has_grown(log: Even
 
 
 def queue(log: EventLog, name: str, at: float) -> None:
-    terms = SessionTerms(lifetime=60, auth_sha256="0" * 64)
+    terms = SessionTerms(lifetime=60)
     put(log, Event(at, name, "queued", None, Queued(kind="session", duration_cap=60, give_up_at=at, session=terms)))
 
 

@@ -32,7 +32,7 @@ def owe(path: Path, *payloads: Any) -> None:
     """A log with a session for each payload, `s0` and so on, that has just ended and whose owner is to be told."""
     now, events = SystemClock().now(), list[Event]()
     for number, payload in enumerate(payloads):
-        terms = SessionTerms(60, "0" * 64, "http://192.0.2.1/", payload)
+        terms = SessionTerms(60, "http://192.0.2.1/", payload)
         queued = Queued(kind="session", duration_cap=60, give_up_at=now + 30, session=terms)
         events.append(Event(now, f"s{number}", "queued", None, queued))
         events.append(Event(now, f"s{number}", "held", None, Held(now + 60)))

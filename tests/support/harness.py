@@ -68,7 +68,7 @@ def leave_session(
     db: Path, *, begun: float, ended: float | None = None, route: str | None = None, request_idx: int | None = None
 ) -> None:
     """A log with one session, `old`, of a minute in it, as a worker left it that has gone since. Epoch seconds."""
-    terms = SessionTerms(lifetime=60, auth_sha256="0" * 64, on_close_route=route)
+    terms = SessionTerms(lifetime=60, on_close_route=route)
     queued = Queued(kind="session", duration_cap=60, give_up_at=begun + 30, session=terms, request_idx=request_idx)
     events = [Event(begun, "old", "queued", None, queued), Event(begun, "old", "held", None, Held(begun + 60))]
     if ended is not None:

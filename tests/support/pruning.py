@@ -16,7 +16,7 @@ def told_all(log: EventLog) -> None:
 
 def add(log: EventLog, name: str, at: float, *, end: str | None = "released", route: str | None = None) -> int:
     """A reservation of a second, with all the events that one can have. The seq of its last event."""
-    terms = SessionTerms(lifetime=60, auth_sha256="0" * 64, on_close_route=route) if route else None
+    terms = SessionTerms(lifetime=60, on_close_route=route) if route else None
     queued = Queued(kind="session" if route else "request", duration_cap=60, give_up_at=at + 30, session=terms)
     events = [
         Event(at, name, "queued", None, queued),

@@ -36,7 +36,7 @@ class Desk:
         self.service.resume()
 
     def session(self, lifetime: float = 600.0) -> Reservation:
-        terms = SessionTerms(lifetime, "hash")
+        terms = SessionTerms(lifetime)
         return self.service.claim(Claim("session", lifetime, session=terms))
 
     def request(self, duration: float = 600.0) -> Reservation:

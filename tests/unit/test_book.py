@@ -75,12 +75,42 @@ def test_a_request_is_not_renewed_and_a_session_never_to_less() -> None:
     with pytest.raises(IllegalMove, match="is no session"):
         desk.book.renew("r1", NOW)
     desk = Desk()
-    desk.does(desk.book.claim("s", Claim("session", 10.0, session=SessionTerms(10.0, "hash")), NOW))
+    desk.does(desk.book.claim("s", Claim("session", 10.0, session=SessionTerms(10.0)), NOW))
     desk.does(desk.book.extend("s", 50.0, NOW))
     desk.does(desk.book.renew("s", NOW + 1))
     assert desk.book.next_deadline() == NOW + 50
     desk.does(desk.book.renew("s", NOW + 45))
     assert desk.book.next_deadline() == NOW + 55
+
+
+@pytest.mark.parametrize(("lifetime", "least"), [(10.0, 1.0), (60.0, 1.0), (3.0, 0.3), (0.4, 0.04)])
+def test_a_renewal_that_would_hardly_move_the_deadline_is_no_event(lifetime: float, least: float) -> None:
+    desk = Desk()
+    desk.does(desk.book.claim("s", Claim("session", lifetime, session=SessionTerms(lifetime)), NOW))
+    assert desk.does(desk.book.renew("s", NOW + least * 0.9)) == []
+    assert desk.does(desk.book.renew("s", NOW + least * 1.1)) == ["s extended/ping"]
+    assert desk.book.next_deadline() == pytest.approx(NOW + least * 1.1 + lifetime)
+
+
+@pytest.mark.parametrize("refusal", [None, "draining", "not_ready"])
+def test_a_request_idx_that_is_live_is_a_duplicate_before_all_else(refusal: str | None) -> None:
+    desk = Desk(queued=0)
+    live = Claim(request_idx=7)
+    assert desk.does(desk.book.claim("a", live, NOW)) == ["a queued", "a held"]
+    assert desk.does(desk.book.claim("b", live, NOW, refusal)) == ["b queued", "b expired/duplicate"]
+    session = Claim("session", 5.0, request_idx=7, session=SessionTerms(5.0))
+    assert desk.does(desk.book.claim("c", session, NOW, refusal)) == ["c queued", "c expired/duplicate"]
+    desk.does(desk.book.release("a", "explicit", NOW))
+    assert desk.does(desk.book.claim("d", live, NOW)) == ["d queued", "d held"]
+
+
+def test_a_request_idx_that_waits_is_live_too() -> None:
+    desk = Desk()
+    desk.claim()
+    desk.does(desk.book.claim("a", Claim(request_idx=7), NOW))
+    assert desk.does(desk.book.claim("b", Claim(request_idx=7), NOW)) == ["b queued", "b expired/duplicate"]
+    desk.does(desk.book.cancel("a", "client_disconnect", NOW))
+    assert desk.does(desk.book.claim("c", Claim(request_idx=7), NOW)) == ["c queued"]
 
 
 def test_a_second_hold_is_no_history() -> None:
@@ -147,7 +177,7 @@ def test_nobody_who_is_live_begins_again() -> None:
     "word",
     [
         *(Limits(), Claim(), Event(NOW, "r", "held", None, Held(NOW)), Held(NOW), Extended(NOW), Ended()),
-        *(SessionTerms(10.0, "hash"), Queued(kind="request", duration_cap=1.0, give_up_at=NOW)),
+        *(SessionTerms(10.0), Queued(kind="request", duration_cap=1.0, give_up_at=NOW)),
     ],
     ids=lambda word: type(word).__name__,
 )
@@ -158,6 +188,6 @@ def test_what_was_asked_and_what_has_happened_cannot_be_changed(word: Any) -> No
 
 
 def test_a_reservation_keeps_all_that_was_asked_for() -> None:
-    asked = Claim("session", 10.0, 7, {"job": "a"}, SessionTerms(10.0, "hash", "http://10.0.0.1/", {"a": 1}))
+    asked = Claim("session", 10.0, 7, {"job": "a"}, SessionTerms(10.0, "http://10.0.0.1/", {"a": 1}))
     terms = Desk().book.claim("r", asked, NOW)[0].data
     assert terms == Queued("session", 10.0, NOW + 30, 7, {"job": "a"}, asked.session)

@@ -41,7 +41,7 @@ def test_a_hold_is_counted_while_it_lasts_and_after_whatever_the_wall_clock_did(
 
 def test_of_a_session_that_was_taken_over_only_what_is_ones_own_is_counted() -> None:
     clock, journal = FakeClock(), MemoryJournal()
-    session = Process(journal, clock).service.claim(Claim("session", 3000, session=SessionTerms(3000, "")))
+    session = Process(journal, clock).service.claim(Claim("session", 3000, session=SessionTerms(3000)))
     clock.advance(100)
     process = Process(journal, clock)
     clock.advance(20)

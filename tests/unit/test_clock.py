@@ -160,7 +160,7 @@ def test_what_is_live_and_what_the_log_says_of_it_are_the_same(
         told_alike(one)
         told_alike(two)
         service.cancel(two.id, "client_disconnect")
-        session = service.claim(Claim("session", 100 + lifetime, session=SessionTerms(100 + lifetime, "")))
+        session = service.claim(Claim("session", 100 + lifetime, session=SessionTerms(100 + lifetime)))
         clock.advance(pause)
         service.renew(session.id)
         told_alike(session)

@@ -89,7 +89,7 @@ def reservation(index: int | None) -> Reservation:
 
 
 def test_a_status_has_the_figures_of_the_reservations() -> None:
-    load = Load(received=5, cancelled=2, rejected=3, served=1)
+    load = Load(received=500, cancelled=200, rejected=300, served=100)
     status = worker_status(
         ME,
         load=load,
@@ -131,20 +131,20 @@ def test_a_failed_start_has_no_perf_and_says_why() -> None:
 def test_figures_are_set_back_by_what_was_delivered_and_keep_what_came_in_the_meantime() -> None:
     load = Load()
     for _ in range(3):
-        load.begun()
-    load.ended("Success", at_once=False)
+        load.begun(100.0)
+    load.ended("Success", 100.0, at_once=False)
     sent = load.copy()
-    load.begun()
-    load.begun()
-    load.ended("Rejected", at_once=True)
-    load.ended("Rejected", at_once=False)
-    load.ended("Cancelled", at_once=False)
+    load.begun(100.0)
+    load.begun(100.0)
+    load.ended("Rejected", 100.0, at_once=True)
+    load.ended("Rejected", 100.0, at_once=False)
+    load.ended("Cancelled", 100.0, at_once=False)
     load.set_back(sent)
-    assert load == Load(received=1, cancelled=1, rejected=2, served=0)
+    assert load == Load(received=100, cancelled=100, rejected=200, served=0)
 
 
 def test_new_load_is_never_negative() -> None:
-    load = Load(received=0, cancelled=1)
+    load = Load(received=0, cancelled=100)
     values: dict[str, Any] = {"requests_received": 1, "loaded": True, "load_seconds": 0.0, "error_msg": ""}
     assert worker_status(ME, load=load, live=(), disk_gb=0.0, disk_added_gb=0.0, **values)["new_load"] == 0
 
@@ -236,9 +236,9 @@ def test_each_end_is_counted_once_and_set_back_to_nothing_by_its_report() -> Non
     assert load == Load(received=0, cancelled=0, rejected=0, served=0)
     for outcome, count in (("Success", 1), ("Cancelled", 2), ("Rejected", 3)):
         for _ in range(count):
-            load.begun()
-            load.ended(outcome, at_once=False)  # type: ignore[arg-type]
-    assert load == Load(received=6, cancelled=2, rejected=3, served=1)
+            load.begun(100.0)
+            load.ended(outcome, 100.0, at_once=False)  # type: ignore[arg-type]
+    assert load == Load(received=600, cancelled=200, rejected=300, served=100)
     load.set_back(load.copy())
     assert load == Load()
 

@@ -16,7 +16,7 @@ from nullworker.readiness import Readiness
 from nullworker.service import RETRY_SECONDS, Commit, Service, new_id
 from nullworker.testing.fakes import FakeClock, MemoryJournal
 
-SESSION = Claim("session", 60.0, session=SessionTerms(20.0, "hash"))
+SESSION = Claim("session", 60.0, session=SessionTerms(20.0))
 
 
 class Journal(MemoryJournal):

@@ -37,6 +37,7 @@ def test_the_contract_has_these_ends_and_no_others() -> None:
         ("expired", "queue_timeout", False, 429, "Rejected"),
         ("expired", "queue_full", False, 429, "Rejected"),
         ("expired", "busy", False, 429, "Rejected"),
+        ("expired", "duplicate", False, 429, None),
         ("cancelled", "client_disconnect", False, 499, "Cancelled"),
         ("cancelled", "client_disconnect", True, 499, "Cancelled"),
         ("cancelled", "not_ready", False, 503, "Rejected"),
