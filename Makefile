@@ -1,7 +1,7 @@
-# Everything a newcomer needs: Python 3.10 or newer, make, and the package registries.
-PYTHON ?= python3
+# Needs Python 3.10 or newer, make, and the package registries. CONTRIBUTING.md describes each target.
 VENV := .venv
 BIN := $(VENV)/bin
+PYTHON ?= $(or $(wildcard $(BIN)/python),python3)
 SEED ?= 1
 STEPS ?= 100000
 KILLS ?= 300
@@ -13,37 +13,37 @@ MINUTES ?= 60
 help:  ## show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
 
-install: $(VENV)/.installed  ## make a virtual environment with everything in it
+install: $(VENV)/.installed  ## create .venv with everything that is needed
 
-demo: install  ## see it work: a fleet of workers on this machine, no account needed
+demo: install  ## run the demo: a fleet of workers on this machine, without an account
 	$(BIN)/nullworker demo
 
-test: tools install  ## run all tests; what they need is installed first, or not with TOOLS=no
+test: tools install  ## run all tests; installs the servers they need first, unless TOOLS=no
 	$(BIN)/python -m pytest -n 3 --dist loadfile
 
-quick: install  ## the tests that need no servers and no browser, in seconds: for the edit loop
+quick: install  ## run the tests that need no servers and no browser
 	$(BIN)/python -m pytest -n 3 --dist loadfile -q tests/unit tests/eventlog
 
-lint: install  ## ruff and mypy
+lint: install  ## run ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-oldest: $(VENV)-3.10/.installed  ## run the core of the tests on Python 3.10, which Vast's template has
+oldest: $(VENV)-3.10/.installed  ## run the tests on Python 3.10, the version in Vast's template
 	$(VENV)-3.10/bin/python -m pytest -n 3 --dist loadfile -m "not slow"
 
-stress: simulate days crash soak  ## what takes hours: simulation, kills, soak; the suite has a short form of each
+stress: simulate days crash soak  ## run simulate, days, crash and soak, which takes hours
 
-simulate: install  ## play STEPS reservations from SEED on, with crashes and faults, in simulated time
+simulate: install  ## simulate STEPS reservations from SEED on, with crashes and faults
 	$(BIN)/python -m stress.simulation --seed $(SEED) --steps $(STEPS)
 
 days: install  ## play days of queues through the dispatcher's decision and through KEDA's, in simulated time
 	$(BIN)/python -m stress.dispatch_simulation
 
-crash: install  ## kill a real worker KILLS times under load, and check that nothing is lost
+crash: install  ## kill a worker KILLS times under load, and check that nothing is lost
 	$(BIN)/python -m stress.crash --kills $(KILLS)
 
-soak: install  ## run a worker for MINUTES under everything at once, and check that nothing grows or is lost
+soak: install  ## run a worker for MINUTES under mixed load, and check that nothing grows or is lost
 	$(BIN)/python -m stress.soak --minutes $(MINUTES)
 
 bench: install  ## compare speed and memory with a worker on the official SDK
@@ -53,16 +53,18 @@ tools:  # servers and programs that the tests start: Debian's packages, which ar
 	@.ci/tools
 
 $(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
-	touch $@
+	@.ci/venv $(VENV) $(PYTHON)
+
+# another PYTHON than that of the environment makes it anew
+VERSION := import sys; print(sys.version_info[:2])
+ifneq ($(filter command environment,$(firstword $(origin PYTHON))),)
+ifneq ($(shell $(PYTHON) -c '$(VERSION)' 2>&1),$(shell $(BIN)/python -c '$(VERSION)' 2>&1))
+.PHONY: $(VENV)/.installed
+endif
+endif
 
 $(VENV)-3.10/.installed: pyproject.toml $(VENV)/.installed
-	$$(.ci/find-python 3.10) -m venv $(VENV)-3.10
-	$(VENV)-3.10/bin/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	$(VENV)-3.10/bin/python -m pip install --quiet --disable-pip-version-check --editable . --group dev
-	touch $@
+	@.ci/venv $(VENV)-3.10 $$(.ci/find-python 3.10)
 
-clean:  ## remove what make has made
+clean:  ## remove what make has created
 	rm -rf $(VENV) $(VENV)-3.10 .mypy_cache .ruff_cache .pytest_cache .hypothesis

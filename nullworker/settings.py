@@ -1,7 +1,7 @@
 """Settings: the environment and the options of `nullworker serve`, read into one frozen dataclass.
 
 Each field has the name of its environment variable in lower case. Its metadata hold the parser, the allowed values and
-the help text; `--help`, the table in docs/deploying.md and all error messages are made from them. No other module of
+the help text; `--help`, the table in README.md and all error messages are made from them. No other module of
 the worker reads the environment; the other commands read theirs, those in OTHER_NAMES, through their options.
 """
 
@@ -163,13 +163,13 @@ class Settings:
         "full", _choice("full", "normal"), "full: survives a power cut; normal: survives a killed process"
     )
     null_log_keep: float | None = _setting(
-        None, _AGE, "for how long what has ended stays in the log, pruned daily; unset: for ever"
+        None, _AGE, "how long ended reservations stay in the log; pruned daily; unset: forever"
     )
     null_max_perf: float = _setting(
         100.0, _number(0, 1e9, above=True), "max_perf reported, and the workload of one reservation"
     )
     null_health_interval: float = _setting(
-        10.0, _number(0, 86400, unit="seconds", above=True), "time between two looks at BACKEND_HEALTH_URL"
+        10.0, _number(0, 86400, unit="seconds", above=True), "time between two polls of BACKEND_HEALTH_URL"
     )
     null_health_timeout: float = _setting(
         10.0, _number(0, 3600, unit="seconds", above=True), "longest wait for an answer of BACKEND_HEALTH_URL"
@@ -200,16 +200,16 @@ class Settings:
         _choice("warn", "enforce", "off"),
         "a grant signed for another worker's url: warn, refuse it, or nothing",
     )
-    null_metrics_host: str | None = _setting(None, _TEXT, "address of a further site that serves only /metrics")
-    null_metrics_port: int | None = _setting(None, _PORT, "port of that site; both are needed for it")
-    null_metrics_token: str | None = _setting(None, _TEXT, "bearer token that this site asks for; unset: none")
+    null_metrics_host: str | None = _setting(None, _TEXT, "address of a further port that serves only /metrics")
+    null_metrics_port: int | None = _setting(None, _PORT, "number of that port; both are needed for it")
+    null_metrics_token: str | None = _setting(None, _TEXT, "bearer token required on that port; unset: none")
     null_log_format: str = _setting("console", _choice("console", "json"), "log lines on stderr")
     null_log_level: str = _setting("info", _choice("debug", "info", "warning", "error"), "least level of the log lines")
     container_id: int | None = _setting(
         None, _number(0, 2**63, whole=True), "this instance, to the autoscaler; unset: standalone"
     )
-    master_token: str = _setting("", _TEXT, "the secret that goes with every report")
-    workspace_dir: Path | None = _setting(None, _PATH, "the instance's own folder")
+    master_token: str = _setting("", _TEXT, "the secret sent with every report")
+    workspace_dir: Path | None = _setting(None, _PATH, "the instance's working directory")
     report_addr: tuple[str, ...] = _setting(
         ("https://run.vast.ai",), _URLS, "the autoscaler: the first address that answers is used"
     )
@@ -337,7 +337,7 @@ def _check(settings: Settings) -> None:
         )
     if (settings.null_metrics_host is None) != (settings.null_metrics_port is None):
         unset = "NULL_METRICS_HOST" if settings.null_metrics_host is None else "NULL_METRICS_PORT"
-        raise BadSettings(f"{unset} is unset, and a metrics site needs both: set it, or unset the other")
+        raise BadSettings(f"{unset} is unset, and the metrics port needs both: set it, or unset the other")
     ports = {
         "WORKER_PORT": settings.worker_port,
         "NULL_CONTROL_PORT": settings.null_control_port,
