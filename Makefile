@@ -58,7 +58,7 @@ $(VENV)/.installed: pyproject.toml
 # another PYTHON than that of the environment makes it anew
 VERSION := import sys; print(sys.version_info[:2])
 ifneq ($(filter command environment,$(firstword $(origin PYTHON))),)
-ifneq ($(shell $(PYTHON) -c '$(VERSION)' 2>&1),$(shell $(BIN)/python -c '$(VERSION)' 2>&1))
+ifneq ($(shell $(PYTHON) -c '$(VERSION)'),$(if $(wildcard $(BIN)/python),$(shell $(BIN)/python -c '$(VERSION)')))
 .PHONY: $(VENV)/.installed
 endif
 endif

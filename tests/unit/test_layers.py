@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from harness import ROOT
+from pages import rows
 
 PACKAGE = Path(__file__).parents[2] / "nullworker"
 
@@ -70,6 +73,11 @@ def faults(own: str, names: list[str]) -> list[str]:
     """The imports of a file of room `own` that the layers forbid."""
     used = {name: room(name) for name in names}
     return [name for name, other in used.items() if other and other != own and LINE_OF[other] <= LINE_OF[own]]
+
+
+def test_the_table_in_the_docs_is_this_one() -> None:
+    lines = [tuple(re.findall(r"`(\w+)`", cells[1])) for cells in rows(ROOT / "docs" / "design.md", "| line |")]
+    assert tuple(lines) == LAYERS[1:]
 
 
 def test_every_room_stands_on_a_line_and_every_line_is_there() -> None:
