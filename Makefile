@@ -55,10 +55,10 @@ tools:  # servers and programs that the tests start: Debian's packages, which ar
 $(VENV)/.installed: pyproject.toml
 	@.ci/venv $(VENV) $(PYTHON)
 
-# another PYTHON than that of the environment makes it anew
-VERSION := import sys; print(sys.version_info[:2])
+# another version of Python, given as PYTHON=..., makes the environment anew
+VERSION_OF = $(if $(wildcard $(1)),$(shell $(1) -c 'import sys; print(sys.version_info[1])'))
 ifneq ($(filter command environment,$(firstword $(origin PYTHON))),)
-ifneq ($(shell $(PYTHON) -c '$(VERSION)'),$(if $(wildcard $(BIN)/python),$(shell $(BIN)/python -c '$(VERSION)')))
+ifneq ($(call VERSION_OF,$(shell command -v $(PYTHON))),$(call VERSION_OF,$(BIN)/python))
 .PHONY: $(VENV)/.installed
 endif
 endif
