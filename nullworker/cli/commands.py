@@ -5,14 +5,18 @@ Errors are one line on stderr that says what to do. Exit codes: 0 done, 1 failed
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from nullworker import __version__
 from nullworker.errors import BadSettings, NullworkerError
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 #: Name of a command: its line in `nullworker --help`, and its module and function.
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
@@ -32,6 +36,15 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "doctor": ("Check this machine and an endpoint's parameters.", "nullworker.cli.doctor:doctor"),
 }
 
+#: For whom the commands are, in the order of `nullworker --help`.
+GROUPS: Final[dict[str, tuple[str, ...]]] = {
+    "Worker": ("serve", "status", "history", "events"),
+    "Consumer": ("work", "wait", "extend", "release"),
+    "Caller": ("reserve",),
+    "Fleet": ("dispatch", "collect"),
+    "Tools": ("demo", "dev", "doctor", "prune"),
+}
+
 
 class _Commands(click.Group):
     """A group whose commands are imported when they are called."""
@@ -47,9 +60,27 @@ class _Commands(click.Group):
         assert isinstance(command, click.Command)
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """As click's, but a misspelled command is answered with the one that is nearest."""
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            ctx.fail(f"there is no command {args[0]!r}" + (f": is {near[0]!r} meant?" if near else ""))
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (text, _) in COMMANDS.items()])
+        longest = max(map(len, COMMANDS))
+        for group, names in GROUPS.items():
+            with formatter.section(group):
+                formatter.write_dl([(name.ljust(longest), COMMANDS[name][0]) for name in names if name in COMMANDS])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """The commands without their imports: a shell asks at each Tab."""
+        from click.shell_completion import CompletionItem
+
+        found = [CompletionItem(name, help=text) for name, (text, _) in COMMANDS.items() if name.startswith(incomplete)]
+        return found or click.Command.shell_complete(self, ctx, incomplete)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -14,7 +14,7 @@ from typing import Any, Final
 import click
 
 from nullworker.cli.options import SECONDS, with_control
-from nullworker.cli.words import clock_time, duration, job_name, settings_line
+from nullworker.cli.words import clock_time, duration, folded, job_name, settings_line
 from nullworker.clock import from_iso, stopwatch
 from nullworker.control_client import ANSWER_SECONDS, ControlClient, Refused
 from nullworker.errors import NullworkerError, WorkerUnreachable
@@ -138,11 +138,14 @@ def wait(control: ControlClient, *, timeout: float | None, as_json: bool) -> Non
 
 
 def show(facts: dict[str, Any]) -> None:
-    """Print one line for each item."""
-    width = max(map(len, facts))
+    """Print each item on a line, or on as many as the terminal needs."""
+    names = max(map(len, facts))
     for name, value in facts.items():
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        click.echo(f"{click.style(name.ljust(width), bold=True)}  {text}")
+        first, *rest = folded(text, names + 2)
+        click.echo(f"{click.style(name.ljust(names), bold=True)}  {first}")
+        for line in rest:
+            click.echo(f"{'':<{names}}  {line}")
 
 
 def _ask(control: ControlClient, path: str, body: dict[str, Any], as_json: bool) -> Any:

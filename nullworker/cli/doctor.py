@@ -11,10 +11,14 @@ from typing import Final
 
 import click
 
+from nullworker.cli.words import folded
 from nullworker.doctor.examine import examine
-from nullworker.doctor.finding import Finding
+from nullworker.doctor.finding import Finding, Level
 from nullworker.doctor.machine import Host
 
+#: Columns in front of what is said.
+_INDENT: Final = 28
+_COUNTED: Final[dict[Level, str]] = {"wrong": "error", "warning": "warning"}
 _COLOURS: Final = {"ok": "green", "warning": "yellow", "wrong": "red"}
 
 
@@ -50,14 +54,20 @@ def doctor(
         click.echo(json.dumps({"ok": not levels["wrong"], "findings": [dataclasses.asdict(each) for each in findings]}))
     else:
         show(findings)
-        click.echo(f"\n{levels['wrong']} wrong, {levels['warning']} to think about, {levels['ok']} well")
+        counts = [f"{levels[level]} {word}{'s' * (levels[level] != 1)}" for level, word in _COUNTED.items()]
+        click.echo(f"\n{', '.join(counts)}, {levels['ok']} ok")
     ctx.exit(1 if levels["wrong"] else 0)
 
 
 def show(findings: Iterable[Finding]) -> None:
-    """Print one line for each finding, and its reason and fix if it is not ok."""
+    """Print one line for a finding that is ok, and why and how to fix it for all others."""
     for each in findings:
-        level = click.style(f"{each.level:<8}", fg=_COLOURS[each.level])
-        click.echo(f"{level} {each.check:<18} {each.what}")
-        if each.level != "ok":
-            click.echo(f"{'':<9}{'why':<18} {each.why}\n{'':<9}{'fix':<18} {each.fix}")
+        parts = (
+            {each.check: each.what} if each.level == "ok" else {each.check: each.what, "why": each.why, "fix": each.fix}
+        )
+        for number, (name, text) in enumerate(parts.items()):
+            level = "" if number else each.level
+            first, *rest = folded(text, _INDENT)
+            click.echo(f"{click.style(f'{level:<8}', fg=_COLOURS[each.level])} {name:<18} {first}")
+            for line in rest:
+                click.echo(f"{'':<{_INDENT}}{line}")

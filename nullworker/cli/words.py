@@ -6,7 +6,10 @@ A terminal is taken to be 80 columns wide where nobody says otherwise.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
+import textwrap
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -52,6 +55,17 @@ def duration(seconds: float) -> str:
 def fit(text: str, columns: int) -> str:
     """A text in so many columns, cut with an ellipsis."""
     return text if len(text) <= columns else text[: max(columns - 1, 0)] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def folded(text: str, indent: int) -> list[str]:
+    """A text in lines that leave so many columns in front free; what has no spaces, as a path, is not broken.
+
+    What goes into a pipe is for a program, and stays one line.
+    """
+    if not (sys.stdout.isatty() or os.environ.get("COLUMNS")):
+        return [text]
+    room = max(width() - indent, WIDTH // 4)
+    return textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def _plain(value: Any) -> str:

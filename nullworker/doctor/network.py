@@ -16,7 +16,8 @@ from typing import Final
 from nullworker.autoscaler.messages import KEY_PATH
 from nullworker.doctor.finding import Finding, ok, warning, wrong
 from nullworker.doctor.machine import Host
-from nullworker.settings import Settings
+from nullworker.outgoing import describe_failure
+from nullworker.settings import Settings, without_secrets
 
 #: Seconds for an answer.
 ANSWER_SECONDS: Final = 10.0
@@ -85,7 +86,7 @@ def look_at_network(host: Host, settings: Settings) -> Iterator[Finding]:
             body, headers = _get(address + KEY_PATH)
             PublicKey(body)
         except (OSError, HTTPException, ValueError) as error:
-            failed.append(f"{address}{KEY_PATH}: {error}")
+            failed.append(f"{without_secrets(address)}{KEY_PATH}: {_describe(error)}")
         else:
             yield ok("autoscaler", f"{address} has a key for signatures")
             dates += [headers["Date"]] if headers["Date"] else []
@@ -131,12 +132,12 @@ def look_at_consumer(settings: Settings) -> Iterator[Finding]:
     except (OSError, HTTPException) as error:
         yield wrong(
             "consumer",
-            f"{url}: {error}",
+            f"{without_secrets(url)}: {_describe(error)}",
             why="the worker gets ready only after the first 200, and is errored when they cease",
-            fix=f"start the consumer, and see what it answers with: curl -i {url}",
+            fix=f"start the consumer, and see what it answers with: curl -i {without_secrets(url)}",
         )
     else:
-        yield ok("consumer", f"{url} answers 200")
+        yield ok("consumer", f"{without_secrets(url)} answers 200")
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -156,3 +157,13 @@ def _get(url: str, *, timeout: float = ANSWER_SECONDS) -> tuple[bytes, HTTPMessa
         if answer.status != 200:
             raise urllib.error.URLError(f"it answers {answer.status}")
         return answer.read(64 * 1024), answer.headers
+
+
+def _describe(error: Exception) -> str:
+    """Why a call failed, in words."""
+    if isinstance(error, urllib.error.HTTPError):
+        return f"it answered {error.code}"
+    reason = error.reason if isinstance(error, urllib.error.URLError) else error
+    if isinstance(reason, OSError):
+        return describe_failure(reason)
+    return "it does not speak HTTP" if isinstance(reason, HTTPException) else str(reason)

@@ -107,7 +107,7 @@ async def test_for_people_it_says_why_and_how_to_mend_it(tmp_path: Path) -> None
     said = (await nullworker("doctor", code=0, **env)).splitlines()
     at = next(number for number, line in enumerate(said) if line.startswith("warning  consumer"))
     assert [line.split()[0] for line in said[at + 1 : at + 3]] == ["why", "fix"]
-    assert said[-1] == f"0 wrong, 1 to think about, {sum(line.startswith('ok ') for line in said)} well"
+    assert said[-1] == f"0 errors, 1 warning, {sum(line.startswith('ok ') for line in said)} ok"
 
 
 async def test_an_endpoint_is_asked_by_the_official_client(tmp_path: Path) -> None:
