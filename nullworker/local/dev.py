@@ -1,7 +1,7 @@
 """`nullworker dev`: a fake Vast Serverless that keeps running, for your own client, consumer, template or SDK script.
 
-It listens where the official client's instance="local" looks, starts a real worker when a request needs one, routes,
-and stops idle workers. When it ends, it has ended every process that it started.
+It starts a real worker when a request needs one, routes, and stops idle workers. When it ends, it has ended every
+process that it started.
 """
 
 from __future__ import annotations
@@ -66,8 +66,7 @@ def _introduce(vast: FakeAutoscaler, plan: Plan, show: Show) -> None:
     show.say(f"a stand-in for Vast Serverless, endpoint {vast.endpoint!r}, at {vast.url}")
     show.say("for tests: production scaling is done by Vast; Ctrl-C stops everything")
     show.say(f"reserve with: nullworker reserve --endpoint {vast.endpoint} --autoscaler {vast.url}")
-    if vast.port == 8080:
-        show.say('or with the official client: Serverless(api_key="any", instance="local")')
+    show.say(f'or with the official client: Serverless("any", autoscaler_url="{vast.url}", webserver_url="{vast.url}")')
     if plan.consumer:
         show.say(f"beside each worker: {' '.join(plan.consumer)}")
     else:

@@ -28,7 +28,7 @@ from nullworker.testing.fake_autoscaler import FakeAutoscaler
 def main(port: int, endpoint: str, key: Path | None, mtoken: str | None, record: Path | None, quiet: bool) -> None:
     """A fake Vast Serverless on this machine, for your own worker, client or SDK script.
 
-    Point a worker at it with REPORT_ADDR, the official client with Serverless(instance="local") on port 8080.
+    Point a worker at it with REPORT_ADDR, the official client with autoscaler_url and webserver_url.
     POST /faults makes it fail on demand: {"call": "worker_status", "how": "down", "times": 3}.
     """
     tell = (lambda line: None) if quiet else (lambda line: print(line, flush=True))
