@@ -34,29 +34,41 @@ class Anchor(NamedTuple):
 
 
 class Clock(Protocol):
-    """The clock of the service."""
+    """Who is asked for the time."""
 
     def now(self) -> float:
         """Epoch seconds; never goes back while something is held."""
         ...
 
-    def settle(self) -> Anchor | None:
-        """Follow the wall clock if it was set; call it only while nothing is held.
 
-        Returns the new anchor, to be stored, or None.
-        """
+class WorkerClock(Clock, Protocol):
+    """What the service asks for the time, and tells when it may follow the wall clock."""
+
+    def moved(self) -> Anchor | None:
+        """The anchor of the wall clock, if that has moved away from `now`."""
+        ...
+
+    def follow(self, anchor: Anchor) -> None:
+        """Take the wall clock again; call it only when nothing is held, and the anchor is stored."""
         ...
 
 
 class SystemClock:
-    """The real clock. `anchor`: a stored one, used if it is of the same boot."""
+    """The real clock.
 
-    def __init__(self, anchor: Anchor | None = None) -> None:
-        self.boot_id = _read_boot_id()
+    Args:
+        anchor: a stored one, to go on with after a restart; one of another boot is ignored.
+        not_before: epoch seconds of the newest event of what is live. A machine that was rebooted with its clock behind
+            goes on from there: no deadline is further away than it was when it was set, and no duration is negative.
+    """
+
+    def __init__(self, anchor: Anchor | None = None, *, not_before: float = 0.0) -> None:
+        self.boot_id = boot_id()
         if anchor is not None and self.boot_id and anchor.boot_id == self.boot_id:
             self._offset = anchor.offset
         else:
             self._offset = time.time() - time.monotonic()
+        self._offset = max(self._offset, not_before - time.monotonic())
 
     @property
     def anchor(self) -> Anchor:
@@ -67,13 +79,14 @@ class SystemClock:
         """Epoch seconds, by the monotonic clock since the anchor."""
         return self._offset + time.monotonic()
 
-    def settle(self) -> Anchor | None:
-        """Follow the wall clock if it differs by more than DRIFT_SECONDS."""
+    def moved(self) -> Anchor | None:
+        """The wall clock's anchor, if that differs by more than DRIFT_SECONDS."""
         offset = time.time() - time.monotonic()
-        if abs(offset - self._offset) <= DRIFT_SECONDS:
-            return None
-        self._offset = offset
-        return self.anchor
+        return None if abs(offset - self._offset) <= DRIFT_SECONDS else Anchor(self.boot_id, offset)
+
+    def follow(self, anchor: Anchor) -> None:
+        """Take the wall clock again."""
+        self._offset = anchor.offset
 
 
 def wall_iso() -> str:
@@ -125,7 +138,8 @@ def from_shown(text: str) -> float:
     return from_iso(text) - 0.0005
 
 
-def _read_boot_id() -> str:
+def boot_id() -> str:
+    """The id of this boot of the machine; "" where boots have none."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:

@@ -58,9 +58,16 @@ class IllegalMove(NullworkerError):
 
 
 class LogUnavailable(NullworkerError):
-    """The event log could not be written; nothing was stored."""
+    """The event log could not be written; nothing was stored.
+
+    `momentary` is whether it is by a lock that somebody else holds: a SQLite shell, VACUUM, a backup.
+    """
 
     status: ClassVar[int] = 503
+
+    def __init__(self, message: str, *, momentary: bool = False) -> None:
+        super().__init__(message)
+        self.momentary = momentary
 
 
 class LogDamaged(NullworkerError):

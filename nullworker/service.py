@@ -20,7 +20,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from msgspec import UNSET, UnsetType
 
-from nullworker.clock import Anchor, Clock, to_ms
+from nullworker.clock import Anchor, WorkerClock, to_ms
 from nullworker.errors import LogUnavailable
 from nullworker.fsm.attachment import Extends
 from nullworker.fsm.book import Book, Claim, Limits, Reservation
@@ -33,6 +33,9 @@ log = get_log(__name__)
 
 #: Seconds between two tries of a log that cannot be written.
 RETRY_SECONDS: Final = 0.25
+#: Seconds for which somebody else's lock may keep the log from being written before the worker is `errored`: VACUUM of
+#: 100 MB takes 2.
+PATIENCE_SECONDS: Final = 5.0
 #: Events that may wait in memory for the log. Above that, a refused claim is not recorded.
 MAX_UNWRITTEN = 10_000
 #: Seconds within which two timers are the same: the worker's time is rounded to the millisecond.
@@ -48,7 +51,11 @@ class Journal(Protocol):
         ...
 
     def append(self, events: Sequence[tuple[int, Event]]) -> None:
-        """Store all events or none. Raises LogUnavailable."""
+        """All or none. Raises LogUnavailable; until `take_back`, the events may still be there after a restart."""
+        ...
+
+    def take_back(self) -> None:
+        """What the last append could not write is refused: it must not be there after a restart either."""
         ...
 
     def live(self) -> Iterator[tuple[int, Event]]:
@@ -88,23 +95,31 @@ class Service:
         readiness: whether claims are taken.
         observers: called with every commit, in order; their exceptions are logged and ignored.
         on_attachment: called when a consumer has attached or its connection has broken: a request's is no commit.
+        on_retry: called when the log has failed: `next_deadline` is then the time to try it again.
         unwritten: commits that are applied but not yet in the log, in order.
     """
 
     def __init__(
-        self, journal: Journal, clock: Clock, limits: Limits, readiness: Readiness, make_id: Callable[[], str] = new_id
+        self,
+        journal: Journal,
+        clock: WorkerClock,
+        limits: Limits,
+        readiness: Readiness,
+        make_id: Callable[[], str] = new_id,
     ) -> None:
         self.book = Book(limits)
         self.readiness = readiness
         self.observers: list[Observer] = []
         self.on_attachment: list[Callable[[], None]] = []
+        self.on_retry: list[Callable[[], None]] = []
         self.unwritten: list[Commit] = []
         self._journal = journal
         self._clock = clock
         self._make_id = make_id
         self._watchers: dict[str, list[Observer]] = {}
         self._seq = journal.last_seq
-        self._retry_at = 0.0
+        self._trouble: LogUnavailable | None = None
+        self._trouble_since = self._retry_at = 0.0
         for _, event in journal.live():
             self.book.apply(event)
 
@@ -116,6 +131,16 @@ class Service:
     def now(self) -> float:
         """The worker's time in epoch seconds, rounded to the millisecond as it is shown."""
         return to_ms(self._clock.now())
+
+    @property
+    def log_is_down(self) -> bool:
+        """Whether the last write of the log has failed; the readiness says so a little later, see PATIENCE_SECONDS."""
+        return self._trouble is not None
+
+    @property
+    def refusal(self) -> str | None:
+        """The reason with which a claim is refused now, one of fsm/table.py; None: it is not refused."""
+        return self.readiness.refusal or ("log_unavailable" if self.log_is_down else None)
 
     def find(self, reservation_id: str) -> Reservation | None:
         """A reservation that is live, or whose end is not yet in the log; else None."""
@@ -130,19 +155,18 @@ class Service:
         Raises:
             LogUnavailable: the log cannot be written, and MAX_UNWRITTEN events already wait for it.
         """
+        self._try_log()
         self._follow_the_wall_clock()
         now, reservation_id = self.now(), self._make_id()
-        if self.readiness.log:
-            self._flush(now)
-        if self.readiness.refusal is None:
+        if self.refusal is None:
             try:
                 commits = self._commit(self.book.claim(reservation_id, claim, now), must=False)
                 return commits[-1].reservation
             except LogUnavailable:
-                pass  # the readiness now has the cause; the refusal below is logged when the log is back
+                pass  # `refusal` now has the cause; the refused claim below is logged when the log is back
         if len(self.unwritten) >= MAX_UNWRITTEN:
-            raise LogUnavailable(f"{self.readiness.log}; {len(self.unwritten)} events wait in memory")
-        return self._commit(self.book.claim(reservation_id, claim, now, self.readiness.refusal))[-1].reservation
+            raise LogUnavailable(f"{self._trouble}; {len(self.unwritten)} events wait in memory")
+        return self._commit(self.book.claim(reservation_id, claim, now, self.refusal))[-1].reservation
 
     def release(self, reservation_id: str, *, reason: str = "explicit", result: Any | UnsetType = UNSET) -> Reservation:
         """End the held reservation as released, and hold the next.
@@ -231,14 +255,13 @@ class Service:
 
     def tick(self) -> None:
         """Apply all deadlines that have passed. Call it at `next_deadline`."""
+        self._try_log()
         now = self.now()
-        if self.readiness.log:
-            self._flush(now)
         self._give_time(now)
         held = self.book.held
         if held is not None and held.attachment.state == "attached" and (held.ends_at or now) <= now:
             self.probe()  # an end that could not be logged must not come
-        self._commit(self.book.due(now, log_is_down=self.readiness.log is not None))
+        self._commit(self.book.due(now, log_is_down=self.log_is_down))
 
     def probe(self) -> None:
         """Test whether the log can be written; call it regularly, for idle times."""
@@ -249,11 +272,12 @@ class Service:
                 self._log_failed(error)
             else:
                 self._log_works()
+                self._hand_on()
 
     def next_deadline(self) -> float | None:
         """When to call `tick`, in epoch seconds; None while there is no deadline."""
-        log_is_down = self.readiness.log is not None
-        deadlines = [self.book.next_deadline(log_is_down=log_is_down), self._retry_at if log_is_down else None]
+        retry_at = self._retry_at if self.log_is_down else None
+        deadlines = [self.book.next_deadline(log_is_down=self.log_is_down), retry_at]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     # -- notifications ------------------------------------------------------------------------------------------
@@ -290,24 +314,22 @@ class Service:
 
     def _give_time(self, now: float) -> None:
         """More time for the consumer that is attached; while it cannot be logged, the hold does not expire."""
-        with contextlib.suppress(LogUnavailable):
-            self._commit(self.book.give_time(now), must=False)
+        if not self.log_is_down:
+            with contextlib.suppress(LogUnavailable):
+                self._commit(self.book.give_time(now), must=False)
 
     def _tell_attachment(self) -> None:
         for listener in self.on_attachment:
             listener()
 
     def _commit(self, events: list[Event], *, must: bool = True) -> list[Commit]:
-        """Log, apply, tell. With `must`, events that cannot be logged wait in memory; else raise LogUnavailable."""
-        if not events:
+        """Log, apply, tell. With `must`, ends that cannot be logged wait in memory; else raise LogUnavailable."""
+        numbered = self._store(events, must=must)
+        if not numbered:
             return []
-        numbered = list(enumerate(events, self._seq + 1))
-        stored = self._store(numbered)
-        if not stored and not must:
-            raise LogUnavailable(self.readiness.log or "the event log cannot be written")
-        self._seq += len(events)
+        self._seq += len(numbered)
         commits = [Commit(seq, event, self.book.apply(event)) for seq, event in numbered]
-        if not stored:
+        if self.log_is_down:
             self.unwritten += commits
         for commit in commits:
             for observer in (*self._watchers.get(commit.event.reservation_id, ()), *self.observers):
@@ -317,18 +339,45 @@ class Service:
                     log.exception("observer_failed", seq=commit.seq)
             if commit.event.kind in ENDED:
                 self._watchers.pop(commit.event.reservation_id, None)
+        self._hand_on()
         return commits
 
-    def _store(self, numbered: list[tuple[int, Event]]) -> bool:
+    def _store(self, events: list[Event], *, must: bool) -> list[tuple[int, Event]]:
+        """Write these events. Returns those that are true now, with their seqs: all, or only what must not wait."""
+        if not events:
+            return []
+        numbered = list(enumerate(events, self._seq + 1))
         if self.unwritten and not self._flush(self.now()):
-            return False
+            written = False
+        else:
+            written = self._append(numbered, keep=must and events == _seen_before_its_commit(events))
+        if written:
+            return numbered
+        if not must:
+            raise LogUnavailable(str(self._trouble))
+        return list(enumerate(_seen_before_its_commit(events), self._seq + 1))
+
+    def _append(self, numbered: list[tuple[int, Event]], *, keep: bool) -> bool:
+        """Write these. With `keep` they become true in any case, and a restart may find them in a failed commit."""
         try:
             self._journal.append(numbered)
         except LogUnavailable as error:
+            if not keep and not error.momentary:  # behind somebody's lock nothing was begun
+                self._journal.take_back()
             self._log_failed(error)
             return False
         self._log_works()
         return True
+
+    def _try_log(self) -> None:
+        """If the log could not be written, find out whether it can be now."""
+        if self.log_is_down and self._flush(self.now()):
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Who waits gets the slot that became free while the log could not be written."""
+        if self.book.held is None and self.book.queue and not self.log_is_down:
+            self._commit(self.book.due(self.now()))
 
     def _flush(self, now: float) -> bool:
         """Write the events that wait in memory. Returns whether none waits any more."""
@@ -347,32 +396,47 @@ class Service:
         return True
 
     def _log_failed(self, error: LogUnavailable) -> None:
-        if self.readiness.log is None:
+        now = self.now()
+        if self._trouble is None:
+            self._trouble_since = now
             log.error("event_log_unavailable", error=str(error), message="no new reservations until it is back")
-        self._retry_at = self.now() + RETRY_SECONDS
-        self.readiness.log_has_failed(str(error))
+        self._trouble, self._retry_at = error, now + RETRY_SECONDS
+        if not error.momentary or now - self._trouble_since >= PATIENCE_SECONDS:
+            self.readiness.log_has_failed(str(error))
+        for listener in self.on_retry:
+            listener()
 
     def _log_works(self) -> None:
-        if self.readiness.log is not None:
+        if self._trouble is not None:
             log.warning("event_log_recovered", message="the event log can be written again, nothing is missing in it")
+            self._trouble = None
             self.readiness.log_works()
 
     def _follow_the_wall_clock(self) -> None:
-        """Take over a wall clock that was set, if nothing is held and no event waits for the log."""
-        if self.book.held is not None or self.unwritten or (anchor := self._clock.settle()) is None:
+        """If it was set, and nothing is live that was timed by it, neither here nor in what waits for the log."""
+        if self.log_is_down or self.unwritten or any(True for _ in self.book.live()):
             return
-        log.warning("clock_moved", message="the wall clock was set; the worker follows it now that nothing is held")
-        self._retry_at = 0.0  # a time of the old clock
+        if (anchor := self._clock.moved()) is None:
+            return
         try:
             self._journal.store_anchor(anchor)
         except LogUnavailable as error:
             self._log_failed(error)
+            return
+        self._clock.follow(anchor)
+        log.warning("clock_moved", message="the wall clock was set; the worker follows it now that nothing is held")
+
+
+def _seen_before_its_commit(events: list[Event]) -> list[Event]:
+    """What may become true while the log cannot be written: ends, and claims that are refused. No hold."""
+    held = {event.reservation_id for event in events if event.kind == "held"}
+    return [event for event in events if event.reservation_id not in held]
 
 
 class DeadlineTimer:
     """Calls `tick` at the service's next deadline. `set` is an observer, since each commit may move that deadline.
 
-    Timers use the event loop's time, because the worker's time may jump (`Clock.settle`).
+    Timers use the event loop's time, because the worker's time may jump (`WorkerClock.follow`).
     """
 
     def __init__(self, service: Service) -> None:

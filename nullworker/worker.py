@@ -123,7 +123,7 @@ class Worker:
             consumer_grace_seconds=settings.null_consumer_grace_seconds,
             attach_timeout=settings.null_attach_timeout,
         )
-        clock = SystemClock(event_log.anchor())
+        clock = SystemClock(event_log.anchor(), not_before=event_log.latest())
         with contextlib.suppress(LogUnavailable):
             event_log.store_anchor(clock.anchor)
             event_log.set_instance(str(settings.container_id or socket.gethostname()))
@@ -161,6 +161,7 @@ class Worker:
             readiness.listeners.append(self.reporter.changed)
         service.observers += [exporter.observe, self.callbacks.observe, self.timer.set, write_log_line]
         service.on_attachment.append(self.timer.set)
+        service.on_retry.append(self.timer.set)
         readiness.listeners.append(self.timer.set)  # a failing log has a deadline: the next try
 
         self.servers = ports.servers(

@@ -72,11 +72,11 @@ class SimulatedClock:
     def step_wall(self, seconds: float) -> None:
         self._wall += seconds
 
-    def settle(self) -> Anchor | None:
-        if self._wall == self._offset:
-            return None
-        self._offset = self._wall
-        return self.anchor
+    def moved(self) -> Anchor | None:
+        return None if self._wall == self._offset else Anchor("simulated", self._wall)
+
+    def follow(self, anchor: Anchor) -> None:
+        self._offset = anchor.offset
 
     @property
     def anchor(self) -> Anchor:
@@ -116,7 +116,7 @@ class Disk:
             self.log.close()
             return 0
         self.log.close()
-        for suffix in ("", "-wal", "-shm"):
+        for suffix in ("", "-wal", "-shm", ".lock"):
             Path(f"{self._path}{suffix}").unlink(missing_ok=True)
         shutil.copy(self._safe, self._path)
         conn = sqlite3.connect(self._path)

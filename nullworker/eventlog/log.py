@@ -16,13 +16,20 @@ from pathlib import Path
 
 from nullworker.clock import Anchor, stopwatch
 from nullworker.errors import LogUnavailable
-from nullworker.eventlog.sqlite import is_damage, transaction
+from nullworker.eventlog.lock import Lock
+from nullworker.eventlog.sqlite import is_damage, is_lock, transaction
 from nullworker.fsm.events import Event, from_row, to_row
 from nullworker.logs import get_log
 
 log = get_log(__name__)
 
+#: Milliseconds that a write waits for a stranger's lock. The whole worker waits with it; once it was in vain, further
+#: writes do not wait until one has worked.
+BUSY_MILLISECONDS = 500
+
 _INSERT = "INSERT INTO events (seq, at, reservation_id, kind, reason, data) VALUES (?, ?, ?, ?, ?, ?)"
+
+_PROBE = "INSERT OR REPLACE INTO meta VALUES ('probe', ?)"
 
 
 class EventLog:
@@ -35,15 +42,27 @@ class EventLog:
         on_append: called after each append, with the number of its events and the seconds that it took.
     """
 
-    def __init__(self, path: Path, conn: sqlite3.Connection, lock: int | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        conn: sqlite3.Connection,
+        lock: Lock | None,
+        *,
+        sync: str = "full",
+        reconnect: Callable[[], sqlite3.Connection] | None = None,
+    ) -> None:
         self.path = path
         self.conn = conn
         self._lock = lock
-        self._file = os.stat(path)
+        self._sync = sync
+        self._reconnect = reconnect
+        self._patient = True
         self.on_append: list[Callable[[int, float], None]] = []
         self.last_seq: int = conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
         self.log_id = self._meta("log_id") or ""
         self.sink_key = self._meta("sink_key") or ""
+        self._files = self._stat_files()
+        self._note()
 
     def append(self, events: Sequence[tuple[int, Event]]) -> None:
         """Write events, with the given seqs, all or none.
@@ -55,11 +74,27 @@ class EventLog:
         self._write(_INSERT, [(seq, *to_row(event)) for seq, event in events])
         took = stopwatch() - started
         self.last_seq = events[-1][0]
+        self._note()
         for listener in self.on_append:
             try:
                 listener(len(events), took)
             except Exception:
                 log.exception("listener_failed", seq=self.last_seq)
+
+    def take_back(self) -> None:
+        """Make sure that a restart does not find what an append could not write, and which is now refused.
+
+        When the sync of a commit fails, its frames are in the -wal, whole: SQLite forgets them, but a start after a
+        kill would recover them. A commit that is not waited for lies over the first of them, and by the checksums,
+        each of which includes the one before, the rest does not count any more.
+        """
+        with contextlib.suppress(sqlite3.Error):  # then the next write that works lies over them
+            self.conn.execute("PRAGMA synchronous = NORMAL")  # OFF would not even sync before a checkpoint
+            try:
+                with transaction(self.conn):
+                    self.conn.execute(_PROBE, (self.last_seq,))
+            finally:
+                self.conn.execute(f"PRAGMA synchronous = {self._sync}")
 
     def live(self) -> Iterator[tuple[int, Event]]:
         """The events of all live reservations, in order: all that a restart needs.
@@ -152,6 +187,11 @@ class EventLog:
         boot_id, _, offset = row[0].partition(" ")
         return Anchor(boot_id, float(offset))
 
+    def latest(self) -> float:
+        """When the newest event of what is live happened, in epoch seconds; 0 when nothing is."""
+        query = "SELECT coalesce(max(at), 0) FROM events WHERE reservation_id IN (SELECT reservation_id FROM live)"
+        return float(self.conn.execute(query).fetchone()[0])
+
     def store_anchor(self, anchor: Anchor) -> None:
         """Store the clock's anchor.
 
@@ -166,7 +206,7 @@ class EventLog:
         Raises:
             LogUnavailable: it cannot.
         """
-        self._write("INSERT OR REPLACE INTO meta VALUES ('probe', ?)", [(self.last_seq,)])
+        self._write(_PROBE, [(self.last_seq,)])
 
     def size(self) -> int:
         """Bytes on disk, including the write-ahead log."""
@@ -181,21 +221,63 @@ class EventLog:
         with contextlib.suppress(sqlite3.Error):
             self.conn.close()
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.close()
             self._lock = None
 
     def _meta(self, name: str) -> str | None:
         row = self.conn.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
         return None if row is None else str(row[0])
 
-    def _is_there(self) -> bool:
-        with contextlib.suppress(OSError):
-            return os.path.samestat(os.stat(self.path), self._file)
-        return False
+    def _note(self) -> None:
+        if self._lock is not None:
+            self._lock.note(self.log_id, self.last_seq)
+
+    def _stat_files(self) -> dict[str, tuple[int, int] | None]:
+        """By suffix, which file has each name now."""
+        files = dict[str, tuple[int, int] | None]()
+        for suffix in ("", "-wal", "-shm"):
+            try:
+                stat = os.stat(f"{self.path}{suffix}")
+            except OSError:
+                files[suffix] = None
+            else:
+                files[suffix] = stat.st_dev, stat.st_ino
+        return files
+
+    def _check_files(self) -> None:
+        """SQLite would go on in a file that has no name any more, and whose content ends with the process."""
+        files = self._stat_files()
+        if files == self._files:
+            return
+        if files[""] != self._files[""]:
+            raise LogUnavailable(f"{self.path} was moved or removed; restart the worker to begin a new one")
+        self._rescue_wal()
+
+    def _rescue_wal(self) -> None:
+        """The -wal was removed or replaced: move what it has into the log, through the open file, and begin another.
+
+        Raises:
+            LogUnavailable: it could not be done; what is in the -wal ends with this process.
+        """
+        what = f"{self.path}-wal or -shm was removed or replaced while the worker runs"
+        if self._reconnect is None:
+            raise LogUnavailable(what)
+        try:
+            (busy, *_) = self.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if busy:
+                raise LogUnavailable(f"{what}; a reader keeps what is in it from being saved", momentary=True)
+            self.conn.close()
+            self.conn = self._reconnect()
+            self.conn.execute("SELECT count(*) FROM sqlite_schema")  # which opens the files
+        except sqlite3.Error as error:
+            raise LogUnavailable(f"{what}, and what is in it cannot be saved: {error}") from error
+        self._files = self._stat_files()
+        log.error(
+            "wal_removed", path=str(self.path), message=f"{what}; nothing of it is lost, all is in the log itself"
+        )
 
     def _write(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
-        if not self._is_there():  # SQLite would go on writing to a deleted file
-            raise LogUnavailable(f"{self.path} was moved or removed; restart the worker to begin a new one")
+        self._check_files()
         try:
             with transaction(self.conn):
                 self.conn.executemany(statement, rows)
@@ -207,7 +289,16 @@ class EventLog:
                 with contextlib.suppress(OSError):
                     suspicion(self.path).touch()
                 raise LogUnavailable(f"{self.path} is damaged: {error}; a restart sets it aside") from error
-            raise LogUnavailable(f"{self.path} cannot be written: {error}") from error
+            locked = is_lock(error)
+            if locked:
+                self._wait_for_locks(patient=False)
+            raise LogUnavailable(f"{self.path} cannot be written: {error}", momentary=locked) from error
+        self._wait_for_locks(patient=True)
+
+    def _wait_for_locks(self, *, patient: bool) -> None:
+        if patient != self._patient:
+            self._patient = patient
+            self.conn.execute(f"PRAGMA busy_timeout = {BUSY_MILLISECONDS if patient else 0}")
 
 
 def suspicion(path: Path) -> Path:

@@ -1,12 +1,12 @@
 """Opens an event log: takes its lock, creates or migrates it, verifies it, and sets a damaged file aside.
 
-A damaged file is renamed, never deleted. The lock is an flock on a file beside the log and ends with the process.
+A damaged file is renamed, never deleted, and so is one whose newest part is gone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import functools
 import os
 import shutil
 import sqlite3
@@ -14,18 +14,17 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from nullworker.clock import iso, wall_iso
+from nullworker.clock import boot_id, iso, wall_iso
 from nullworker.errors import CannotStart, IllegalMove, LogDamaged
 from nullworker.eventlog import queries, schema
-from nullworker.eventlog.log import EventLog, suspicion
+from nullworker.eventlog.lock import Lock, Note
+from nullworker.eventlog.log import BUSY_MILLISECONDS, EventLog, suspicion
 from nullworker.eventlog.sqlite import UNREADABLE, is_damage
 from nullworker.fsm.book import Book, Limits
 from nullworker.logs import get_log
 
 log = get_log(__name__)
 
-#: Milliseconds that an append waits for another program's lock. The whole worker waits with it, so it is short.
-BUSY_MILLISECONDS = 100
 #: Bytes to which the write-ahead log is truncated after a checkpoint.
 WAL_BYTES = 4 * 1024 * 1024
 #: The cursors of the reporter (autoscaler/reporter.py).
@@ -41,14 +40,14 @@ def open_log(path: Path, *, sync: str = "full", fix: bool = True) -> EventLog:
     path = path.resolve()  # a symlink to another worker's log shares its lock
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm get the same mode
-        lock = _take_lock(path)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
+        lock = Lock(path, sync=sync)
     except OSError as error:
         raise CannotStart(f"the event log {path} cannot be made: {error.strerror}; set NULL_EVENT_LOG") from error
     try:
         opened = _open(path, sync, lock, fix=fix) or _open(path, sync, lock, fix=False)
     except BaseException:
-        os.close(lock)
+        lock.close()
         raise
     assert opened is not None
     return opened
@@ -98,8 +97,13 @@ def _open_on_read_only_disk(path: Path) -> EventLog:
         return _open_as(path, copy, "mode=ro")
 
 
-def _open(path: Path, sync: str, lock: int, *, fix: bool) -> EventLog | None:
-    """The log; None if it was damaged and has been set aside."""
+def _open(path: Path, sync: str, lock: Lock, *, fix: bool) -> EventLog | None:
+    """The log; None: it was damaged, and is set aside."""
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # one was just set aside
+        lock.take_log()
+    except OSError as error:
+        raise CannotStart(f"the event log {path} cannot be made: {error.strerror}; set NULL_EVENT_LOG") from error
     conn = sqlite3.connect(path, isolation_level=None, timeout=BUSY_MILLISECONDS / 1000, cached_statements=64)
     try:
         return _prepare(conn, path, sync, lock)
@@ -119,38 +123,68 @@ def _open(path: Path, sync: str, lock: int, *, fix: bool) -> EventLog | None:
         raise
 
 
-def _prepare(conn: sqlite3.Connection, path: Path, sync: str, lock: int) -> EventLog:
+def _prepare(conn: sqlite3.Connection, path: Path, sync: str, lock: Lock) -> EventLog:
     schema.check_version(path, conn)
+    _verify_newest(conn, lock.noted)  # before anything is written, which would begin the -wal anew
     if conn.execute("PRAGMA page_count").fetchone() == (0,):
         conn.execute("PRAGMA auto_vacuum = INCREMENTAL")  # so that pruning can return space to the disk
     conn.execute("PRAGMA journal_mode = WAL")
-    conn.execute(f"PRAGMA synchronous = {sync}")
-    conn.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
-    conn.execute("PRAGMA recursive_triggers = ON")
-    schema.migrate(conn)
+    _set_pragmas(conn, sync)
+    if schema.migrate(conn):
+        # the -wal may be lost later; the tables and the log's id are then still in the file itself
+        conn.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        _sync_folder(path)
     if suspicion(path).exists():
         verify_integrity(conn)
         suspicion(path).unlink()
-    opened = EventLog(path, conn, lock)
+    opened = EventLog(path, conn, lock, sync=sync, reconnect=functools.partial(_reconnect, path, sync))
     verify_replay(opened)
     return opened
 
 
-def _take_lock(path: Path) -> int:
-    """Take an flock on a file beside the log, and write into it who holds it. It ends with the process."""
-    lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
-        os.close(lock)
-        raise CannotStart(
-            f"the event log {path} belongs to a worker that is running: {holder}; stop that one, or set NULL_EVENT_LOG",
-            tell=False,
-        ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"pid {os.getpid()}, since {wall_iso()}\n".encode(), 0)
-    return lock
+def _reconnect(path: Path, sync: str) -> sqlite3.Connection:
+    conn = sqlite3.connect(path, isolation_level=None, timeout=BUSY_MILLISECONDS / 1000, cached_statements=64)
+    _set_pragmas(conn, sync)
+    return conn
+
+
+def _set_pragmas(conn: sqlite3.Connection, sync: str) -> None:
+    conn.execute(f"PRAGMA synchronous = {sync}")
+    conn.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+    conn.execute("PRAGMA recursive_triggers = ON")
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a new file's name outlive a power cut."""
+    with contextlib.suppress(OSError):  # not every file system can
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _verify_newest(conn: sqlite3.Connection, noted: Note | None) -> None:
+    """Compare the log with what its last worker had noted (lock.py).
+
+    After a power cut a log that was not synced may be shorter. It is whole up to there, so it is used; that is said.
+
+    Raises:
+        LogDamaged: the newest events are gone.
+        sqlite3.Error: it cannot be read.
+    """
+    if noted is None or conn.execute("SELECT 1 FROM sqlite_schema WHERE name = 'meta'").fetchone() is None:
+        return
+    if conn.execute("SELECT value FROM meta WHERE name = 'log_id'").fetchone() != (noted.log_id,):
+        return  # another log has this name now
+    (last,) = conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()
+    if last >= noted.seq:
+        return
+    gone = f"the events {last + 1} to {noted.seq} are gone"
+    if noted.sync == "normal" and noted.boot_id != boot_id():
+        log.error("events_lost", events=noted.seq - last, why=f"{gone}: NULL_LOG_SYNC=normal, and a power cut")
+        return
+    raise LogDamaged(f"{gone}: its -wal was removed, cut or damaged, or it is an older copy")
 
 
 def _set_aside(path: Path) -> Path:

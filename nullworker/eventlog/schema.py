@@ -262,17 +262,18 @@ _RULES_AND_VIEWS: Final = [
 ]
 
 
-def migrate(conn: sqlite3.Connection) -> None:
+def migrate(conn: sqlite3.Connection) -> bool:
     """Bring a file to VERSION: a new one in one transaction, an older one in one transaction for each step.
 
-    `user_version` is set in the transaction of its step, so a start that was killed goes on where it was.
+    `user_version` is set in the transaction of its step, so a start that was killed goes on where it was. Returns
+    whether there was anything to do.
 
     Raises:
         sqlite3.Error: it cannot be read or written; the step that failed has changed nothing.
     """
     version = conn.execute("PRAGMA user_version").fetchone()[0]
     if version == VERSION:
-        return
+        return False
     if version == 0:
         with transaction(conn):
             for statement in statements(TABLES):
@@ -280,13 +281,14 @@ def migrate(conn: sqlite3.Connection) -> None:
             ids = {"log_id": secrets.token_hex(8), "instance": socket.gethostname(), "sink_key": secrets.token_hex(32)}
             conn.executemany("INSERT INTO meta VALUES (?, ?)", ids.items())
             _finish(conn, VERSION)
-        return
+        return True
     from sqlite_utils import Database  # 30 ms that a worker with a new or current log does not pay
 
     for step in range(version + 1, VERSION + 1):
         with transaction(conn):
             MIGRATIONS[step](Database(conn, recursive_triggers=False))
             _finish(conn, step)
+    return True
 
 
 def _finish(conn: sqlite3.Connection, version: int) -> None:

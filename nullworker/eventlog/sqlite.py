@@ -49,3 +49,8 @@ def is_damage(error: BaseException) -> bool:
         return any(word in str(error).lower() for word in _WORDS)
     damage = isinstance(error, sqlite3.InternalError) or type(error) is sqlite3.DatabaseError
     return damage or not isinstance(error, sqlite3.Error)
+
+
+def is_lock(error: BaseException) -> bool:
+    """Whether an error speaks of a lock that somebody else holds, and which may be gone in a moment."""
+    return isinstance(error, sqlite3.OperationalError) and "is locked" in str(error)

@@ -130,15 +130,16 @@ class Book:
         longest = min(self.limits.max_reservation_seconds, self._max_hold)
         cap = longest if claim.duration is None else min(claim.duration, longest)
         end: tuple[EventKind, str] | None = None
+        taken = self.held is not None or bool(self.queue)  # some may wait for a free slot while the log is down
         if claim.request_idx in self._by_request_idx:
             end = "expired", "duplicate"
         elif refusal is not None:
             end = "cancelled", refusal
-        elif self.held is not None and claim.kind == "session":
+        elif taken and claim.kind == "session":
             end = "expired", "busy"
-        elif self.held is not None and self.limits.max_queue_seconds == 0:
+        elif taken and self.limits.max_queue_seconds == 0:
             end = "expired", "queue_timeout"
-        elif self.held is not None and len(self.queue) >= self.limits.max_queued:
+        elif taken and len(self.queue) >= self.limits.max_queued:
             end = "expired", "queue_full"
         terms = Queued(
             kind=claim.kind,
@@ -153,7 +154,7 @@ class Book:
         events = [Event(now, reservation_id, "queued", None, terms)]
         if end is not None:
             events.append(Event(now, reservation_id, *end, Ended()))
-        elif self.held is None:
+        elif not taken:
             events += _hold(reservation_id, cap, now)
         return events
 
@@ -227,7 +228,8 @@ class Book:
     def due(self, now: float, *, log_is_down: bool = False) -> list[Event]:
         """The events of all deadlines that have passed, in their order: ends of holds and waits, and promotions.
 
-        While the log cannot be written, what a consumer is attached to does not expire.
+        While the log cannot be written, what a consumer is attached to does not expire, and nobody is held; when it
+        can be again, the oldest who waits is.
         """
         events: list[Event] = []
         waiting = iter(self.queue.values())
@@ -237,16 +239,17 @@ class Book:
             if end is not None and end.at <= now and (head is None or end.at <= head.terms.give_up_at):
                 assert held is not None
                 events.append(_end(held, end.kind, end.reason, now))
-                held, end = head, None
-                if head is not None:
-                    end = _End(now + head.terms.duration_cap, "expired", "duration_elapsed")
-                    events.append(Event(now, head.id, "held", None, Held(end.at)))
-                    head = next(waiting, None)
+                held, end = None, None
             elif head is not None and head.terms.give_up_at <= now:
                 events.append(_end(head, "expired", "queue_timeout", now))
                 head = next(waiting, None)
-            else:
+                continue
+            elif held is not None or head is None or log_is_down:
                 return events
+            if head is not None and not log_is_down:
+                held, end = head, _End(now + head.terms.duration_cap, "expired", "duration_elapsed")
+                events.append(Event(now, head.id, "held", None, Held(end.at)))
+                head = next(waiting, None)
 
     # -- events: apply -------------------------------------------------------------------------------------------
 

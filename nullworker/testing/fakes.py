@@ -35,13 +35,13 @@ class FakeClock:
         """Set the wall clock; the worker's time follows when nothing is held (`settle`)."""
         self._wall_ahead += seconds
 
-    def settle(self) -> Anchor | None:
-        """Follow the wall clock, if it was set."""
-        if not self._wall_ahead:
-            return None
-        self._now += self._wall_ahead
-        self._wall_ahead = 0.0
-        return Anchor("fake", self._now)
+    def moved(self) -> Anchor | None:
+        """The wall clock, if it was set."""
+        return Anchor("fake", self._now + self._wall_ahead) if self._wall_ahead else None
+
+    def follow(self, anchor: Anchor) -> None:
+        """Take the wall clock."""
+        self._now, self._wall_ahead = anchor.offset, 0.0
 
 
 class MemoryJournal:
@@ -63,6 +63,9 @@ class MemoryJournal:
         if [seq for seq, _ in events] != list(range(self.last_seq + 1, self.last_seq + 1 + len(events))):
             raise LogUnavailable("each seq must be greater than the last")
         self.rows += [(seq, from_row(to_row(event))) for seq, event in events]
+
+    def take_back(self) -> None:
+        """Nothing of what was not written is here."""
 
     def live(self) -> Iterator[tuple[int, Event]]:
         """The events of live reservations, in order."""

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from harness import PATIENCE, ROOT, WorkerProcess
 
+from nullworker.clock import Anchor
 from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.opening import open_log
 from nullworker.fsm.book import Claim, Limits
@@ -48,8 +49,11 @@ class History:
     def now(self) -> float:
         return self.at
 
-    def settle(self) -> None:
+    def moved(self) -> None:
         return None
+
+    def follow(self, _: Anchor) -> None:
+        raise AssertionError("nobody sets this clock")
 
     def clock(self, text: str) -> None:
         """It becomes that time of yesterday; what was due until then has happened when it was."""

@@ -73,11 +73,12 @@ async def test_what_is_held_can_be_released_and_all_is_written_when_the_disk_is_
         "reservation_id": (await held).body["reservation_id"],
     }
     assert (await held).body["result"] == {"rows": 3}
-    await worker.line("reservation_held", nth=2)
     second = await refused(vast, worker, "/session/create")
+    assert (await worker.get("/status"))["held"] is None, "who waits is held only when that is in the log"
     assert worker.story() == [("queued", None), ("held", None), ("queued", None)]
     await trouble.over()
     await worker.line("event_log_recovered")
+    await worker.line("reservation_held", nth=2)
     assert await worker.release() == {"released": True}
     assert (await waiting).status == 200
     assert worker.story() == [
@@ -85,9 +86,9 @@ async def test_what_is_held_can_be_released_and_all_is_written_when_the_disk_is_
         ("held", None),
         ("queued", None),
         *[("queued", None), ("cancelled", "log_unavailable")],
-        *[("released", "explicit"), ("held", None)],
-        *[("queued", None), ("cancelled", "log_unavailable")],
         ("released", "explicit"),
+        *[("queued", None), ("cancelled", "log_unavailable")],
+        *[("held", None), ("released", "explicit")],
     ]
     ids = [name for (name,) in worker.sql("SELECT id FROM reservations WHERE reason = 'log_unavailable'")]
     assert ids == [first, second]

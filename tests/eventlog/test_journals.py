@@ -70,8 +70,8 @@ def story(log: EventLog) -> None:
         ("INSERT OR REPLACE INTO events VALUES (1, 0, 'x', 'queued', NULL, '{}')", "seq must be greater"),
         ("REPLACE INTO events VALUES (3, 0, 'x', 'queued', NULL, '{}')", "seq must be greater"),
         ("INSERT INTO events (at, reservation_id, kind, data) VALUES (0, 'x', 'queued', '{}')", "seq must be greater"),
-        ("INSERT INTO events VALUES (9, 0, 'b', 'held', NULL, '{}')", "UNIQUE constraint failed: live.state"),
-        ("INSERT INTO events VALUES (9, 0, 'x', 'released', 'explicit', '{}')", "is not live"),
+        ("INSERT INTO events VALUES (9, 0, 'b', 'held', NULL, '{}')", "is not queued|another reservation is held"),
+        ("INSERT INTO events VALUES (9, 0, 'x', 'released', 'explicit', '{}')", "is not held"),
         ("INSERT INTO events VALUES (9, 0, 'a', 'queued', NULL, '{}')", "exists already"),
         ("INSERT INTO events VALUES (9, 0, 'x', 'begun', NULL, '{}')", "is not live|CHECK constraint failed"),
         ("INSERT INTO events VALUES (9, 0, 'x', 'queued', NULL, 'no json')", "CHECK constraint failed|malformed JSON"),
@@ -124,6 +124,7 @@ def test_the_views_show_people_what_happened(log: EventLog) -> None:
         "request_idx": None,
         "metadata": None,
         "result": '{"ok":[1]}',
+        "attach_seconds": None,
     }
     assert [(r["id"], r["state"], r["queued_seconds"]) for r in rows[1:]] == [("b", "held", 11.25)]
     assert log.conn.execute("SELECT id, state FROM open_reservations").fetchall() == [("b", "held")]

@@ -45,20 +45,23 @@ def test_time_passes_with_the_monotonic_clock_and_not_with_the_wall_clock(wall: 
 def test_an_idle_worker_follows_the_wall_clock(wall: dict[str, float]) -> None:
     steady = SystemClock()
     wall["wall"] -= 3600
-    anchor = steady.settle()
+    anchor = steady.moved()
+    assert anchor is not None
+    assert steady.now() == 1_800_000_000.0, "not before the anchor is stored"
+    steady.follow(anchor)
     assert anchor == steady.anchor
     assert steady.now() == wall["wall"]
-    assert steady.settle() is None
+    assert steady.moved() is None
 
 
 def test_a_small_drift_is_left_alone(wall: dict[str, float]) -> None:
     steady = SystemClock()
     for small in (0.9, -0.9):
         wall["wall"] = 1_800_000_000.0 + small
-        assert steady.settle() is None
+        assert steady.moved() is None
         assert steady.now() == 1_800_000_000.0
     wall["wall"] = 1_800_000_001.1
-    assert steady.settle() is not None
+    assert steady.moved() is not None
 
 
 def test_a_restart_goes_on_with_the_anchor_of_the_same_boot(wall: dict[str, float]) -> None:
@@ -68,6 +71,16 @@ def test_a_restart_goes_on_with_the_anchor_of_the_same_boot(wall: dict[str, floa
     assert SystemClock(before.anchor).now() == 1_800_000_010.0
     assert SystemClock(Anchor("another boot", before.anchor.offset)).now() == wall["wall"]
     assert SystemClock(None).now() == wall["wall"]
+
+
+def test_a_reboot_with_the_clock_behind_goes_on_from_the_newest_event(wall: dict[str, float]) -> None:
+    """Also in the same boot, if the anchor that fits the event could not be stored."""
+    newest = wall["wall"] + 7200
+    for anchor in (None, Anchor("another boot", 0.0), SystemClock().anchor):
+        steady = SystemClock(anchor, not_before=newest)
+        assert steady.now() == newest
+        assert steady.moved() is not None, "it follows the wall clock when nothing is held"
+    assert SystemClock(not_before=newest - 7201).now() == wall["wall"]
 
 
 def test_where_boots_have_no_id_no_anchor_is_trusted(

@@ -272,6 +272,8 @@ def test_a_clock_set_back_does_not_keep_the_log_from_being_tried(desk: Desk) -> 
     desk.service.probe()
     desk.journal.failing = None
     desk.clock.step_wall(-3600.0)
+    assert desk.service.claim(Claim()).reason == "log_unavailable"
+    desk.clock.advance(RETRY_SECONDS)
     assert desk.service.claim(Claim()).state == "held"
 
 

@@ -1,0 +1,108 @@
+"""The lock of a log, and how far the log had come.
+
+An flock on a file beside the log, and on the log itself, ends with the process. The file beside it says who holds it,
+and names the newest event that was committed. SQLite takes what it can read of a -wal for all there ever was: without
+that second line a removed -wal, or one flipped bit in it, would pass for a log that had never been written to.
+
+The line is not synced, as that would double the cost of a commit: it outlives a killed process, and after a power cut
+it may be half a minute old. So it is never ahead of a log whose commits are synced.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from nullworker.clock import boot_id, wall_iso
+from nullworker.errors import CannotStart
+
+#: Bytes of the line about the holder, so that the next one can be written by itself.
+_HOLDER_BYTES: Final = 64
+_NOTE: Final = re.compile(rb"log ([0-9a-f]+) event (\d+) sync (\w+) boot (\S*) *\n")
+
+
+class Note(NamedTuple):
+    """How far a log had come."""
+
+    log_id: str
+    seq: int  # of its newest event
+    sync: str  # full or normal: whether a commit waited for the disk
+    boot_id: str
+
+
+class Lock:
+    """The lock of one log, from the start of its worker to its end.
+
+    Attributes:
+        noted: what the last holder had noted, if it can be read.
+
+    Raises:
+        CannotStart: another worker holds it.
+        OSError: the file beside the log cannot be made, or is a link.
+    """
+
+    def __init__(self, path: Path, *, sync: str) -> None:
+        self._path = path
+        self._sync = sync
+        self._boot_id = boot_id()
+        self._log: int | None = None
+        # a link would have this process write into a file of somebody else's choice
+        self._file = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            self._take(self._file)
+            text = os.pread(self._file, 4096, 0)
+            self.noted = _read(text[_HOLDER_BYTES:])
+            holder = f"pid {os.getpid()}, since {wall_iso()}"
+            os.pwrite(self._file, f"{holder:<{_HOLDER_BYTES - 1}}\n".encode(), 0)
+            if self.noted is None:
+                os.ftruncate(self._file, _HOLDER_BYTES)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def take_log(self) -> None:
+        """Lock the log itself too, which may have another name: a hard link, with a lock file of its own.
+
+        Call it before SQLite opens the log: to close the file again would drop SQLite's own locks on it.
+
+        Raises:
+            CannotStart: another worker holds it.
+            OSError: it cannot be opened.
+        """
+        if self._log is not None:
+            os.close(self._log)
+        self._log = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        self._take(self._log)
+
+    def note(self, log_id: str, seq: int) -> None:
+        """Note the newest event. One that cannot be noted is passed over: an older note does no harm."""
+        line = f"log {log_id} event {seq:020} sync {self._sync} boot {self._boot_id}\n"
+        with contextlib.suppress(OSError):
+            os.pwrite(self._file, line.encode(), _HOLDER_BYTES)
+
+    def close(self) -> None:
+        """Give it back."""
+        for file in (self._log, self._file):
+            if file is not None:
+                os.close(file)
+
+    def _take(self, file: int) -> None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            said = os.pread(self._file, 200, 0).partition(b"\n")[0].decode(errors="replace").strip()
+            holder = (said if file is self._file else "") or "another process"
+            raise CannotStart(
+                f"the event log {self._path} belongs to a worker that is running: {holder}; "
+                "stop that one, or set NULL_EVENT_LOG",
+                tell=False,
+            ) from None
+
+
+def _read(line: bytes) -> Note | None:
+    match = _NOTE.match(line)
+    return None if match is None else Note(match[1].decode(), int(match[2]), match[3].decode(), match[4].decode())
