@@ -381,8 +381,8 @@ class Service:
 
     def _flush(self, now: float) -> bool:
         """Write the events that wait in memory. Returns whether none waits any more."""
-        if now < self._retry_at:
-            return False
+        if now < self._retry_at and self._trouble is not None and not self._trouble.momentary:
+            return False  # a lock costs nothing to be asked for again (EventLog waits for it only once)
         try:
             if self.unwritten:
                 self._journal.append([(each.seq, each.event) for each in self.unwritten])
