@@ -381,7 +381,7 @@ def _story(event: Mapping[str, Any]) -> str:
     """Why, or until when; a deadline of the same day without its date."""
     data = event["data"]
     if event["kind"] == "queued":
-        return f"{data.get('kind')}, up to {duration(data['duration_cap'])}"
+        return f"{data.get('kind')} up to {duration(data['duration_cap'])}"
     if event["kind"] in ("held", "extended"):
         ends = iso(data["ends_at"])
         return f"until {ends[11:19] if ends[:10] == event['at'][:10] else ends[5:16]}"
