@@ -8,6 +8,7 @@ the worker reads the environment; the other commands read theirs, those in OTHER
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import itertools
 import math
 import re
@@ -28,7 +29,7 @@ DAY = 86_400.0
 OLD_API = "https://cloud.vast.ai/api/v0"
 
 #: Variables that begin with NULL_ and belong to other commands than `serve`; a test compares them with the options.
-OTHER_NAMES = frozenset(("NULL_QUEUE", "NULL_COLLECT_TOKEN", "NULL_SINK_TOKEN"))
+OTHER_NAMES = frozenset(("NULL_QUEUE", "NULL_COLLECT_TOKEN"))
 
 _TRUE = frozenset(("true", "t", "yes", "y", "on", "1"))
 _AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -101,6 +102,15 @@ def _read_url(text: str) -> str:
     return text
 
 
+def _read_sink(text: str) -> str:
+    parts = urlsplit(_read_url(text))
+    if parts.scheme == "http" and parts.hostname != "localhost":
+        address = ipaddress.ip_address(parts.hostname or "")  # a name is nobody's private address: ValueError
+        if not (address.is_private or address.is_loopback):
+            raise ValueError(text)
+    return text
+
+
 def _read_urls(text: str) -> tuple[str, ...]:
     urls = tuple(_read_url(part.strip()).rstrip("/") for part in text.split(",") if part.strip())
     urls = tuple(url for url in urls if url != OLD_API)
@@ -124,6 +134,7 @@ def read_age(text: str) -> float:
 _TEXT = Kind(str, "any text")
 _BOOL = Kind(_read_bool, "true or false")
 _URL = Kind(_read_url, "an absolute http or https URL")
+_SINK = Kind(_read_sink, "an https URL, or an http one of a loopback or private address")
 _URLS = Kind(_read_urls, "a comma list of absolute http or https URLs")
 _PATH = Kind(Path, "a file's path")
 _AGE = Kind(read_age, "an age as 90s, 15m, 6h or 30d")
@@ -162,6 +173,15 @@ class Settings:
     null_log_sync: str = _setting(
         "full", _choice("full", "normal"), "full: survives a power cut; normal: survives a killed process"
     )
+    null_sink: str | None = _setting(
+        None, _SINK, "where every event is POSTed, such as that of `nullworker collect`; unset: nowhere"
+    )
+    null_sink_token: str | None = _setting(None, _TEXT, "bearer token for it")
+    null_sink_format: str = _setting(
+        "cloudevents", _choice("cloudevents", "ndjson"), "a JSON array of CloudEvents, or one a line"
+    )
+    null_sink_results: bool = _setting(False, _BOOL, "send what consumers hand over with a release")
+    null_sink_metadata: bool = _setting(True, _BOOL, "send the metadata of reservations")
     null_log_keep: float | None = _setting(
         None, _AGE, "how long ended reservations stay in the log; pruned daily; unset: forever"
     )
@@ -239,7 +259,7 @@ class Settings:
                 value = "***"
             elif isinstance(value, tuple):
                 value = ",".join(map(without_secrets, value))
-            elif each.metadata["kind"] is _URL:
+            elif each.metadata["kind"] in (_URL, _SINK):
                 value = without_secrets(value)
             name = variable(each.name).replace("<WORKER_PORT>", str(self.worker_port))
             if isinstance(value, float) and value.is_integer():
@@ -281,7 +301,7 @@ def _shown(setting: Field[Any], value: Any) -> str:
     """A setting's value, or the text given for it, without secrets."""
     if setting.name.endswith("_token") and value:
         return "***"
-    if setting.metadata["kind"] in (_URL, _URLS) and value:
+    if setting.metadata["kind"] in (_URL, _URLS, _SINK) and value:
         return repr(without_secrets(value) if isinstance(value, str) else tuple(map(without_secrets, value)))
     return repr(value)
 
@@ -338,6 +358,8 @@ def _check(settings: Settings) -> None:
     if (settings.null_metrics_host is None) != (settings.null_metrics_port is None):
         unset = "NULL_METRICS_HOST" if settings.null_metrics_host is None else "NULL_METRICS_PORT"
         raise BadSettings(f"{unset} is unset, and the metrics port needs both: set it, or unset the other")
+    if settings.null_sink_token and "@" in urlsplit(settings.null_sink or "").netloc:
+        raise BadSettings("NULL_SINK has a user and NULL_SINK_TOKEN is set, and a request has room for one: unset one")
     ports = {
         "WORKER_PORT": settings.worker_port,
         "NULL_CONTROL_PORT": settings.null_control_port,

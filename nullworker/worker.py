@@ -12,7 +12,7 @@ import gc
 import signal
 import socket
 from collections.abc import Coroutine, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from nullworker import __version__, aio, logs
 from nullworker.autoscaler.connection import AutoscalerClient
@@ -38,11 +38,18 @@ from nullworker.service import DeadlineTimer, Service
 from nullworker.session_callbacks import Callbacks
 from nullworker.settings import Settings, unknown_setting, without_secrets
 
+if TYPE_CHECKING:
+    from nullworker.eventlog.cloudevents import Format
+    from nullworker.sink import Sink
+
 log = get_log(__name__)
 
 #: Seconds for the last reports and, at the same time, for closing open connections: within the 3 s that a stop may
 #: take beyond NULL_DRAIN_SECONDS.
 STOP_SECONDS: Final = 2.0
+#: Seconds beside NULL_DRAIN_SECONDS that the whole exit may take, and those of them for closing what is open.
+EXIT_SECONDS: Final = 3.0
+CLOSE_SECONDS: Final = 0.5
 #: Seconds between two checks whether the log can still be written.
 PROBE_SECONDS: Final = 10.0
 #: Threshold of the youngest generation of Python's garbage collector. Each waiting connection has about forty objects
@@ -129,10 +136,17 @@ class Worker:
             event_log.set_instance(str(settings.container_id or socket.gethostname()))
         self.service = service = Service(event_log, clock, limits, readiness)
         self.reporter: Reporter | None = None
+        self.sink: Sink | None = None
         self.exporter = exporter = Exporter(
-            service, Readings(lambda: self.reporter.backlog if self.reporter else 0, event_log.size)
+            service,
+            Readings(
+                backlog=lambda: self.reporter.backlog if self.reporter else 0,
+                log_bytes=event_log.size,
+                sink_backlog=lambda: self.sink.backlog if self.sink else 0,
+            ),
         )
         event_log.on_append.append(exporter.count_append)
+        self._make_sink()
 
         me = identity(settings)
         self.autoscaler = None if me is None else AutoscalerClient(settings.report_addr)
@@ -173,10 +187,11 @@ class Worker:
                 url_policy="off" if settings.standalone else settings.null_grant_url,
             ),
             exporter,
-            Status(service, event_log, self.autoscaler, self.reporter, self.health, settings),
+            Status(service, event_log, self.autoscaler, self.reporter, self.health, self.sink, settings),
             shutdown_seconds=STOP_SECONDS / 2,
         )
         self._stop = asyncio.Event()
+        self._stop_at: float | None = None  # loop time by which all must be over
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
@@ -238,11 +253,14 @@ class Worker:
         await asyncio.gather(
             *(server.stop() for server in self.servers),
             *([self.reporter.flush(STOP_SECONDS)] if self.reporter and self._tasks else []),
+            *([self.sink.finish(self._seconds_left())] if self.sink and self._tasks else []),
         )
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.post.close()
+        if self.sink is not None:
+            await self.sink.close()
         if self.autoscaler is None:
             self._skip_reports()
         else:
@@ -263,8 +281,41 @@ class Worker:
             self._start("reporter", self.reporter.run())
         if self.keys is not None:
             self._start("key", self._keep(self.keys.load()))
+        if self.sink is not None:
+            self._start("sink", self.sink.run())
         if self.health is not None:
             self._start("health", self.health.run())
+
+    def _make_sink(self) -> None:
+        settings = self.settings
+        if settings.null_sink is None:
+            with contextlib.suppress(LogUnavailable):
+                self.log.set_sink(None)
+            return
+        from nullworker.sink import Sink, Target  # a worker without one does not wait for it
+
+        target = Target(
+            settings.null_sink,
+            settings.null_sink_token,
+            cast("Format", settings.null_sink_format),
+            with_results=settings.null_sink_results,
+            with_metadata=settings.null_sink_metadata,
+        )
+        self.sink = Sink(
+            target,
+            self.log,
+            self.service.now,
+            self.exporter.count_sink,
+            instance=self.log.instance or socket.gethostname(),
+            own_url=settings.own_url,
+        )
+        self.log.on_append.append(self.sink.appended)
+
+    def _seconds_left(self) -> float:
+        """Until NULL_DRAIN_SECONDS + 3 s are over, less what it takes to close."""
+        now = asyncio.get_running_loop().time()
+        stop_at = now + STOP_SECONDS if self._stop_at is None else self._stop_at
+        return max(stop_at - CLOSE_SECONDS - now, STOP_SECONDS / 2)
 
     def _start(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.add(asyncio.get_running_loop().create_task(work, name=name))
@@ -291,6 +342,10 @@ class Worker:
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stop.is_set():  # a second signal cancels the held reservation at once
             self.service.end_drain()
+        else:
+            self._stop_at = asyncio.get_running_loop().time() + self.settings.null_drain_seconds + EXIT_SECONDS
+            if self.sink is not None:
+                self.sink.hurry()
         log.info(
             "stopping", signal=number.name, message="new reservations are refused; a second signal cancels the held one"
         )

@@ -49,6 +49,7 @@ def status(control: ControlClient, *, as_json: bool) -> None:
         click.echo(json.dumps(answer))
         return
     consumer, autoscaler, log, queue = answer["consumer"], answer["autoscaler"], answer["log"], answer["queue"]
+    sink = answer["sink"]
     waits = "" if queue["oldest_seconds"] is None else f", the first for {duration(queue['oldest_seconds'])}"
     reports = ", ".join(autoscaler["reports_to"] or ()) or "nobody (standalone)"
     facts = {
@@ -59,6 +60,7 @@ def status(control: ControlClient, *, as_json: bool) -> None:
         "queue": f"{queue['length']} of {queue['limit']}{waits}",
         "consumer": _consumer(consumer),
         "reports to": f"{reports}; {autoscaler['trouble'] or 'all well'}, {autoscaler['backlog']} outcomes owed",
+        "sink": sink and f"{sink['url']}; {sink['trouble'] or 'all well'}, {sink['backlog']} events owed",
         "log": f"{log['why'] or 'writable'}, {log['bytes']} bytes, the last event is {log['last_seq']}",
         "file": log["path"],
         "settings": settings_line(answer["settings"]),

@@ -20,6 +20,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from nullworker.clock import iso
+from nullworker.eventlog.queries import public_data
 
 #: Version of `EventData`. A reader that does not know it must pass the event over.
 VERSION: Final = 1
@@ -81,9 +82,7 @@ def reservation_event(
         ValueError: its data is no JSON object.
     """
     seq, at, reservation_id, kind, reason, text = row
-    data = msgspec.json.decode(text, type=dict[str, Any])
-    if "session" in data:  # the owner's auth and callback stay here
-        data["session"] = {"lifetime": data["session"].get("lifetime")}
+    data = public_data(msgspec.json.decode(text, type=dict[str, Any]))
     metadata, result = data.pop("metadata", UNSET), data.pop("result", UNSET)
     event_id = f"{seq}-{_checksum(seq, at, reservation_id, kind, reason, data)}"
     if metadata is not UNSET and with_metadata:

@@ -144,7 +144,7 @@ BEGIN SELECT RAISE(ABORT, 'only a reservation that has ended, and of which all h
 CREATE TRIGGER pruned AFTER INSERT ON pruning
 BEGIN
     DELETE FROM settled
-     WHERE name IN ('callbacks', 'delete_requests')
+     WHERE name IN (SELECT 'callbacks' UNION ALL SELECT name FROM cursors)
        AND seq IN (SELECT seq FROM events WHERE reservation_id = NEW.reservation_id);
     DELETE FROM events WHERE reservation_id = NEW.reservation_id;
     DELETE FROM pruning WHERE reservation_id = NEW.reservation_id;

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from nullworker import __version__
 from nullworker.autoscaler.connection import AutoscalerClient
@@ -14,6 +14,9 @@ from nullworker.eventlog.queries import ReservationJson
 from nullworker.http.reservations import reservation_json
 from nullworker.service import Service
 from nullworker.settings import Settings, without_secrets
+
+if TYPE_CHECKING:
+    from nullworker.sink import Sink
 
 
 class QueueJson(TypedDict):
@@ -44,6 +47,14 @@ class AutoscalerJson(TypedDict):
     key_loaded: bool
 
 
+class SinkJson(TypedDict):
+    """The delivery of events to NULL_SINK."""
+
+    url: str  # without what is secret in it
+    backlog: int  # events that it has not accepted
+    trouble: str | None  # why the last POST was not accepted
+
+
 class LogJson(TypedDict):
     """The event log."""
 
@@ -62,6 +73,7 @@ class StatusJson(TypedDict):
     queue: QueueJson
     consumer: ConsumerJson
     autoscaler: AutoscalerJson
+    sink: SinkJson | None  # None: NULL_SINK is not set
     log: LogJson
     instance: int | None  # Vast's id of this machine, CONTAINER_ID; None: standalone
     url: str  # of the external port, as the autoscaler knows it
@@ -79,6 +91,7 @@ class Status:
         autoscaler: AutoscalerClient | None,
         reporter: Reporter | None,
         health: HealthPoll | None,
+        sink: Sink | None,
         settings: Settings,
     ) -> None:
         self._service = service
@@ -86,6 +99,7 @@ class Status:
         self._autoscaler = autoscaler
         self._reporter = reporter
         self._health = health
+        self._sink = sink
         self._settings = settings
 
     def document(self) -> StatusJson:
@@ -117,6 +131,9 @@ class Status:
                 "backlog": 0 if self._reporter is None else self._reporter.backlog,
                 "key_loaded": readiness.key is None,
             },
+            "sink": None
+            if self._sink is None
+            else {"url": self._sink.shown, "backlog": self._sink.backlog, "trouble": self._sink.trouble},
             "log": {
                 "path": str(self._log.path),
                 "bytes": self._log.size(),

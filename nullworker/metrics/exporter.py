@@ -39,6 +39,8 @@ EXTENSION_RESULTS: Final = ("extended", "none", "stale", "unknown")
 AUTH_FAILURES: Final = ("signature", "url", "session", "token")
 REPORT_CALLS: Final = ("worker_status", "delete_requests", "pubkey")
 REPORT_RESULTS: Final = ("ok", "refused", "failed")
+#: Of POSTs: accepted, refused, failed; of events that the sink will not have: dead_lettered, pruned.
+SINK_RESULTS: Final = ("accepted", "refused", "failed", "dead_lettered", "pruned")
 CALLBACK_RESULTS: Final = ("delivered", "failed", "given_up")
 
 
@@ -48,6 +50,7 @@ class Readings:
 
     backlog: Callable[[], int]
     log_bytes: Callable[[], int]
+    sink_backlog: Callable[[], int]
 
 
 class Exporter:
@@ -91,6 +94,9 @@ class Exporter:
         self.auth_failures = counter("auth_failures_total", "Requests that were not authenticated.", ("reason",))
         self.reports = counter("autoscaler_reports_total", "Calls to the autoscaler.", ("call", "result"))
         self.callbacks = counter("session_callbacks_total", "Calls of a session's on_close_route.", ("result",))
+        self.sink = counter(
+            "sink_deliveries_total", "POSTs to NULL_SINK, and events that it will not have.", ("result",)
+        )
         self.events = counter("event_log_events_total", "Events that this process has written to the log.")
         self.append = histogram("event_log_append_seconds", "Time that one commit to the log took.", _APPEND_BUCKETS)
         for metric, values in (
@@ -98,6 +104,7 @@ class Exporter:
             (self.extensions, EXTENSION_RESULTS),
             (self.auth_failures, AUTH_FAILURES),
             (self.callbacks, CALLBACK_RESULTS),
+            (self.sink, SINK_RESULTS),
         ):
             for value in values:
                 metric.labels(value)
@@ -149,6 +156,10 @@ class Exporter:
     def count_auth_failure(self, reason: str) -> None:
         """Count a request that was not authenticated."""
         self.auth_failures.labels(reason).inc()
+
+    def count_sink(self, result: str, number: int) -> None:
+        """So many POSTs to the sink, or events that it will not have."""
+        self.sink.labels(result).inc(number)
 
     def count_report(self, call: str, result: str) -> None:
         """Count a call to the autoscaler."""
@@ -217,6 +228,9 @@ class _BookCollector(Collector):
             "nullworker_autoscaler_backlog",
             "Outcomes that the autoscaler has not acknowledged.",
             self._readings.backlog(),
+        )
+        yield GaugeMetricFamily(
+            "nullworker_sink_backlog", "Events that the sink has not accepted.", self._readings.sink_backlog()
         )
         yield GaugeMetricFamily(
             "nullworker_consumer_healthy",

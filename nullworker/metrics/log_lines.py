@@ -23,6 +23,8 @@ def write_log_line(commit: Commit) -> None:
         fields["claim"] = reservation.terms.kind
     elif event.kind == "held":
         fields["queued_seconds"] = elapsed(reservation.queued_at, event.at)
+        if reservation.terms.metadata is not None:  # once, so that shipped lines can be joined to jobs
+            fields["metadata"] = reservation.terms.metadata
     elif event.kind in ENDED:
         fields["status"] = ending(event.kind, event.reason, was_held=reservation.held_at is not None).status
         if reservation.held_at is not None:

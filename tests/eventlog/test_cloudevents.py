@@ -12,7 +12,7 @@ from cloudevents.core.v1.event import CloudEvent
 from nullworker.eventlog import cloudevents as ce
 
 SOURCE = ce.source("123", "ab12")
-SECRETS = {"auth_sha256": "f" * 64, "on_close_route": "http://10.0.0.1/done", "on_close_payload": {"token": "t0ken"}}
+SECRETS = {"on_close_route": "http://10.0.0.1/done", "on_close_payload": {"token": "t0ken"}}
 
 
 def row(seq: int = 7, kind: str = "queued", data: dict[str, Any] | None = None, **changes: Any) -> ce.Row:
@@ -79,7 +79,7 @@ def test_ndjson_is_the_same_events_one_a_line() -> None:
 
 
 def test_no_auth_hash_and_nothing_of_a_callback_is_sent() -> None:
-    data = {"kind": "session", "session": {"lifetime": 60, **SECRETS}}
+    data = {"kind": "session", "auth_sha256": "f" * 64, "session": {"lifetime": 60, **SECRETS}}
     [event] = sent(ce.reservation_event(SOURCE, row(data=data), with_results=True))
     assert event["data"]["data"]["session"] == {"lifetime": 60}
     text = json.dumps(event)

@@ -17,7 +17,7 @@ class Process:
 
     def __init__(self, journal: MemoryJournal, clock: FakeClock) -> None:
         self.service = Service(journal, clock, Limits(), Readiness())
-        self.exporter = Exporter(self.service, Readings(lambda: 0, lambda: 0))
+        self.exporter = Exporter(self.service, Readings(lambda: 0, lambda: 0, lambda: 0))
         self.service.observers.append(self.exporter.observe)
         self.service.resume()
 

@@ -31,7 +31,7 @@ LAYERS = (
 )
 LINE_OF = {room: line for line, rooms in enumerate(LAYERS) for room in rooms}
 #: Rooms that are still to be built.
-PLANNED = {"dispatch", "sink"}
+PLANNED = {"dispatch"}
 
 #: What users may import, by package.
 FACES = {

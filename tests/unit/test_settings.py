@@ -11,6 +11,7 @@ import click
 import pytest
 
 from nullworker.cli import commands as cli
+from nullworker.errors import BadSettings
 from nullworker.settings import Settings, read_settings, unknown_names, variable, without_secrets
 
 STANDALONE = {"UNSECURED": "true"}
@@ -34,6 +35,16 @@ BAD: dict[str, tuple[str, ...]] = {
     "NULL_ATTACH_TIMEOUT": ("0", "-1", "nan", "inf", "soon"),
     "NULL_DRAIN_SECONDS": ("-1", "nan", "inf", "5s"),
     "NULL_GRANT_URL": ("true", "strict"),
+    "NULL_SINK": (
+        "events",
+        "ftp://127.0.0.1/",
+        "http://fleet.example.com/",
+        "http://8.8.8.8/",
+        "http://[2606:4700::1]/",
+    ),
+    "NULL_SINK_FORMAT": ("json", "true"),
+    "NULL_SINK_RESULTS": ("perhaps", "2"),
+    "NULL_SINK_METADATA": ("perhaps", "-1"),
     "NULL_METRICS_PORT": ("-1", "65536", "web"),
     "NULL_LOG_FORMAT": ("xml", "text"),
     "NULL_LOG_LEVEL": ("loud", "10"),
@@ -49,6 +60,7 @@ ANY_TEXT = {
     "NULL_EVENT_LOG",
     "NULL_METRICS_HOST",
     "NULL_METRICS_TOKEN",
+    "NULL_SINK_TOKEN",
     "MASTER_TOKEN",
     "WORKSPACE_DIR",
     "PUBLIC_IPADDR",
@@ -271,3 +283,23 @@ def test_no_variable_of_any_command_is_taken_for_a_mistake() -> None:
     assert len(commands) == len(cli.COMMANDS)
     assert "NULL_CONTROL_PORT" in names
     assert unknown_names(dict.fromkeys(used, "1")) == {}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://fleet.example.com/events",
+        "http://127.0.0.1:18997/e",
+        "http://localhost/",
+        "http://10.1.2.3/",
+        "http://[::1]/",
+    ],
+)
+def test_a_sink_is_https_or_near(url: str) -> None:
+    assert read_settings({**STANDALONE, "NULL_SINK": url}).null_sink == url
+
+
+def test_a_sink_takes_one_kind_of_credentials() -> None:
+    with pytest.raises(BadSettings, match="unset one") as refusal:
+        read_settings({**STANDALONE, "NULL_SINK": "https://user:passw0rd@example.com", "NULL_SINK_TOKEN": "t0ken"})
+    assert "passw0rd" not in str(refusal.value)

@@ -125,7 +125,7 @@ function attachment({ attached, attached_at }) {
   return attached ? `; attached since ${clock(attached_at)}` : attached_at ? "; its connection is broken" : "";
 }
 
-function drawChecks({ state, queue, consumer, autoscaler, log }) {
+function drawChecks({ state, queue, consumer, autoscaler, sink, log }) {
   const reports = autoscaler.reports_to;
   const trouble = reports && (autoscaler.trouble || !autoscaler.key_loaded);
   const size = log.bytes < 1e6 ? `${Math.ceil(log.bytes / 1e3)} kB` : `${(log.bytes / 1e6).toFixed(1)} MB`;
@@ -136,6 +136,7 @@ function drawChecks({ state, queue, consumer, autoscaler, log }) {
       (consumer.why ?? (consumer.url ? (consumer.last === "healthy" ? `${consumer.url} answers` : `at the last look: ${consumer.last}`) : "BACKEND_HEALTH_URL is unset")) + attachment(consumer)],
     ["Autoscaler", !reports ? "off" : trouble ? "bad" : autoscaler.backlog ? "wait" : "good", !reports ? "standalone" : trouble ? "trouble" : "connected",
       !reports ? "this worker reports to nobody" : [autoscaler.trouble ?? `reports to ${reports.join(", ")}`, autoscaler.key_loaded ? null : "no key to verify with", autoscaler.backlog ? `${autoscaler.backlog} outcomes not acknowledged` : null].filter(Boolean).join("; ")],
+    ...(sink ? [["Sink", sink.trouble ? "bad" : sink.backlog ? "wait" : "good", sink.trouble ? "trouble" : "connected", [sink.trouble ?? `sends events to ${sink.url}`, sink.backlog ? `${sink.backlog} not accepted` : null].filter(Boolean).join("; ")]] : []),
     ["Event log", log.why || log.unwritten ? "bad" : "good", log.why ? "not writable" : "writable", log.why ? `${log.why}; ${log.unwritten} events wait in memory` : `${size}, the last event is ${log.last_seq}, ${log.path}`],
   ];
   const list = $("checks");

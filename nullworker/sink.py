@@ -1,0 +1,389 @@
+"""POSTs every event of the log to NULL_SINK, in order and at least once, from a cursor in the log.
+
+The append of an event wakes it, and a hold never waits for it. After a quiet PACE_SECONDS an event is sent at once,
+else PACE_SECONDS after the last POST: a POST for each would cost more than the reservation. The cursor belongs to the
+URL and moves when the receiver says 2xx; a receiver tells a second delivery by `source` and `id`.
+
+A batch that the receiver cannot take (400, 413, 422) is halved down to the one event that is wrong. That one is set
+aside in `settled` only when this receiver has accepted another since the start: a wrong path refuses everything, and
+loses nothing. Every other failure is tried again for as long as it takes.
+
+What the worker tells of itself (started, alive, stopped) is in no log, so it is sent at most once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import shutil
+import sqlite3
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+import aiohttp
+
+from nullworker import __version__, aio
+from nullworker.aio import AutoResetEvent, Backoff
+from nullworker.errors import LogUnavailable
+from nullworker.eventlog import cloudevents
+from nullworker.eventlog.log import EventLog
+from nullworker.logs import get_log
+from nullworker.outgoing import describe_failure
+from nullworker.settings import without_secrets
+
+log = get_log(__name__)
+
+#: Events and bytes of one POST.
+BATCH_EVENTS: Final = 500
+BATCH_BYTES: Final = 1024 * 1024 - 4096  # below 1 MiB with its brackets and commas
+#: Seconds from one POST to the next, and between two tries of the last ones.
+PACE_SECONDS: Final = 0.2
+#: Seconds until the first try after a failure, and at most: a machine may be destroyed with what it has not sent.
+RETRY_SECONDS: Final = (0.2, 5.0)
+#: Seconds that one POST may take, and one of the last ones.
+CALL_SECONDS, LAST_CALL_SECONDS = 10.0, 2.0
+#: Seconds with nothing to send after which the worker says that it is alive.
+ALIVE_SECONDS: Final = 60.0
+#: Seconds for nvidia-smi.
+GPU_SECONDS: Final = 5.0
+#: The receiver cannot take this body.
+REFUSALS: Final = frozenset((400, 413, 422))
+_LOOPBACK: Final = ("localhost", "127.", "::1")
+
+Outcome = Literal["accepted", "refused", "failed", "unknown"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where to, and what of the events."""
+
+    url: str
+    token: str | None
+    form: cloudevents.Format
+    with_results: bool
+    with_metadata: bool
+
+
+class _Item(NamedTuple):
+    """One event of a batch: its JSON, and its seq; None for what the worker tells of itself."""
+
+    body: bytes
+    seq: int | None
+
+
+class Sink:
+    """Add `appended` to the log's listeners, then run `run`; at the end `hurry`, `finish`, `close`.
+
+    Args:
+        now: the worker's clock, in epoch seconds.
+        count: called with a word of the metric's SINK_RESULTS and a number.
+
+    Attributes:
+        backlog: events that the receiver has not accepted.
+        trouble: why the last POST was not accepted; None after one that was.
+        shown: the URL as it may be shown.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        event_log: EventLog,
+        now: Callable[[], float],
+        count: Callable[[str, int], None],
+        *,
+        instance: str,
+        own_url: str,
+    ) -> None:
+        self.shown = without_secrets(target.url)
+        self.trouble: str | None = "no POST has been answered yet"
+        self._target = target
+        self._log = event_log
+        self._now = now
+        self._count = count
+        self._instance, self._own_url = instance, own_url
+        self._source = cloudevents.source(instance, event_log.log_id)
+        self._name = cursor_name(target.url, event_log.sink_key)
+        self._cursor = event_log.cursor(self._name)
+        self.backlog = self._count_backlog()
+        self._told: list[tuple[cloudevents.WorkerKind, float, dict[str, Any]]] = []
+        self._size = BATCH_EVENTS
+        self._has_accepted = False
+        self._hurried = False
+        self._next_post = 0.0  # loop time
+        self._wake, self._hurry, self._empty = AutoResetEvent(), AutoResetEvent(), asyncio.Event()
+        self._call: asyncio.Task[Outcome] | None = None
+        self._http: aiohttp.ClientSession | None = None
+        with contextlib.suppress(LogUnavailable):  # tried again by the first move of the cursor
+            event_log.set_sink(self._name)
+            event_log.move_cursor(self._name, self._cursor)
+
+    def appended(self, events: int, _: float) -> None:
+        """So many events are in the log."""
+        self.backlog += events
+        self._empty.clear()
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Deliver for as long as the worker lives."""
+        starting = asyncio.ensure_future(self._tell_started())
+        backoff = Backoff(*RETRY_SECONDS)
+        try:
+            while True:
+                if not self._told and self._cursor >= self._log.last_seq:
+                    self._empty.set()
+                    if not await self._wake.wait(ALIVE_SECONDS):
+                        self._tell("alive")
+                    continue
+                await self._pace()
+                if await self._deliver():
+                    backoff.worked()
+                elif self._hurried:
+                    await asyncio.sleep(PACE_SECONDS)
+                else:
+                    await self._hurry.wait(backoff.failed())
+        finally:
+            starting.cancel()
+
+    def hurry(self) -> None:
+        """The worker stops: no pauses any more, and no call that takes long."""
+        self._hurried = True
+        self._hurry.set()
+        if self._call is not None:
+            asyncio.get_running_loop().call_later(LAST_CALL_SECONDS, self._call.cancel)
+
+    async def finish(self, seconds: float) -> None:
+        """Deliver what is left, and that the worker has stopped, in so many seconds. Call it while `run` runs."""
+        self.hurry()
+        self._tell("stopped")
+        try:
+            await aio.wait_for(self._empty.wait(), seconds)
+        except asyncio.TimeoutError:
+            log.warning(
+                "sink_backlog_left",
+                events=self.backlog,
+                sink=self.shown,
+                why=self.trouble,
+                message="they are in the log, for the next start; a machine that is destroyed takes them with it",
+            )
+
+    async def close(self) -> None:
+        """Close its connections."""
+        if self._http is not None:
+            await self._http.close()
+
+    # -- one delivery ----------------------------------------------------------------------------------------------
+
+    async def _deliver(self) -> bool:
+        """Send a batch and act on the answer. False: try again, later."""
+        try:
+            items = self._compose()
+        except sqlite3.Error as error:
+            log.error("sink_not_read", error=str(error), message="the event log cannot be read; it is tried again")
+            return False
+        except Exception:  # what is optional never ends the worker
+            log.exception("sink_failed", after=self._cursor)
+            return False
+        if not items:  # what was there could not be sent, and is set aside
+            return True
+        self._call = call = asyncio.ensure_future(self._post([item.body for item in items]))
+        try:
+            await asyncio.wait({call})  # not the call itself: its own cancellation would look like that of `run`
+        finally:
+            call.cancel()
+            self._call = None
+        if call.cancelled():
+            self.trouble = "no answer in the time that is left"
+        outcome: Outcome = "unknown" if call.cancelled() else call.result()
+        self._count("failed" if outcome == "unknown" else outcome, 1)
+        return self._act(outcome, items)
+
+    def _act(self, outcome: Outcome, items: list[_Item]) -> bool:
+        told = sum(item.seq is None for item in items)
+        if outcome == "accepted":
+            self.trouble = None
+            self._has_accepted = True
+            self._size = min(self._size * 2, BATCH_EVENTS)
+            del self._told[:told]
+            self._move(items)
+            return True
+        if outcome == "unknown":
+            del self._told[:told]  # at most once: it may have arrived
+        if outcome == "refused":
+            if len(items) > 1:
+                self._size = len(items) // 2
+                return True
+            if items[0].seq is None:
+                del self._told[0]
+                return True
+            if self._has_accepted:
+                return self._set_aside(items[0])
+        log.warning(
+            "sink_not_reached", sink=self.shown, why=self.trouble, owed=self.backlog, message="it is tried again"
+        )
+        return False
+
+    def _compose(self) -> list[_Item]:
+        """The next batch: what the worker tells of its start, the log's events, and when these are all, its end."""
+        rows = self._log.conn.execute(
+            "SELECT seq, at, reservation_id, kind, reason, data FROM events WHERE seq > ? ORDER BY seq LIMIT ?",
+            (self._cursor, self._size),
+        ).fetchall()
+        first = [told for told in self._told if told[0] == "started"]
+        last = (
+            [] if rows and rows[-1][0] < self._log.last_seq else [told for told in self._told if told[0] != "started"]
+        )
+        items = [self._worker_event(told) for told in first]
+        size = sum(len(item.body) for item in items)
+        for row in rows[: max(self._size - len(items), 0)]:
+            try:
+                event = cloudevents.reservation_event(
+                    self._source,
+                    row,
+                    with_metadata=self._target.with_metadata,
+                    with_results=self._target.with_results,
+                )
+                body = cloudevents.encode(event)
+            except (ValueError, TypeError, AttributeError):
+                if items:
+                    break
+                self.trouble = "it is no event that can be sent"
+                self._set_aside(_Item(b"", row[0]))
+                break
+            if items and size + len(body) + 1 > BATCH_BYTES:
+                break
+            items.append(_Item(body, row[0]))
+            size += len(body) + 1
+        complete = not rows or (bool(items) and items[-1].seq == rows[-1][0])
+        if complete and len(items) + len(last) <= max(self._size, 1):
+            items += [self._worker_event(told) for told in last]
+        return items
+
+    def _worker_event(self, told: tuple[cloudevents.WorkerKind, float, dict[str, Any]]) -> _Item:
+        kind, at, data = told
+        event = cloudevents.worker_event(self._source, kind, at, {**data, "clock": self._now()})
+        return _Item(cloudevents.encode(event), None)
+
+    async def _post(self, events: list[bytes]) -> Outcome:
+        body, content_type = cloudevents.batch(events, self._target.form)
+        headers = {"Content-Type": content_type, cloudevents.KEY_HEADER: self._log.sink_key}
+        if self._target.token:
+            headers["Authorization"] = f"Bearer {self._target.token}"
+        if self._http is None:
+            host = urlsplit(self._target.url).hostname or ""
+            self._http = aiohttp.ClientSession(trust_env=not host.startswith(_LOOPBACK))
+        seconds = LAST_CALL_SECONDS if self._hurried else CALL_SECONDS
+        try:
+            async with self._http.post(
+                self._target.url,
+                data=body,
+                headers=headers,
+                timeout=aiohttp.ClientTimeout(total=seconds),
+                allow_redirects=False,
+            ) as answer:
+                if 200 <= answer.status < 300:
+                    return "accepted"
+                self.trouble = f"it answered {answer.status}"
+                return "refused" if answer.status in REFUSALS else "failed"
+        except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
+            traceback.clear_frames(error.__traceback__)  # aiohttp's are in a cycle with it, and would keep the body
+            self.trouble = describe_failure(error)
+            return "failed" if isinstance(error, aiohttp.ClientConnectorError) else "unknown"
+
+    async def _pace(self) -> None:
+        loop = asyncio.get_running_loop()
+        if not self._hurried and (wait := self._next_post - loop.time()) > 0:
+            await self._hurry.wait(wait)
+        self._next_post = loop.time() + PACE_SECONDS
+
+    # -- the log ---------------------------------------------------------------------------------------------------
+
+    def _move(self, items: list[_Item]) -> None:
+        seqs = [item.seq for item in items if item.seq is not None]
+        if not seqs:
+            return
+        self._cursor = seqs[-1]
+        self.backlog = max(self.backlog - len(seqs), 0)
+        try:
+            self._log.move_cursor(self._name, self._cursor)
+        except LogUnavailable as error:
+            log.warning(
+                "cursor_not_moved", error=str(error), message="what was delivered is sent again after a restart"
+            )
+
+    def _set_aside(self, item: _Item) -> bool:
+        """Keep that an event was not delivered, for people; False: that could not be kept, so it is sent again."""
+        assert item.seq is not None
+        try:
+            self._log.settle(self._name, [item.seq], self._now(), "refused", self.trouble)
+        except LogUnavailable:
+            return False
+        self._count("dead_lettered", 1)
+        log.error(
+            "event_dead_lettered",
+            seq=item.seq,
+            sink=self.shown,
+            why=self.trouble,
+            message="the sink takes other events and refuses this one; it stays in the log, the rest goes on",
+        )
+        self._move([item])
+        return True
+
+    def _count_backlog(self) -> int:
+        query = "SELECT count(*) FROM events WHERE seq > ?"
+        found = int(self._log.conn.execute(query, (self._cursor,)).fetchone()[0])
+        pruned = self._log.last_seq - self._cursor - found
+        if self._cursor and pruned > 0:  # a new cursor begins at the first event that there is
+            self._count("pruned", pruned)
+            log.error("events_pruned_unsent", events=pruned, sink=self.shown, message="the sink will never have them")
+        return found
+
+    # -- what the worker tells of itself -----------------------------------------------------------------------------
+
+    def _tell(self, kind: cloudevents.WorkerKind, data: dict[str, Any] | None = None) -> None:
+        self._told.append((kind, self._now(), data or {}))
+        self._empty.clear()
+        self._wake.set()
+
+    async def _tell_started(self) -> None:
+        data: dict[str, Any] = {"version": __version__, "url": self._own_url, "instance": self._instance}
+        if gpus := await gpu_names():
+            data["gpus"] = gpus
+        self._tell("started", data)
+
+
+def cursor_name(url: str, key: str) -> str:
+    """The cursor of a sink. A URL may hold a password, so the log has it only as a MAC by the log's own key."""
+    return f"sink:{hmac.new(key.encode(), url.encode(), hashlib.sha256).hexdigest()[:16]}"
+
+
+async def gpu_names() -> list[str]:
+    """The GPUs of this machine by nvidia-smi; none when it is not there or does not answer."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        process = await asyncio.create_subprocess_exec(
+            program,
+            "--query-gpu=name",
+            "--format=csv,noheader",
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+    except OSError:
+        return []
+    try:
+        out, _ = await aio.wait_for(process.communicate(), GPU_SECONDS)
+    except asyncio.TimeoutError:
+        return []
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    names = [line.strip()[:100] for line in out.decode(errors="replace").splitlines()]
+    return [name for name in names if name] if process.returncode == 0 else []
