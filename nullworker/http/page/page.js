@@ -103,7 +103,7 @@ function drawHeld({ state, held, queue, ...status }) {
   text($("kind"), held && !seen.lost ? `A ${held.kind} reservation is` : "This worker is");
   const cause = status.log.why ?? status.consumer.why ?? (status.autoscaler.key_loaded ? null : status.autoscaler.trouble ?? "the key is not loaded");
   const ended = seen.list.find((row) => row.ended_at)?.ended_at;
-  const words = { ready: `Nothing is held${ended ? ` since ${clock(ended)}` : ""}. The next reservation gets the slot at once.`, draining: "New reservations are refused: the worker stops.", held: jobOf(held?.metadata), lost: held ? "A reservation was held when it last did." : "Nothing was held when it last did." };
+  const words = { ready: `Nothing is held${ended ? ` since ${clock(ended)}` : ""}. The next reservation gets the slot at once.`, draining: "New reservations are refused: the worker stops.", held: jobOf(held?.metadata), lost: held ? `${jobOf(held.metadata) || "A reservation"} was held when it last did.` : "Nothing was held when it last did." };
   text($("headline"), words[word] ?? cause ?? "");
   $("icon").href = `data:image/svg+xml,${encodeURIComponent(`<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 16 16"><circle cx="8" cy="8" r="7" fill="${ICON[word]}"/></svg>`)}`;
   $("held").hidden = !held;
