@@ -70,11 +70,11 @@ async def test_worker_whose_collector_is_down_works_stops_in_time_and_delivers_l
         await worker.line("sink_not_reached")
         status = await worker.get("/status")
         assert status["sink"]["backlog"] == 3
-        assert "Connection refused" in status["sink"]["trouble"]
+        assert "connection refused" in status["sink"]["trouble"]
         assert await worker.metric("nullworker_sink_backlog") == 3
         assert await worker.metric("nullworker_sink_deliveries_total", result="failed") >= 1
         shown = await nullworker("status", NULL_CONTROL_PORT=str(worker.control_port))
-        assert f"{collector.sink}; ClientConnectorError: Connection refused, 3 events owed" in shown
+        assert f"{collector.sink}; connection refused, 3 events owed" in shown
         began = asyncio.get_running_loop().time()
         assert await worker.terminate() == 0
         assert asyncio.get_running_loop().time() - began < 4 + 1
@@ -119,7 +119,7 @@ async def test_log_restored_from_a_backup_loses_nothing_and_is_flagged(tmp_path:
             await hold_once(worker, job=job)
             await worker.terminate()
             worker.db.write_bytes(backup)
-            Path(f"{worker.db}.lock").unlink()  # it notes how far the log had come: on another machine it is not there
+            os.unlink(f"{worker.db}.lock")  # it notes how far the log had come: on another machine it is not there
         jobs = collector.sql("SELECT metadata ->> 'job' FROM reservations ORDER BY id")
         assert sorted(jobs) == [("after",), ("before",), ("lost",)]
         assert collector.sql("SELECT conflicts FROM workers") == [(3,)]
