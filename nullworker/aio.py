@@ -7,9 +7,11 @@ would be missed, and a task that was told to end would go on. Use `wait_for` of 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
+import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -118,3 +120,28 @@ async def run_until_signalled(
         if not came:
             raise
         raise Interrupted(str(error) or "interrupted", came[0]) from None
+
+
+async def in_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """The result of `function`, run in a thread that an exit of the process does not wait for.
+
+    asyncio's own threads are waited for, and a getaddrinfo on a machine whose DNS is dead takes a quarter of a minute.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: Exception | None) -> None:
+        if not done.done():  # else nobody waits any more
+            done.set_exception(error) if error else done.set_result(cast(T, result))
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = function(*arguments)
+        except Exception as failure:
+            error = failure
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await done

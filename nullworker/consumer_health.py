@@ -11,7 +11,7 @@ import asyncio
 import aiohttp
 
 from nullworker.logs import get_log
-from nullworker.outgoing import describe_failure
+from nullworker.outgoing import describe_failure, get, http_session
 from nullworker.service import Service
 from nullworker.settings import without_secrets
 
@@ -45,14 +45,14 @@ class HealthPoll:
         self._url = url
         self._service = service
         self._interval = interval
-        self._timeout = aiohttp.ClientTimeout(total=timeout)
+        self._timeout = timeout
         self._failures = failures
         self._cancel_held = cancel_held
         self._failed = 0
 
     async def run(self) -> None:
         """Poll until cancelled."""
-        async with aiohttp.ClientSession(timeout=self._timeout) as http:
+        async with http_session() as http:
             while True:
                 self.saw(await self._look(http))
                 # poll often at first: a worker that waits for its consumer costs money
@@ -82,9 +82,9 @@ class HealthPoll:
 
     async def _look(self, http: aiohttp.ClientSession) -> str | None:
         try:
-            async with http.get(self._url, allow_redirects=False) as answer:
+            async with get(http, self._url, seconds=self._timeout) as answer:
                 return None if answer.status == 200 else f"{self.url} answered {answer.status}"
         except asyncio.TimeoutError:
-            return f"{self.url} did not answer in {self._timeout.total:g} s"
+            return f"{self.url} did not answer in {self._timeout:g} s"
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return f"{self.url} cannot be reached: {describe_failure(error)}"

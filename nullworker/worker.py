@@ -155,7 +155,7 @@ class Worker:
             self.reporter = Reporter(me, service, event_log, self.autoscaler, exporter.count_report)
             if not settings.unsecured:
                 self.keys = KeyRing(self.autoscaler, readiness, exporter.count_report)
-        self.post = HttpPost()
+        self.post = HttpPost(ports.own_ports)
         self.callbacks = Callbacks(
             service, event_log, self.post, lambda result: exporter.callbacks.labels(result).inc()
         )

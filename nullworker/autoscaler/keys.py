@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
+from nullworker import aio
 from nullworker.aio import Backoff
 from nullworker.autoscaler.connection import AutoscalerClient
 from nullworker.clock import stopwatch
@@ -18,8 +21,10 @@ if TYPE_CHECKING:
 
 log = get_log(__name__)
 
-#: Seconds between two fetches of the key that a failed signature asks for.
-REFETCH_SECONDS: Final = 60.0
+#: Seconds from a fetch of the key to the next one that a failed signature may ask for.
+REFETCH_SECONDS: Final = 10.0
+#: Seconds that the caller whose signature has failed waits for it.
+REFETCH_WAIT_SECONDS: Final = 1.0
 
 
 class KeyRing:
@@ -32,15 +37,14 @@ class KeyRing:
         self._readiness = readiness
         self._count = count_fetch
         self._key: PublicKey | None = None
-        self._fetched_at = -REFETCH_SECONDS  # for a failed signature; the fetches at the start are not counted
-        self._refetch: asyncio.Task[None] | None = None
+        self._asked_at = self._fetched_at = -math.inf
+        self._fetching: asyncio.Task[bool] | None = None  # because of a failed signature
 
     async def load(self) -> None:
         """Fetch the key, with retries until it is there."""
         backoff = Backoff()
         while not await self._fetch():
             self._readiness.key_is_missing(f"the autoscaler's key is not loaded: {self._autoscaler.trouble}")
-            log.warning("key_not_loaded", why=self._autoscaler.trouble, message="it is tried again until it can be had")
             await asyncio.sleep(backoff.failed())
         self._readiness.key_is_loaded()
         log.info("key_loaded")
@@ -49,32 +53,42 @@ class KeyRing:
         """Whether the autoscaler has signed a grant for the worker at `url`.
 
         Raises:
-            Unavailable: the key is not loaded.
+            Unavailable: there is no key to tell by, or it may have been changed and cannot be had now.
         """
-        if self._key is None:
+        key = self._key
+        if key is None:
             raise Unavailable(self._readiness.key or "the autoscaler's key is not loaded", reason="not_ready")
-        if self._key.verify(url, signature):
+        if key.verify(url, signature):
             return True
-        return await self._fetch_again() and self._key.verify(url, signature)
+        await self._refresh()
+        return self._key is not key and self._key is not None and self._key.verify(url, signature)
 
-    async def _fetch_again(self) -> bool:
-        """The key may have been changed. Returns whether it was fetched, which is done once in REFETCH_SECONDS."""
-        if self._refetch is None:
-            if stopwatch() - self._fetched_at < REFETCH_SECONDS:
-                return False
-            self._refetch = asyncio.ensure_future(self._fetch_once())
-        await asyncio.shield(self._refetch)
-        return True
+    async def _refresh(self) -> None:
+        """Return once the key is no older than REFETCH_SECONDS.
 
-    async def _fetch_once(self) -> None:
-        self._fetched_at = stopwatch()
-        try:
-            await self._fetch()
-        finally:
-            self._refetch = None
+        Only the one caller who starts the fetch waits for it, so that a crowd of forgers waits for nothing.
+
+        Raises:
+            Unavailable: a fetch is under way, or has failed.
+        """
+        if self._fetching is not None and not self._fetching.done():
+            raise Unavailable("the autoscaler's key is being fetched again", reason="not_ready")
+        now = stopwatch()
+        if now - self._fetched_at < REFETCH_SECONDS:
+            return
+        if now - self._asked_at >= REFETCH_SECONDS:
+            self._fetching = asyncio.ensure_future(self._fetch())
+            with contextlib.suppress(asyncio.TimeoutError):
+                if await aio.wait_for(asyncio.shield(self._fetching), REFETCH_WAIT_SECONDS):
+                    return
+        raise Unavailable("the autoscaler's key may have been changed, and cannot be had now", reason="not_ready")
 
     async def _fetch(self) -> bool:
+        self._asked_at = asked_at = stopwatch()
         key = await self._autoscaler.fetch_key()
         self._count("pubkey", "failed" if key is None else "ok")
-        self._key = key or self._key
-        return key is not None
+        if key is None:
+            log.warning("key_not_loaded", why=self._autoscaler.trouble, message="it is tried again until it can be had")
+            return False
+        self._key, self._fetched_at = key, asked_at
+        return True

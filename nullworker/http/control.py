@@ -27,6 +27,7 @@ from nullworker.http.sse import Watchers, stream_attachment, stream_events
 from nullworker.http.status import Status
 from nullworker.logs import get_log
 from nullworker.metrics.exporter import Exporter
+from nullworker.outgoing import CALLBACK_AGENT
 from nullworker.service import Commit, Service
 
 log = get_log(__name__)
@@ -216,11 +217,13 @@ def local_only(request: web.Request) -> None:
     """Refuse requests that a browser may have been tricked into sending.
 
     Raises:
-        Forbidden: the Host or the Origin is not local.
+        Forbidden: the Host or the Origin is not local, or it is a callback of a worker.
     """
-    host = request.headers.get("Host", "")
-    if "@" in host or _hostname(f"//{host}") not in _LOCAL_NAMES:
-        raise Forbidden("the control port answers only to 127.0.0.1 and localhost; the Host header names another host")
+    host = request.headers.get("Host")  # HTTP/1.0 may do without, and no browser does
+    if host is not None and ("@" in host or _hostname(f"//{host}") not in _LOCAL_NAMES):
+        raise Forbidden("the control port answers to 127.0.0.1 and localhost; the Host header must name one of them")
+    if CALLBACK_AGENT in request.headers.get("User-Agent", ""):  # whatever led it here, a session's owner is remote
+        raise Forbidden("the control port takes no callbacks of sessions")
     origin = request.headers.get("Origin")
     if origin is not None and _hostname(origin) not in _LOCAL_NAMES:
         raise Forbidden("the control port answers only to pages of its own; the Origin header names another")

@@ -18,7 +18,7 @@ from nullworker.eventlog.log import EventLog
 from nullworker.fsm.book import Claim, Reservation
 from nullworker.fsm.table import ENDED
 from nullworker.http.auth import Authenticator, Grant
-from nullworker.http.bodies import check_metadata, read_body
+from nullworker.http.bodies import BODY_LIMIT, check_metadata, read_body
 from nullworker.http.ended import EndedClaims
 from nullworker.http.reservations import ended_error, verdict_response, warn_if_capped
 from nullworker.http.responses import HELD, Counts, json_response, make_app, same_secret
@@ -31,6 +31,10 @@ log = get_log(__name__)
 
 #: Makes the start script update the worker (vastai 1.9.1, server/lib/backend.py, pyworker_update_handler).
 FORCE_UPDATE: Final = Path("/.force_update")
+
+
+#: A session's callback has 64 KiB and its route as much, which is the most that an honest caller sends.
+MAX_EXTERNAL_BODY_BYTES: Final = 128 * 1024
 
 
 class ReservePayload(msgspec.Struct):
@@ -126,6 +130,7 @@ class ExternalHandlers:
 def external_app(external: ExternalHandlers, sessions: SessionHandlers, counts: Counts) -> web.Application:
     """The app of WORKER_PORT."""
     app = make_app("external", counts)
+    app[BODY_LIMIT] = MAX_EXTERNAL_BODY_BYTES
     app.router.add_post("/reserve", external.reserve)
     app.router.add_post("/session/create", sessions.create)
     app.router.add_post("/session/end", sessions.end)
@@ -139,5 +144,6 @@ def external_app(external: ExternalHandlers, sessions: SessionHandlers, counts: 
 def session_end_app(sessions: SessionHandlers, counts: Counts) -> web.Application:
     """The app of WORKER_HTTP_PORT: plain http on 127.0.0.1, where a consumer may end its session."""
     app = make_app("session_end", counts)
+    app[BODY_LIMIT] = MAX_EXTERNAL_BODY_BYTES
     app.router.add_post("/session/end", sessions.end)
     return app

@@ -24,6 +24,7 @@ from nullworker.http.sockets import listen, raise_fd_limit, shares, tls
 from nullworker.http.status import Status
 from nullworker.logs import get_log
 from nullworker.metrics.exporter import Exporter
+from nullworker.outgoing import OwnPorts
 from nullworker.service import Service
 from nullworker.settings import Settings
 
@@ -71,7 +72,7 @@ class Ports:
         settings = self.settings
         ended = EndedClaims(service, event_log)
         service.observers.append(ended.observe)
-        sessions = SessionHandlers(service, authenticator, ended, own_addresses=self._own_addresses())
+        sessions = SessionHandlers(service, authenticator, ended, own_ports=self.own_ports)
         external = ExternalHandlers(
             service, event_log, authenticator, sessions, ended, master_token=settings.master_token
         )
@@ -100,11 +101,12 @@ class Ports:
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
         self.close()
 
-    def _own_addresses(self) -> list[tuple[str, int]]:
+    @property
+    def own_ports(self) -> OwnPorts:
+        """Where no callback may go."""
         settings = self.settings
-        ports = (settings.worker_port, settings.null_control_port, self._session_end_port())
-        public = (settings.public_ipaddr, settings.vast_tcp_port or settings.worker_port)
-        return [*(("127.0.0.1", port) for port in ports), public]
+        ports = {sock.getsockname()[1] for sock in self._sockets} | {self._session_end_port()}
+        return OwnPorts(ports, public=(settings.public_ipaddr, settings.vast_tcp_port or settings.worker_port))
 
     def _session_end_port(self) -> int:
         chosen = self.settings.worker_http_port

@@ -1,8 +1,10 @@
 """An HTTP server with bounds: how many connections it accepts, from whom, and how long one may stay idle.
 
-A connection that sends no request, or whose loss could not be noticed, is closed after PATIENCE_SECONDS. When the port
-is full, the oldest connection without a request under way is closed for a new one. A connection with a request under
-way is never closed for a new one, so a crowd that only connects can push out neither a caller nor a held reservation.
+A connection that sends no request, or whose loss could not be noticed, is closed after PATIENCE_SECONDS. A request is
+under way once its head and its body are there. When the port is full, the oldest connection without a request under way
+is closed for a new one, and so it is when such connections have sent MAX_UNVERIFIED_BYTES together. A connection with a
+request under way is never closed for another, so a crowd that only connects, or sends half a request, can push out
+neither a caller nor a held reservation.
 
 Only documented features of aiohttp and asyncio are used. The exceptions are marked, and tests/edge/test_hardening*.py
 fail when a release removes them.
@@ -46,6 +48,8 @@ KEEPALIVE_SECONDS: Final = 75.0
 LOOK_SECONDS: Final = 1.0
 #: Connections accepted in one turn of the event loop.
 AT_ONCE: Final = 64
+#: Bytes that all who have not sent a whole request may have sent together.
+MAX_UNVERIFIED_BYTES: Final = 16 * 1024 * 1024
 #: Seconds without accepting after the machine ran out of descriptors or memory.
 EXHAUSTED_SECONDS: Final = 1.0
 #: Seconds between two log lines that say that a port is full.
@@ -55,7 +59,7 @@ FULL_LINE_SECONDS: Final = 60.0
 class Connection(web.RequestHandler):
     """One connection, which tells its server when it opens, receives data and closes."""
 
-    __slots__ = ("_port", "busy", "line")
+    __slots__ = ("_port", "discards", "line", "received", "request")
 
     def __init__(self, port: Server, server: web.Server, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(
@@ -66,10 +70,13 @@ class Connection(web.RequestHandler):
             max_line_size=MAX_LINE_BYTES,
             max_field_size=MAX_HEADER_BYTES,
             max_headers=MAX_HEADERS,
+            auto_decompress=False,  # read_body refuses what is compressed: a kilobyte could unpack to a thousand
             access_log=None,  # type: ignore[arg-type]  # documented as "no access log", and typed otherwise
         )
         self._port = port
-        self.busy = False  # a request is under way
+        self.request: web.BaseRequest | None = None  # that is answered now
+        self.received = 0  # bytes of a request that is not there as a whole
+        self.discards = False  # answered before the body was there: it is read only so that the answer arrives
         self.line: asyncio.Transport | None = None  # aiohttp forgets its own as soon as it wants to close it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -84,7 +91,7 @@ class Connection(web.RequestHandler):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        self._port.heard(self)
+        self._port.heard(self, len(data))
 
     def handle_error(
         self,
@@ -120,9 +127,14 @@ class Connection(web.RequestHandler):
             super().log_exception(*args, **kw)
 
     @property
+    def under_way(self) -> bool:
+        """Whether a request that is there as a whole is being answered."""
+        return self.request is not None and self.request.content.is_eof()
+
+    @property
     def stuck(self) -> bool:
-        """Whether no request is under way, or the transport is not being read, so that a hang-up goes unnoticed."""
-        return not self.busy or self.line is None or self.line.is_closing() or not self.line.is_reading()
+        """Whether no request is answered, or the transport is not being read, so that a hang-up goes unnoticed."""
+        return self.request is None or self.line is None or self.line.is_closing() or not self.line.is_reading()
 
     def abort(self) -> None:
         """Close it at once, without a TLS goodbye, which a peer could delay."""
@@ -151,8 +163,9 @@ class Server:
         self._open = 0
         # Connections by what they wait for, each in the order of deadlines, since one dict has one timeout.
         self._greeting: dict[asyncio.Task[None], None] = {}  # accepted, maybe in a TLS handshake
-        self._pressed: dict[Connection, float] = {}  # must send a request's head, or be read again, in time
+        self._pressed: dict[Connection, float] = {}  # must send the rest of a request, or be read again, in time
         self._idle: dict[Connection, float] = {}  # answered, and no next request yet
+        self._unverified = 0  # bytes that have come of requests that are not there as a whole
         self._look: asyncio.TimerHandle | None = None
         self._next_full_line = 0.0
 
@@ -186,43 +199,69 @@ class Server:
     def opened(self, connection: Connection) -> None:
         """A connection was made; its first request must arrive in time."""
         self._open += 1
-        self._pressed[connection] = self._loop.time() + PATIENCE_SECONDS
+        self._press(connection)
 
-    def heard(self, connection: Connection) -> None:
-        """Data arrived: of the next request, or so much that reading was paused."""
-        if connection.busy:
+    def heard(self, connection: Connection, size: int) -> None:
+        """Data arrived: of a request, or so much more that reading was paused."""
+        if connection.under_way:
+            self._take_off(connection)
             if connection.stuck:
-                self._pressed.setdefault(connection, self._loop.time() + PATIENCE_SECONDS)
-        elif self._idle.pop(connection, None) is not None:
-            self._pressed[connection] = self._loop.time() + PATIENCE_SECONDS
+                self._press(connection)
+        elif not connection.discards:
+            if self._idle.pop(connection, None) is not None:
+                self._press(connection)
+            connection.received += size
+            self._unverified += size
+            if self._unverified > MAX_UNVERIFIED_BYTES:
+                self._cut_oldest_sender()
 
     def closed(self, connection: Connection) -> None:
         """A connection was closed."""
         self._open -= 1
-        self._pressed.pop(connection, None)
+        self._take_off(connection)
         self._idle.pop(connection, None)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         connection = cast(Connection, request.protocol)
-        connection.busy = True
+        connection.request = request
         self._idle.pop(connection, None)
-        if not connection.stuck:
+        if not connection.under_way:  # its body has a time of its own
             self._pressed.pop(connection, None)
+            self._press(connection)
+        elif not connection.stuck:
+            self._take_off(connection)
         started, status = stopwatch(), 499
         try:
             response = await self._answer(request)
             status = response.status
-            return response
         except Exception as error:
-            refusal = self.answers.to_error(request, error)
-            status = refusal.status
-            return refusal
+            response = self.answers.to_error(request, error)
+            status = response.status
         finally:
             self.answers.count(request, status, stopwatch() - started)
-            connection.busy = False
+            connection.discards = not request.content.is_eof()
+            connection.request = None
             if connection.line is not None:
-                self._pressed.pop(connection, None)
+                self._take_off(connection)
                 self._idle[connection] = self._loop.time() + KEEPALIVE_SECONDS + PATIENCE_SECONDS
+        if connection.discards:
+            response.force_close()  # nobody knows how much is still to come
+        return response
+
+    def _press(self, connection: Connection) -> None:
+        self._pressed.setdefault(connection, self._loop.time() + PATIENCE_SECONDS)
+
+    def _take_off(self, connection: Connection) -> None:
+        """Take it off the pressed; what it has sent is not counted any more."""
+        self._pressed.pop(connection, None)
+        self._unverified -= connection.received
+        connection.received = 0
+
+    def _cut_oldest_sender(self) -> None:
+        oldest = next((connection for connection in self._pressed if connection.received), None)
+        if oldest is not None:
+            self._take_off(oldest)
+            oldest.abort()
 
     # -- new connections --------------------------------------------------------------------------------------------
 
@@ -257,7 +296,7 @@ class Server:
         return Connection(self, self._server, self._loop)
 
     def _make_room(self) -> bool:
-        """Close the oldest connection of the largest group without a request under way; False if there is none."""
+        """Close the oldest of the largest group of connections without a request under way; False if there is none."""
         if self._loop.time() >= self._next_full_line:
             self._next_full_line = self._loop.time() + FULL_LINE_SECONDS
             log.warning("port_full", port=self._listener.getsockname()[1], connections=self._open)

@@ -7,9 +7,7 @@ needs the whole auth_data that it was created with; the log keeps its SHA-256.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Annotated, Any, Final
-from urllib.parse import urlsplit
 
 import msgspec
 from aiohttp import web
@@ -25,12 +23,12 @@ from nullworker.http.bodies import check_metadata, decode, read_body, unfit
 from nullworker.http.ended import EndedClaims
 from nullworker.http.reservations import ended_error, final_status, verdict_response, warn_if_capped
 from nullworker.http.responses import RESERVATION_HEADER, json_response
+from nullworker.outgoing import OwnPorts
 from nullworker.service import Service
 from nullworker.settings import is_absolute_http_url
 
 #: Bytes of JSON of on_close_route, and of on_close_payload.
 MAX_CALLBACK_BYTES: Final = 64 * 1024
-_LOCAL: Final = frozenset(("127.0.0.1", "localhost", "::1", "0.0.0.0", "::"))  # noqa: S104  # compared with, not bound
 
 
 class CreatePayload(msgspec.Struct):
@@ -60,7 +58,7 @@ def _created(session: Reservation) -> web.Response:
 
 
 class SessionHandlers:
-    """The handlers for sessions. `own_addresses` are the worker's own ports, to which no callback may go."""
+    """The handlers for sessions. No callback may go to `own_ports`."""
 
     def __init__(
         self,
@@ -68,12 +66,12 @@ class SessionHandlers:
         authenticator: Authenticator,
         ended: EndedClaims,
         *,
-        own_addresses: Iterable[tuple[str, int]],
+        own_ports: OwnPorts,
     ) -> None:
         self._service = service
         self._authenticator = authenticator
         self._ended = ended
-        self._own = frozenset(own_addresses)
+        self._own_ports = own_ports
 
     async def create(self, request: web.Request) -> web.Response:
         """POST /session/create: claim the slot, without queueing, or find what the same grant has made."""
@@ -212,10 +210,10 @@ class SessionHandlers:
         if not is_absolute_http_url(route):
             why = "must be an absolute http or https URL: this worker forwards nothing, so a relative one leads nowhere"
         else:
-            parts = urlsplit(route)
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            host = "127.0.0.1" if parts.hostname in _LOCAL else str(parts.hostname)
-            if (host, port) in self._own:
-                why = "must not be one of this worker's own ports"
+            try:
+                if self._own_ports.are_behind(route):
+                    why = "must not be one of this worker's own ports"
+            except ValueError:
+                why = "must be a url that can be called"
         if why:
             raise Invalid(f"on_close_route {why}", payload={"on_close_route": why})

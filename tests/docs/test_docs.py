@@ -29,7 +29,7 @@ from nullworker.settings import Settings, variable
 OPENAPI: dict[str, Any] = json.loads((ROOT / "nullworker" / "http" / "openapi.json").read_text())
 PAGES = [path for path in files() if path.suffix == ".md"]
 #: Statuses that mean the same on every route; they stand in the table of errors alone.
-COMMON = {"400", "403", "408", "413", "422", "500"}
+COMMON = {"400", "403", "408", "413", "415", "422", "500"}
 
 
 # -- commands that run -------------------------------------------------------------------------------------------

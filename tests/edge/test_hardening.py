@@ -14,7 +14,7 @@ import pytest
 import trustme
 from doors import EMPTY, HEAD, HOLD, Door
 
-from nullworker.http import server, sockets
+from nullworker.http import bodies, server, sockets
 from nullworker.http.sockets import KEEPALIVE
 
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n"
@@ -171,6 +171,72 @@ async def test_the_oldest_who_has_been_answered_makes_room() -> None:
         assert (await idle[2].answer()).status == 200
         for wire in (newcomer, *idle):
             await wire.close()
+
+
+async def test_the_largest_crowd_makes_room() -> None:
+    async with Door().opened(max_connections=4) as door:
+        silent = await door.connect(b"P")
+        idle = [await door.connect(EMPTY) for _ in range(3)]
+        for wire in idle:
+            await wire.answer()
+        newcomer = await door.connect(EMPTY)
+        assert (await newcomer.answer()).status == 200
+        assert await idle[0].end() == b""
+        await silent.send(EMPTY[1:])
+        assert (await silent.answer()).status == 200
+        for wire in (silent, newcomer, *idle):
+            await wire.close()
+
+
+HALF = HEAD + b"Content-Length: 10\r\n\r\n12345"
+
+
+@pytest.mark.parametrize("sent", [HALF, CHUNKED + b"\r\n5\r\n12345\r\n", HEAD + b"Content-Length: 1\r\n\r\n"])
+async def test_who_has_sent_half_a_body_makes_room(sent: bytes) -> None:
+    async with Door().opened(max_connections=4) as door:
+        held = await door.hold_one()
+        crowd = [await door.connect(sent) for _ in range(3)]
+        for _ in range(2):
+            newcomer = await door.connect(EMPTY)
+            assert (await newcomer.answer()).status == 200
+            await newcomer.close()
+        assert await crowd[0].end() == b""
+        door.let_go.set()
+        assert (await held.answer()).body == {"held": True}
+        for wire in (held, *crowd):
+            await wire.close()
+
+
+async def test_what_those_have_sent_who_have_not_sent_all_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_UNVERIFIED_BYTES", 50_000)
+    begun = HEAD + b"Content-Length: 20010\r\n\r\n" + bytes(20_000)
+    async with Door().opened() as door:
+        held = await door.hold_one()
+        silent = await door.connect()
+        for _ in range(3):  # what is there as a whole, or was answered, is not counted
+            first, second = await door.connect(begun), await door.connect(begun)
+            newcomer = await door.connect(begun)
+            assert await first.end() == b""
+            for wire in (second, newcomer):
+                await wire.send(bytes(10))
+                assert (await wire.answer()).body == {"bytes": 20_010}
+            for wire in (first, second, newcomer):
+                await wire.close()
+        await silent.send(EMPTY)
+        assert (await silent.answer()).status == 200, "who has sent nothing is in nobody's way"
+        door.let_go.set()
+        assert (await held.answer()).body == {"held": True}
+        for wire in (silent, held):
+            await wire.close()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_body_that_does_not_come_is_not_waited_for(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.1)
+    wire = await door.connect(HALF)
+    assert (await wire.answer()).status == 408
+    assert await wire.end() == b""
+    await wire.close()
 
 
 @pytest.fixture

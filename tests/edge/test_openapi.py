@@ -22,6 +22,7 @@ from nullworker import __version__
 from nullworker.eventlog import queries
 from nullworker.fsm.table import EDGES, EVENT_KINDS, STATES
 from nullworker.http import auth, control, external, sessions
+from nullworker.outgoing import OwnPorts
 from nullworker.readiness import WORKER_STATES, Readiness
 from nullworker.testing import FakeAutoscaler
 
@@ -86,7 +87,7 @@ def test_it_has_every_route_of_each_port_and_no_other() -> None:
     nothing: Any = None
     reserve, session = (
         external.ExternalHandlers(nothing, nothing, nothing, nothing, nothing, master_token=""),
-        sessions.SessionHandlers(nothing, nothing, nothing, own_addresses=()),
+        sessions.SessionHandlers(nothing, nothing, nothing, own_ports=OwnPorts((), ("", 0))),
     )
     handlers = control.ControlHandlers(nothing, nothing, nothing, nothing)
     assert operations("external") == routes(external.external_app(reserve, session, nothing))

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 import trustme
 from claims import reserve
-from harness import post, secured, signed
+from harness import WorkerProcess, post, secured, signed
 from pages import DOCS, rows
 
 from nullworker.http.auth import EXPLAINED_BYTES
@@ -85,7 +85,7 @@ def read_all(folder: Path) -> bytes:
     return b"".join(file.read_bytes() for file in folder.glob("nullworker.db*"))
 
 
-@pytest.mark.parametrize("host", ["2130706433", "127.1", "localhost.", "[::ffff:127.0.0.1]", "0x7f000001"])
+@pytest.mark.parametrize("host", ["2130706433", "127.1", "0x7f000001", "0177.0.0.1"])
 async def test_a_callback_cannot_release_what_another_holds(tmp_path: Path, vast: FakeAutoscaler, host: str) -> None:
     async with secured(tmp_path, vast) as worker:
         await worker.line("key_loaded")
@@ -104,11 +104,54 @@ async def test_a_callback_cannot_release_what_another_holds(tmp_path: Path, vast
         assert worker.sql("SELECT count(*) FROM events WHERE kind = 'released'") == [(2,)]
 
 
+@pytest.mark.parametrize(
+    "host",
+    [
+        "\N{CIRCLED DIGIT ONE}\N{CIRCLED DIGIT TWO}\N{CIRCLED DIGIT SEVEN}.0.0.1",
+        "127\N{IDEOGRAPHIC FULL STOP}0\N{IDEOGRAPHIC FULL STOP}0\N{IDEOGRAPHIC FULL STOP}1",
+        "".join(chr(ord(each) + 0xFEE0) for each in "localhost"),  # full width
+        "localhost.",
+        "a.localhost",
+        "[::ffff:127.0.0.1]",
+        "[::ffff:7f00:1]",
+        "[0:0::1]",
+        "[::]",
+        "127.8.9.10",
+        "user:word@127.0.0.1",
+    ],
+)
+async def test_a_callback_to_the_worker_itself_is_refused_however_its_host_is_written(
+    tmp_path: Path, host: str
+) -> None:
+    async with WorkerProcess(tmp_path) as worker:
+        for port in (worker.port, worker.control_port, worker.port + 1):
+            route = f"http://{host}:{port}/extend"
+            answer = await post(worker.url + "/session/create", {"on_close_route": route})
+            assert (answer.status, answer.body["payload"]) == (
+                422,
+                {"on_close_route": "must not be one of this worker's own ports"},
+            )
+
+
+async def test_a_callback_of_one_worker_is_refused_by_the_control_port_of_another(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    async with WorkerProcess(tmp_path / "a") as one, WorkerProcess(tmp_path / "b") as other:
+        assert (await post(other.url + "/session/create", {})).status == 201
+        await post(one.url + "/session/create", {"on_close_route": other.control + "/release", "lifetime": 0.01})
+        assert (await one.line("callback_failed"))["why"] == "it answered 403"
+        assert [kind for kind, _ in other.story()] == ["queued", "held"]
+
+
 async def test_a_large_envelope_that_is_wrong_is_not_searched_for_where(tmp_path: Path, vast: FakeAutoscaler) -> None:
     async with secured(tmp_path, vast) as worker:
         await worker.line("key_loaded")
-        wrong = {"auth_data": {}, "payload": {"x": "x" * EXPLAINED_BYTES}}
-        large = await post(worker.url + "/reserve", wrong)
-        assert (large.status, list(large.body)) == (422, ["error"])
-        small = await post(worker.url + "/reserve", {**wrong, "payload": {}})
-        assert small.body["auth_data"]["reqnum"] == "missing parameter"
+        large = "x" * EXPLAINED_BYTES
+        for wrong in ({"auth_data": {"x": large}}, {"auth_data": {}, "session_id": large}):
+            answer = await post(worker.url + "/reserve", {**wrong, "payload": {}})
+            assert (answer.status, list(answer.body)) == (422, ["error"])
+        for payload in ({}, {"x": large}):
+            answer = await post(worker.url + "/reserve", {"auth_data": {}, "payload": payload})
+            assert (answer.status, answer.body["auth_data"]["reqnum"]) == (422, "missing parameter")
+        answer = await post(worker.url + "/reserve", {"auth_data": {}, "payload": [large]})
+        assert (answer.status, {"auth_data", "payload"} - set(answer.body)) == (422, set())

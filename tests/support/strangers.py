@@ -14,12 +14,24 @@ Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 async def answering(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
     """A server that gives each connection this answer, and closes it. Where it is: host and port."""
 
+    answers: set[asyncio.Task[object] | None] = set()
+
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await answer(reader, writer)
-        writer.close()
+        answers.add(asyncio.current_task())
+        try:
+            await answer(reader, writer)
+        except asyncio.CancelledError:  # nobody asks any more, and asyncio would log it as an error
+            pass
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError, ssl.SSLError):
+                await writer.wait_closed()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls) as server:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        for task in filter(None, answers):
+            task.cancel()
+        await asyncio.gather(*filter(None, answers), return_exceptions=True)
 
 
 async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

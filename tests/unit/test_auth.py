@@ -60,6 +60,11 @@ class Desk:
         )
         self.authenticator = Authenticator(self.keys, own_url=own, url_policy=policy)
 
+    async def cannot_tell(self, auth: Auth) -> Unavailable:
+        with pytest.raises(Unavailable) as refused:
+            await self.authenticator.check(auth)
+        return refused.value
+
     async def refuses(self, auth: Auth) -> str:
         with pytest.raises(Unauthorized) as refused:
             await self.authenticator.check(auth)
@@ -92,42 +97,88 @@ async def test_without_a_key_nobody_is_let_in_and_it_is_fetched_until_it_is_ther
     assert logged() == ["key_not_loaded"] * 2
 
 
-async def test_a_bad_signature_fetches_the_key_again_once_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bad_signature_fetches_the_key_again_once_in_ten_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     desk = Desk(monkeypatch, OLD, OLD, NEW)
     await desk.keys.load()
-    assert await desk.refuses(auth(key=NEW)) == "the signature is not the autoscaler's"
-    assert desk.autoscaler.fetches == 2, "the fetch at the start is no reason to wait"
-    desk.seconds += 59.9
-    await desk.refuses(auth(key=NEW))
-    assert desk.autoscaler.fetches == 2
+    for seconds, fetches in ((0.0, 1), (9.9, 1), (0.1, 2), (9.9, 2)):
+        desk.seconds += seconds
+        assert await desk.refuses(auth(key=NEW)) == "the signature is not the autoscaler's"
+        assert desk.autoscaler.fetches == fetches
     desk.seconds += 0.1
     await desk.authenticator.check(auth(key=NEW))
     await desk.refuses(auth(key=OLD))
     assert desk.autoscaler.fetches == 3
 
 
-async def test_all_who_come_while_the_key_is_fetched_wait_for_that_one(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_while_the_key_is_fetched_again_nobody_is_told_that_his_signature_is_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     desk = Desk(monkeypatch, OLD, NEW)
     await desk.keys.load()
-    desk.seconds += 60
+    desk.seconds += 10
     desk.autoscaler.answers.clear()
-    asking = [asyncio.create_task(desk.authenticator.check(auth(key=NEW))) for _ in range(3)]
+    first = asyncio.create_task(desk.authenticator.check(auth(key=NEW)))
     await asyncio.sleep(0)
-    asking[0].cancel()
-    await asyncio.wait(asking[:1])
+    for _ in range(3):
+        refused = await desk.cannot_tell(auth(key=NEW))
+        assert (refused.status, refused.body["reason"], refused.headers) == (503, "not_ready", {"Retry-After": "1"})
     await desk.authenticator.check(auth())
     desk.autoscaler.answers.set()
-    await asyncio.gather(*asking[1:])
+    await first
+    await desk.authenticator.check(auth(key=NEW))
     assert desk.autoscaler.fetches == 2
 
 
+async def test_a_fetch_goes_on_when_he_who_began_it_is_gone_or_has_waited_long_enough(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(key_ring, "REFETCH_WAIT_SECONDS", 0.01)
+    for leaves in (True, False):
+        desk = Desk(monkeypatch, OLD, NEW)
+        await desk.keys.load()
+        desk.seconds += 10
+        desk.autoscaler.answers.clear()
+        first = asyncio.create_task(desk.authenticator.check(auth(key=NEW)))
+        await asyncio.sleep(0)
+        if leaves:
+            first.cancel()
+        await asyncio.wait([first])
+        assert first.cancelled() if leaves else isinstance(first.exception(), Unavailable)
+        await desk.cannot_tell(auth(key=NEW))
+        desk.autoscaler.answers.set()
+        await asyncio.sleep(0.01)
+        await desk.authenticator.check(auth(key=NEW))
+        assert desk.autoscaler.fetches == 2
+
+
 async def test_a_fetch_that_fails_leaves_the_key_that_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    desk = Desk(monkeypatch, OLD, None)
+    desk = Desk(monkeypatch, OLD, None, None, NEW)
     await desk.keys.load()
-    desk.seconds += 60
-    await desk.refuses(auth(key=NEW))
-    assert desk.counted == [("pubkey", "ok"), ("pubkey", "failed")]
-    await desk.authenticator.check(auth())
+    for seconds, fetches in ((10.0, 2), (9.9, 2), (0.1, 3)):
+        desk.seconds += seconds
+        await desk.cannot_tell(auth(key=NEW))
+        assert desk.autoscaler.fetches == fetches
+        await desk.authenticator.check(auth())
+    assert desk.counted == [("pubkey", "ok"), ("pubkey", "failed"), ("pubkey", "failed")]
+    desk.seconds += 10
+    await desk.authenticator.check(auth(key=NEW))
+
+
+async def test_a_bug_in_a_fetch_is_not_the_end_of_all_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(monkeypatch, OLD, NEW)
+    await desk.keys.load()
+    fetch_key = desk.autoscaler.fetch_key
+
+    async def fails() -> None:
+        raise KeyError("a bug")
+
+    desk.autoscaler.fetch_key = fails  # type: ignore[method-assign]  # a bug
+    desk.seconds += 10
+    with pytest.raises(KeyError):
+        await desk.authenticator.check(auth(key=NEW))
+    desk.autoscaler.fetch_key = fetch_key  # type: ignore[method-assign]  # as it was
+    desk.seconds += 10
+    await desk.authenticator.check(auth(key=NEW))
 
 
 @pytest.mark.parametrize(("own", "theirs"), [(URL, URL + "/"), (URL + "/", URL), (URL, "https://203.0.113.7:1")])
@@ -209,6 +260,32 @@ def test_a_cost_is_a_number_or_says_one(cost: Any, *, is_one: bool) -> None:
     else:
         with pytest.raises(msgspec.ValidationError):
             msgspec.convert(fields, Auth)
+
+
+@pytest.mark.parametrize(
+    ("cost", "is_one"),
+    [
+        (0, True),
+        (1_000_000, True),
+        ("1e6", True),
+        ("0", True),
+        (-0.001, False),
+        (1_000_000.1, False),
+        ("1e999", False),
+        ("-1", False),
+        ("1000001", False),
+        (10**400, False),
+    ],
+)
+async def test_a_cost_is_finite_and_from_0_to_a_million(cost: Any, *, is_one: bool) -> None:
+    authenticator = Authenticator(None, own_url=URL, url_policy="off")
+    body = envelope(auth_data={**json.loads(msgspec.json.encode(auth())), "cost": cost})
+    if is_one:
+        assert (await authenticator.authenticate(body)).request_idx == 7
+    else:
+        with pytest.raises(Invalid) as refused:
+            await authenticator.authenticate(body)
+        assert list(refused.value.fields["auth_data"]) == ["cost"]
 
 
 class Payload(msgspec.Struct):

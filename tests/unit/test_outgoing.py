@@ -9,6 +9,9 @@ import re
 import socket
 import ssl
 import struct
+import subprocess
+import sys
+from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,7 +27,7 @@ from nullworker.clock import SystemClock
 from nullworker.consumer_health import HealthPoll
 from nullworker.eventlog.log import EventLog
 from nullworker.fsm.book import Limits
-from nullworker.outgoing import HttpPost, describe_failure
+from nullworker.outgoing import HttpPost, OwnPorts, describe_failure, get, http_session
 from nullworker.readiness import Readiness
 from nullworker.service import Service
 
@@ -99,8 +102,8 @@ def test_an_error_is_told_by_its_kind_and_its_cause(error: Exception, told: str)
 # -- what really comes back --------------------------------------------------------------------------------------------
 
 
-async def posted(url: str) -> str | None:
-    post = HttpPost()
+async def posted(url: str, own_ports: OwnPorts | None = None) -> str | None:
+    post = HttpPost(own_ports)
     try:
         return await post(url, {"secret": "SECRET"})
     finally:
@@ -176,6 +179,157 @@ async def test_why_a_callback_failed_is_told_of_who_does_not_answer(monkeypatch:
         for scheme in ("http", "https"):
             route = f"{scheme}://127.0.0.1:{silent.getsockname()[1]}/SECRET"
             assert await posted(route) == "it did not answer in time"
+
+
+# -- where no callback may go ------------------------------------------------------------------------------------------
+
+
+class Listener:
+    """A server that counts who has called it."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.calls += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+
+REFUSED = "it leads to a port of this worker"
+
+
+async def test_a_callback_is_not_connected_to_a_port_of_the_worker_itself() -> None:
+    listener = Listener()
+    async with answering(listener) as place:
+        port = int(place.rpartition(":")[2])
+        own, other = OwnPorts([port], ("192.0.2.7", 41234)), OwnPorts([port + 1], ("192.0.2.7", 41234))
+        names = [
+            "127.0.0.1",
+            "localhost",
+            "0x7f000001",
+            "[::ffff:127.0.0.1]",
+            "\N{CIRCLED DIGIT ONE}27.0.0.1",
+            "0.0.0.0",
+        ]
+        for name in names:  # 0x7f000001 is a name to aiohttp, and the resolver knows it
+            assert await posted(f"http://{name}:{port}/release", own) == REFUSED, name
+        assert await posted("http://192.0.2.7:41234/session/end", own) == REFUSED
+        assert listener.calls == 0
+        for name in names:
+            assert await posted(f"http://{name}:{port}/", other) is None, name
+        assert listener.calls == len(names)
+
+
+def test_whose_port_it_is_is_told_by_what_would_be_dialled() -> None:
+    own = OwnPorts([80, 8080], ("192.0.2.7", 41234))
+    for route in (
+        "http://localhost/",
+        "http://127.0.0.1:/",
+        "http://[::1]:8080/x",
+        "HTTP://LOCALHOST.:80",
+        "http://a.localhost",
+    ):
+        assert own.are_behind(route), route
+    for route in ("http://192.0.2.7:41234/", "https://localhost/..", "http://x@localhost:8080"):
+        assert own.are_behind(route) == ("https" not in route), route
+    for route in ("http://192.0.2.7/", "http://localhost:81/", "http://localhost.example/", "http://192.0.2.7:8080/"):
+        assert not own.are_behind(route), route
+
+
+def test_an_address_of_this_machine_is_known() -> None:
+    with contextlib.closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        probe.connect(("192.0.2.1", 9))  # nothing is sent
+        mine = probe.getsockname()[0]
+    for host in ("127.0.0.1", "127.255.0.3", "0.0.0.0", "::", "::1", "localhost", mine, f"::ffff:{mine}"):
+        assert outgoing.is_this_machine(host), host
+    for host in ("192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1", "example.com", "", "127.1"):
+        assert not outgoing.is_this_machine(host), host
+
+
+async def test_a_callback_says_that_it_is_one() -> None:
+    heard: list[bytes] = []
+
+    async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heard.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    async with answering(hear) as place:
+        assert await posted(f"http://{place}/") is None
+    assert b"\r\nUser-Agent: nullworker-callback\r\n" in heard[0]
+
+
+# -- redirects ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def redirecting(location: str) -> AsyncIterator[tuple[str, list[str]]]:
+    """A server whose paths but /end redirect there, and the paths that it was asked for."""
+    paths: list[str] = []
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        paths.append(head.split()[1] + (" with a password" if "Basic" in head else ""))
+        status = "200 OK" if paths[-1].startswith("/end") else f"307 X\r\nLocation: {location}"
+        writer.write(f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n".encode())
+
+    async with answering(answer) as place:
+        yield place, paths
+
+
+async def got(url: str) -> int:
+    async with http_session() as http, get(http, url, seconds=5) as answer:
+        return answer.status
+
+
+async def test_a_redirect_on_the_same_host_is_followed() -> None:
+    async with redirecting("/end?x=1") as (place, paths):
+        assert await got(f"http://u:p@{place}/begin") == 200
+        assert paths == ["/begin with a password", "/end?x=1 with a password"]
+
+
+async def test_a_redirect_to_elsewhere_is_the_answer() -> None:
+    async with redirecting("/end") as (elsewhere, paths):
+        for location in (
+            f"http://{elsewhere}/end",
+            f"//{elsewhere}/end",
+            f"https://{elsewhere}/end",
+            "ftp://x/",
+            "//[/",
+        ):
+            async with redirecting(location) as (place, _):
+                assert await got(f"http://{place}/begin") == 307
+        assert paths == []
+
+
+async def test_redirects_without_end_are_not_followed_without_end() -> None:
+    async with redirecting("/more") as (place, paths):
+        assert await got(f"http://{place}/begin") == 307
+        assert len(paths) == 1 + outgoing.MAX_REDIRECTS
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_dead_dns_does_not_delay_the_end_of_a_process() -> None:
+    script = """
+import asyncio, socket, time
+from nullworker.outgoing import HttpPost
+socket.getaddrinfo = lambda *_: time.sleep(60)
+async def main():
+    post = HttpPost()
+    asked = asyncio.ensure_future(post("http://nowhere.example/", {}))
+    await asyncio.wait([asked], timeout=0.1)
+    asked.cancel()
+    await asyncio.wait([asked])
+    await post.close()
+asyncio.run(main())
+"""
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=20)
+
+
+async def test_a_name_that_has_no_address_is_told() -> None:
+    assert str(await posted("http://nowhere.invalid/SECRET")).startswith("its name is not known: ")
 
 
 async def test_what_a_report_says_is_not_told_when_it_comes_back() -> None:
