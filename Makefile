@@ -5,10 +5,11 @@ PYTHON ?= $(or $(wildcard $(BIN)/python),python3)
 SEED ?= 1
 STEPS ?= 100000
 KILLS ?= 300
+CUTS ?= 500
 MINUTES ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools demo test quick lint oldest stress simulate days crash fleet soak bench clean
+.PHONY: help install tools demo test quick lint oldest stress simulate days cuts crash fleet soak bench clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -32,7 +33,7 @@ lint: install  ## run ruff and mypy
 oldest: $(VENV)-3.10/.installed  ## run the tests on Python 3.10, the version in Vast's template
 	$(VENV)-3.10/bin/python -m pytest -n 3 --dist loadfile -m "not slow"
 
-stress: simulate days crash fleet soak  ## run simulate, days, crash, fleet and soak, which takes hours
+stress: simulate days cuts crash fleet soak  ## run simulate, days, cuts, crash, fleet and soak, which takes hours
 
 simulate: install  ## simulate STEPS reservations from SEED on, with crashes and faults
 	$(BIN)/python -m stress.simulation --seed $(SEED) --steps $(STEPS)
@@ -42,6 +43,9 @@ days: install  ## play days of queues through the dispatcher's decision and thro
 
 fleet: install  ## destroy workers whose events go to a collector that fails, and check what outlives them
 	$(BIN)/python -m stress.fleet
+
+cuts: install  ## cut the power CUTS times on a disk that forgets what was not synced, and check the log
+	$(BIN)/python -m stress.power_cut --cuts $(CUTS)
 
 crash: install  ## kill a worker KILLS times under load, and check that nothing is lost
 	$(BIN)/python -m stress.crash --kills $(KILLS)

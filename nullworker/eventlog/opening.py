@@ -104,8 +104,11 @@ def _open(path: Path, sync: str, lock: Lock, *, fix: bool) -> EventLog | None:
         lock.take_log()
     except OSError as error:
         raise CannotStart(f"the event log {path} cannot be made: {error.strerror}; set NULL_EVENT_LOG") from error
-    conn = sqlite3.connect(path, isolation_level=None, timeout=BUSY_MILLISECONDS / 1000, cached_statements=64)
+    conn = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None)
     try:
+        _verify_newest(conn, lock.noted)
+        conn.close()
+        conn = _connect(path)
         return _prepare(conn, path, sync, lock)
     except UNREADABLE as error:
         if not is_damage(error):
@@ -125,7 +128,6 @@ def _open(path: Path, sync: str, lock: Lock, *, fix: bool) -> EventLog | None:
 
 def _prepare(conn: sqlite3.Connection, path: Path, sync: str, lock: Lock) -> EventLog:
     schema.check_version(path, conn)
-    _verify_newest(conn, lock.noted)  # before anything is written, which would begin the -wal anew
     if conn.execute("PRAGMA page_count").fetchone() == (0,):
         conn.execute("PRAGMA auto_vacuum = INCREMENTAL")  # so that pruning can return space to the disk
     conn.execute("PRAGMA journal_mode = WAL")
@@ -142,8 +144,12 @@ def _prepare(conn: sqlite3.Connection, path: Path, sync: str, lock: Lock) -> Eve
     return opened
 
 
+def _connect(path: Path) -> sqlite3.Connection:
+    return sqlite3.connect(path, isolation_level=None, timeout=BUSY_MILLISECONDS / 1000, cached_statements=64)
+
+
 def _reconnect(path: Path, sync: str) -> sqlite3.Connection:
-    conn = sqlite3.connect(path, isolation_level=None, timeout=BUSY_MILLISECONDS / 1000, cached_statements=64)
+    conn = _connect(path)
     _set_pragmas(conn, sync)
     return conn
 
@@ -166,6 +172,9 @@ def _sync_folder(path: Path) -> None:
 
 def _verify_newest(conn: sqlite3.Connection, noted: Note | None) -> None:
     """Compare the log with what its last worker had noted (lock.py).
+
+    The connection must be read-only: another would begin the -wal anew, or remove it when it is closed, and what can
+    be saved of a damaged one would be gone.
 
     After a power cut a log that was not synced may be shorter. It is whole up to there, so it is used; that is said.
 
