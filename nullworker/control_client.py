@@ -58,8 +58,9 @@ class ControlClient:
         if answer.headers.get("Server") != SERVER_NAME:
             self._stranger()
         if answer.status >= 300:
-            fields = {name: each for name, each in content.items() if name != "error" and isinstance(each, str)}
-            raise Refused("; ".join([content["error"], *(f"{name}: {each}" for name, each in fields.items())]), content)
+            fields = {name: value for name, value in content.items() if name != "error" and isinstance(value, str)}
+            words = [content["error"], *(f"{name}: {value}" for name, value in fields.items())]
+            raise Refused("; ".join(words), content)
         return content
 
     def _stranger(self) -> NoReturn:

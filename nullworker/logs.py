@@ -149,8 +149,8 @@ class _Stderr(io.TextIOBase):
         with self._lock:
             self._rest = self._push(self._rest)
             if self._dropped and not self._rest:
-                told = _out.form(wall(), "warning", "log_lines_dropped", {"lines": self._dropped}, "")
-                self._rest, self._dropped = self._push(f"{told}\n".encode()), 0
+                notice = _out.form(wall(), "warning", "log_lines_dropped", {"lines": self._dropped}, "")
+                self._rest, self._dropped = self._push(f"{notice}\n".encode()), 0
 
     def _push(self, data: bytes) -> bytes:
         """Write what can be written at once. Returns the rest."""

@@ -209,9 +209,9 @@ def describe_failure(error: BaseException) -> str:
     Never in the error's own words: aiohttp's quote the url and what came back, asyncio's and OpenSSL's the host.
     """
     cause = error.__cause__ or error
-    for each in (error, cause):
+    for exception in (error, cause):
         for kind, words in _WORDS.items():
-            if isinstance(each, kind):
+            if isinstance(exception, kind):
                 return words
     if isinstance(cause, ssl.SSLError):
         return _describe_tls(cause)

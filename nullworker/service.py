@@ -144,7 +144,7 @@ class Service:
 
     def find(self, reservation_id: str) -> Reservation | None:
         """A reservation that is live, or whose end is not yet in the log; else None."""
-        waiting = (each.reservation for each in self.unwritten if each.event.reservation_id == reservation_id)
+        waiting = (commit.reservation for commit in self.unwritten if commit.event.reservation_id == reservation_id)
         return self.book.get(reservation_id) or next(waiting, None)
 
     # -- commands ------------------------------------------------------------------------------------------------
@@ -385,7 +385,7 @@ class Service:
             return False  # a lock costs nothing to be asked for again (EventLog waits for it only once)
         try:
             if self.unwritten:
-                self._journal.append([(each.seq, each.event) for each in self.unwritten])
+                self._journal.append([(commit.seq, commit.event) for commit in self.unwritten])
             else:
                 self._journal.probe()
         except LogUnavailable as error:

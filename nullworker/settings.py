@@ -331,19 +331,19 @@ def read_settings(values: Mapping[str, str]) -> Settings:
         BadSettings: naming the variable, the value and what is allowed.
     """
     read: dict[str, Any] = {}
-    for each in fields(Settings):
-        name = variable(each.name).replace("<WORKER_PORT>", str(read.get("worker_port", 3000)))
+    for setting in fields(Settings):
+        name = variable(setting.name).replace("<WORKER_PORT>", str(read.get("worker_port", 3000)))
         text = values.get(name, "").strip()
         if not text:
             continue
-        kind: Kind = each.metadata["kind"]
+        kind: Kind = setting.metadata["kind"]
         try:
             text.encode()
-            read[each.name] = kind.read(text)
+            read[setting.name] = kind.read(text)
         except UnicodeEncodeError:  # the environment has bytes that are not UTF-8, PEP 383
-            raise BadSettings(f"{name}={_shown(each, text)} is not allowed: it must be text in UTF-8") from None
+            raise BadSettings(f"{name}={_shown(setting, text)} is not allowed: it must be text in UTF-8") from None
         except (ValueError, OverflowError):
-            raise BadSettings(f"{name}={_shown(each, text)} is not allowed: it must be {kind.allowed}") from None
+            raise BadSettings(f"{name}={_shown(setting, text)} is not allowed: it must be {kind.allowed}") from None
     settings = Settings(**read)
     _check(settings)
     return settings

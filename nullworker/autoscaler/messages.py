@@ -150,14 +150,14 @@ def delete_requests(me: Identity, finished: Iterable[Finished]) -> dict[str, Any
         "mtoken": me.mtoken,
         "requests": [
             {
-                "request_idx": each.request_idx,
-                "success": _SUCCESS[each.outcome],
-                "status": each.outcome,
-                "entered_queue_at": each.queued_at,
-                "work_started_at": each.held_at or 0,
-                "work_completed_at": each.ended_at if each.outcome == "Success" else 0,
+                "request_idx": end.request_idx,
+                "success": _SUCCESS[end.outcome],
+                "status": end.outcome,
+                "entered_queue_at": end.queued_at,
+                "work_started_at": end.held_at or 0,
+                "work_completed_at": end.ended_at if end.outcome == "Success" else 0,
             }
-            for each in finished
-            if each.outcome is not None
+            for end in finished
+            if end.outcome is not None
         ],
     }

@@ -74,8 +74,8 @@ class Reporter:
         since = event_log.cursor(STATUS)
         self._load.received = queries.begun_load(event_log.conn, after=since, load=me.perf)
         for batch in self._finished_since(since):
-            for each in batch:
-                self._load.ended(each.outcome, workload(each.cost, me.perf), at_once=each.refused_at_once)
+            for end in batch:
+                self._load.ended(end.outcome, workload(end.cost, me.perf), at_once=end.refused_at_once)
         self._cursor = event_log.cursor(OUTCOMES)
         self.backlog = queries.count_finished(event_log.conn, after=self._cursor)
         if self.backlog:
@@ -196,18 +196,18 @@ class Reporter:
         if not batch:
             return "ok", False
         last = batch[-1].seq
-        told = [each for each in batch if each.request_idx is not None and each.outcome is not None]
+        outcomes = [end for end in batch if end.request_idx is not None and end.outcome is not None]
         delivery: Delivery = "ok"
-        if told:
-            delivery = await self._autoscaler.post(OUTCOMES_PATH, delete_requests(self._me, told), seconds=seconds)
+        if outcomes:
+            delivery = await self._autoscaler.post(OUTCOMES_PATH, delete_requests(self._me, outcomes), seconds=seconds)
             self._count(OUTCOMES, delivery)
         if delivery == "failed":
             log.warning("report_not_delivered", call=OUTCOMES, why=self._autoscaler.trouble, owed=self.backlog)
             return delivery, True
         if delivery == "refused":
-            if len(told) > 1:
+            if len(outcomes) > 1:
                 return delivery, True
-            if not self._set_aside(told[0].seq):
+            if not self._set_aside(outcomes[0].seq):
                 return "failed", True
         self._cursor = last
         self.backlog = max(self.backlog - len(batch), 0)

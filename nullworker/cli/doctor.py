@@ -18,8 +18,8 @@ from nullworker.doctor.machine import Host
 
 #: Columns in front of what is said.
 _INDENT: Final = 28
-_COUNTED: Final[dict[Level, str]] = {"wrong": "error", "warning": "warning"}
-_COLOURS: Final = {"ok": "green", "warning": "yellow", "wrong": "red"}
+_COUNTED: Final[tuple[Level, ...]] = ("error", "warning")
+_COLOURS: Final = {"ok": "green", "warning": "yellow", "error": "red"}
 
 
 @click.command()
@@ -49,25 +49,26 @@ def doctor(
         from nullworker.doctor.endpoint import look_at_endpoint
 
         findings += asyncio.run(look_at_endpoint(endpoint, cost=cost, autoscaler=autoscaler, api_key=api_key))
-    levels = Counter(each.level for each in findings)
+    levels = Counter(finding.level for finding in findings)
     if as_json:
-        click.echo(json.dumps({"ok": not levels["wrong"], "findings": [dataclasses.asdict(each) for each in findings]}))
+        details = [dataclasses.asdict(finding) for finding in findings]
+        click.echo(json.dumps({"ok": not levels["error"], "findings": details}))
     else:
         show(findings)
-        counts = [f"{levels[level]} {word}{'s' * (levels[level] != 1)}" for level, word in _COUNTED.items()]
+        counts = [f"{levels[level]} {level}{'s' * (levels[level] != 1)}" for level in _COUNTED]
         click.echo(f"\n{', '.join(counts)}, {levels['ok']} ok")
-    ctx.exit(1 if levels["wrong"] else 0)
+    ctx.exit(1 if levels["error"] else 0)
 
 
 def show(findings: Iterable[Finding]) -> None:
     """Print one line for a finding that is ok, and why and how to fix it for all others."""
-    for each in findings:
-        parts = (
-            {each.check: each.what} if each.level == "ok" else {each.check: each.what, "why": each.why, "fix": each.fix}
-        )
+    for finding in findings:
+        parts = {finding.check: finding.what}
+        if finding.level != "ok":
+            parts |= {"why": finding.why, "fix": finding.fix}
         for number, (name, text) in enumerate(parts.items()):
-            level = "" if number else each.level
+            level = "" if number else finding.level
             first, *rest = folded(text, _INDENT)
-            click.echo(f"{click.style(f'{level:<8}', fg=_COLOURS[each.level])} {name:<18} {first}")
+            click.echo(f"{click.style(f'{level:<8}', fg=_COLOURS[finding.level])} {name:<18} {first}")
             for line in rest:
                 click.echo(f"{'':<{_INDENT}}{line}")

@@ -55,7 +55,7 @@ def prune(keep: float, *, dry_run: bool, as_json: bool, path: str | None) -> Non
     with contextlib.closing(open_for_reading(file) if dry_run else _open(file)) as log:
         size = log.size()
         try:
-            gone = [each for ids in expendable(log.conn, before) for each in ids]
+            gone = [reservation_id for ids in expendable(log.conn, before) for reservation_id in ids]
             kept = ended_before(log.conn, before) - len(gone)
             if not dry_run:
                 _remove(log, gone, quiet=as_json)

@@ -28,7 +28,7 @@ def job_name(metadata: Mapping[str, Any] | None) -> str:
     A caller may have sent what a terminal would obey: it is replaced.
     """
     name = " ".join(f"{name}={_plain(value)}" for name, value in (metadata or {}).items())
-    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in name)
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name)
 
 
 def settings_line(settings: Mapping[str, Any]) -> str:

@@ -197,7 +197,7 @@ async def connected(endpoint: str, api_key: str, autoscaler: str | None, trace: 
     async with client:
         where = autoscaler or client.vast_web_url
         trace.say(f"looking for endpoint {endpoint!r} at {where}")
-        known = {each.name: each for each in await trace.in_time(client.get_endpoints())}
+        known = {candidate.name: candidate for candidate in await trace.in_time(client.get_endpoints())}
         if endpoint not in known:
             names = ", ".join(sorted(known)) or "none"
             raise HoldError(f"no endpoint named {endpoint!r} at {where}; there is: {names}")

@@ -65,7 +65,7 @@ def room(
         rooms.append(("hours", _fits(limits.hours - used.hours, one), used.hours >= limits.hours))
     if limits.dollars is not None:
         rooms.append(("dollars", _fits(limits.dollars - used.dollars, one * price), used.dollars >= limits.dollars))
-    name, fits, over = min(rooms, key=lambda each: (each[1], not each[2]))
+    name, fits, over = min(rooms, key=lambda room: (room[1], not room[2]))
     opens = max(0, fits - waiting_claims)
     if opens:
         return Room(opens, used)

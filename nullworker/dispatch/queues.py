@@ -266,10 +266,10 @@ class _Amqp:
         async with self._http.get(url, headers=headers) as answer:
             if answer.status != 200:
                 raise QueueUnreadableError(f"{self.shown}: the management plugin at {host} answered {answer.status}")
-            told = await answer.json()
-        if "messages_ready" not in told:  # it was made in the last seconds
+            answered = await answer.json()
+        if "messages_ready" not in answered:  # it was made in the last seconds
             raise QueueUnreadableError(f"{self.shown}: the management plugin at {host} has no figures of it yet")
-        return Counts(int(told["messages_ready"]), int(told["messages_unacknowledged"]))
+        return Counts(int(answered["messages_ready"]), int(answered["messages_unacknowledged"]))
 
     async def close(self) -> None:
         connections, self._connection, self._http = (self._connection, self._http), None, None
@@ -305,8 +305,8 @@ class _Sqs:
         if self._queue_url is None:
             self._queue_url = self._client.get_queue_url(QueueName=self._queue)["QueueUrl"]
         names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
-        told = self._client.get_queue_attributes(QueueUrl=self._queue_url, AttributeNames=names)["Attributes"]
-        waiting, in_flight = (int(told[name]) for name in names)
+        answered = self._client.get_queue_attributes(QueueUrl=self._queue_url, AttributeNames=names)["Attributes"]
+        waiting, in_flight = (int(answered[name]) for name in names)
         return Counts(waiting, in_flight)
 
     async def close(self) -> None:

@@ -12,11 +12,11 @@ from typing import Any, Final
 
 from nullworker.client.hold import STAND_IN_KEY
 from nullworker.client.vastai_sdk import ClaimTrace, HoldError, connected
-from nullworker.doctor.finding import Finding, ok, warning, wrong
+from nullworker.doctor.finding import Finding, failed, ok, warning
 
-#: Seconds until the endpoint must be known.
+#: Seconds for the autoscaler's answers.
 ANSWER_SECONDS: Final = 30.0
-#: What Vast takes for a parameter that is not set (vastai 1.9.1, `vastai update endpoint --help`).
+#: Vast's values for parameters that are not set (vastai 1.9.1, `vastai update endpoint --help`).
 DEFAULTS: Final[Mapping[str, float]] = {
     "target_util": 0.9,
     "max_queue_time": 30.0,
@@ -28,15 +28,16 @@ DEFAULTS: Final[Mapping[str, float]] = {
 
 
 async def look_at_endpoint(name: str, *, cost: float, autoscaler: str | None, api_key: str | None) -> list[Finding]:
-    """What there is to say of the endpoint of that name."""
+    """All findings about the endpoint of that name."""
     trace = ClaimTrace(lambda line: None, ANSWER_SECONDS, again=False)
     try:
         async with trace.in_words(), connected(name, api_key or STAND_IN_KEY, autoscaler, trace) as found:
             config, number = vars(found.data.config), int(found.id)
-            workers = [(each.id, each.status, float(each.perf)) for each in await trace.in_time(found.get_workers())]
+            known = await trace.in_time(found.get_workers())
+            workers = [(worker.id, worker.status, float(worker.perf)) for worker in known]
     except (HoldError, asyncio.TimeoutError) as error:
         fix = "see what there is with: vastai show endpoints; for the client: pip install 'nullworker[client]'"
-        return [wrong("endpoint", str(error), why="its parameters cannot be looked at", fix=fix)]
+        return [failed("endpoint", str(error), why="its parameters cannot be looked at", fix=fix)]
     return list(judge(config, number, workers, cost=cost))
 
 
@@ -50,7 +51,7 @@ def judge(
         return f"vastai update endpoint {number} --{name} {value:g}"
 
     if values["target_util"] != 1:
-        yield wrong(
+        yield failed(
             "target_util",
             f"target_util is {values['target_util']:g}",
             why=f"one reservation of {cost:g} asks for {cost / values['target_util']:.0f} of load, and workers are "
@@ -60,7 +61,7 @@ def judge(
     else:
         yield ok("target_util", "1")
     if values["max_queue_time"] > 1:
-        yield wrong(
+        yield failed(
             "max_queue_time",
             f"max_queue_time is {values['max_queue_time']:g} s",
             why="a worker that is held counts as 1 s of queue whatever its hold will take, so up to "
@@ -70,7 +71,7 @@ def judge(
     else:
         yield ok("max_queue_time", f"{values['max_queue_time']:g} s")
     if values["target_queue_time"] >= 1:
-        yield wrong(
+        yield failed(
             "target_queue_time",
             f"target_queue_time is {values['target_queue_time']:g} s",
             why="workers that are all held count as 1 s of queue: above that, further ones are started late or never",
@@ -80,7 +81,7 @@ def judge(
         yield ok("target_queue_time", f"{values['target_queue_time']:g} s")
     if values["min_load"] % cost:
         up = (values["min_load"] // cost + 1) * cost
-        yield wrong(
+        yield failed(
             "min_load",
             f"min_load is {values['min_load']:g}",
             why=f"workers are whole: it is no multiple of {cost:g}, the load of one reservation",
@@ -105,7 +106,7 @@ def _judge_rest(config: Mapping[str, Any], values: Mapping[str, float], number: 
         yield ok("inactivity_timeout", f"{inactivity:g} s")
     if values["max_workers"] < 1:
         why = "no worker is ever started"
-        yield wrong("max_workers", "max_workers is 0", why=why, fix=update("max_workers", 1))
+        yield failed("max_workers", "max_workers is 0", why=why, fix=update("max_workers", 1))
     else:
         yield ok("max_workers", f"{values['max_workers']:g}")
     if values["cold_workers"]:
@@ -117,7 +118,7 @@ def _judge_rest(config: Mapping[str, Any], values: Mapping[str, float], number: 
         )
     state = config.get("endpoint_state")
     if state not in (None, "active"):
-        yield wrong(
+        yield failed(
             "endpoint_state",
             f"the endpoint is {state}",
             why="it takes no requests",
@@ -128,14 +129,14 @@ def _judge_rest(config: Mapping[str, Any], values: Mapping[str, float], number: 
 def _judge_workers(workers: Sequence[tuple[int, str, float]], number: int, cost: float) -> Iterator[Finding]:
     for worker, status, perf in workers:
         if status == "ERROR":
-            yield wrong(
+            yield failed(
                 "workers",
                 f"worker {worker} is errored",
                 why="it takes no requests until it is well again or replaced",
                 fix=f"vastai get endpt-logs {number}; on the instance: curl -s http://127.0.0.1:18999/readyz",
             )
         elif perf and perf != cost:
-            yield wrong(
+            yield failed(
                 "cost",
                 f"worker {worker} reports max_perf {perf:g}, and clients send cost={cost:g}",
                 why="one request must be worth one worker: else too many or too few are started",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from nullworker.doctor.finding import Finding, warning, wrong
+from nullworker.doctor.finding import Finding, failed, warning
 from nullworker.doctor.machine import Host, look_at_log, look_at_ports, look_at_programs, look_at_template
 from nullworker.doctor.network import look_at_certificate, look_at_consumer, look_at_network
 from nullworker.errors import BadSettings
@@ -15,14 +15,14 @@ from nullworker.settings import Settings, read_settings, unknown_names, unknown_
 
 
 def examine(host: Host, *, strict: bool = True) -> Iterator[Finding]:
-    """All about one machine. `strict`: it should be able to run a worker, and is not just where somebody sits."""
+    """All findings about a machine. `strict`: it should be able to run a worker; else it may be your own machine."""
     yield from look_at_programs(host)
     yield from look_at_template(host)
     try:
         settings = read_settings(host.environ)
     except BadSettings as error:
         standalone = not host.environ.get("CONTAINER_ID", "").strip()
-        say = wrong if strict or not standalone else warning
+        say = failed if strict or not standalone else warning
         yield say(
             "settings",
             str(error),
@@ -53,11 +53,11 @@ def examine(host: Host, *, strict: bool = True) -> Iterator[Finding]:
 
 
 def look_at_settings(settings: Settings) -> Iterator[Finding]:
-    """What is allowed, and still not what an instance should have."""
+    """Check settings that are allowed but do not suit an instance."""
     if settings.standalone:
         return
     if settings.unsecured:
-        yield wrong(
+        yield failed(
             "signatures",
             "UNSECURED=true on an instance of Vast",
             why="anybody who finds the port can hold this machine, at your cost",
@@ -71,7 +71,7 @@ def look_at_settings(settings: Settings) -> Iterator[Finding]:
             fix="leave MASTER_TOKEN to Vast's template: it must come from the instance's own environment",
         )
     if settings.public_ipaddr == "127.0.0.1" or settings.vast_tcp_port is None:
-        yield wrong(
+        yield failed(
             "public address",
             f"the worker tells the autoscaler that it is at {settings.own_url}",
             why="clients are sent to this address, and it is not the one that leads here from outside",

@@ -8,12 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Level = Literal["ok", "warning", "wrong"]
+Level = Literal["ok", "warning", "error"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """`what` is so; `why` it matters and how to `fix` it: nothing when all is well."""
+    """The result of one check.
+
+    Attributes:
+        check: the name of the check.
+        what: what was found.
+        why: why it matters; empty if it is ok.
+        fix: the command or setting that fixes it; empty if it is ok.
+    """
 
     check: str
     level: Level
@@ -23,15 +30,15 @@ class Finding:
 
 
 def ok(check: str, what: str) -> Finding:
-    """As it should be."""
+    """Nothing to change."""
     return Finding(check, "ok", what)
 
 
 def warning(check: str, what: str, *, why: str, fix: str) -> Finding:
-    """It works, and will cost or hurt one day."""
+    """It works, but costs money or may fail later."""
     return Finding(check, "warning", what, why, fix)
 
 
-def wrong(check: str, what: str, *, why: str, fix: str) -> Finding:
-    """It does not work, or not as one-reservation workers need it."""
-    return Finding(check, "wrong", what, why, fix)
+def failed(check: str, what: str, *, why: str, fix: str) -> Finding:
+    """It does not work, or does not suit workers with one reservation."""
+    return Finding(check, "error", what, why, fix)

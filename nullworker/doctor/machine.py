@@ -19,14 +19,14 @@ from typing import Any, Final
 
 from nullworker.clock import SystemClock
 from nullworker.control_client import ControlClient, Refused
-from nullworker.doctor.finding import Finding, ok, warning, wrong
+from nullworker.doctor.finding import Finding, failed, ok, warning
 from nullworker.errors import CannotStart, NullworkerError, WorkerUnreachable
 from nullworker.eventlog.opening import open_for_reading
 from nullworker.http.sockets import CERTIFICATE, PRIVATE_KEY, listen
 from nullworker.settings import Settings
 
 ROOT: Final = Path(__file__).parents[2]
-#: Seconds for a worker's answer; another program on its port may take the call and say nothing.
+#: Seconds for a worker's answer; another program on its port may accept the call and not answer.
 ANSWER_SECONDS: Final = 3.0
 #: Bytes that must be free where the log is: a reservation takes less than 2 kB of it, other programs take the rest.
 NEEDED_BYTES, COMFORTABLE_BYTES = 100 * 10**6, 10**9
@@ -39,25 +39,25 @@ NETWORK_FILE_SYSTEMS: Final = frozenset(
 
 @dataclass(frozen=True)
 class Host:
-    """Where the looks look; tests put other things there."""
+    """The inputs of the checks; tests replace them."""
 
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ)
     python: tuple[int, ...] = sys.version_info[:3]
     version_of: Callable[[str], str] = importlib.metadata.version
     certificate: Path = CERTIFICATE
     private_key: Path = PRIVATE_KEY
-    self_signed_mark: Path = Path("/etc/.instance-cert-selfsigned")  # made by Vast's base image
+    self_signed_mark: Path = Path("/etc/.instance-cert-selfsigned")  # created by Vast's base image
     mounts: Path = Path("/proc/mounts")
     free_bytes: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free
     now: Callable[[], float] = field(default_factory=lambda: SystemClock().now)
 
 
 def look_at_programs(host: Host) -> Iterator[Finding]:
-    """Python, our own requirements, and the pins of vastai, which the start script installs over them."""
+    """Check Python, our requirements, and the pins of vastai, which the start script installs over them."""
     shown = ".".join(map(str, host.python))
     if host.python < (3, 10):
         fix = "run it with Python 3.10, as Vast's start script does: uv venv -p 3.10"
-        yield wrong("python", f"Python {shown}", why="neither nullworker nor vastai runs on it", fix=fix)
+        yield failed("python", f"Python {shown}", why="neither nullworker nor vastai runs on it", fix=fix)
     else:
         yield ok("python", shown)
     bad: list[str] = []
@@ -71,11 +71,11 @@ def look_at_programs(host: Host) -> Iterator[Finding]:
             if version is None or not requirement.specifier.contains(version, prereleases=True):
                 bad.append(f"{source} needs {requirement.name}{requirement.specifier}, not {version or 'none'}")
     if bad:
-        yield wrong(
+        yield failed(
             "packages",
             "; ".join(bad),
-            why="the worker or the official client may fail at any moment; uv installs what it is told to, and does "
-            "not look at what else needs another version",
+            why="the worker or the official client may fail at any moment; uv installs what it is given and does "
+            "not check other packages' requirements",
             fix=f"uv pip install -r {ROOT / 'requirements.txt'} vastai && uv pip check",
         )
     else:
@@ -83,9 +83,9 @@ def look_at_programs(host: Host) -> Iterator[Finding]:
 
 
 def look_at_template(host: Host) -> Iterator[Finding]:
-    """What Vast's start script makes of the environment."""
+    """Check the environment as Vast's start script reads it."""
     if host.environ.get("BACKEND") and not host.environ.get("HF_TOKEN"):
-        yield wrong(
+        yield failed(
             "template",
             f"BACKEND={host.environ['BACKEND']} without HF_TOKEN",
             why="Vast's start script stops when BACKEND is set and HF_TOKEN is not",
@@ -94,7 +94,7 @@ def look_at_template(host: Host) -> Iterator[Finding]:
 
 
 def look_at_ports(settings: Settings) -> Iterator[Finding]:
-    """A worker that runs has them; else nobody should."""
+    """Check the running worker, or that its ports are free."""
     url = f"http://127.0.0.1:{settings.null_control_port}"
     try:
         status = (
@@ -116,7 +116,7 @@ def look_at_ports(settings: Settings) -> Iterator[Finding]:
             listen(port, host=host, variable=variable).close()
         except (CannotStart, OverflowError) as error:
             optional = variable == "WORKER_HTTP_PORT" and settings.worker_http_port is None
-            yield (warning if optional else wrong)(
+            yield (warning if optional else failed)(
                 "ports",
                 str(error).partition("; ")[0],
                 why="consumers cannot end a session there" if optional else "the worker exits with code 1",
@@ -130,8 +130,8 @@ def _look_at_worker(url: str, status: dict[str, Any]) -> Iterator[Finding]:
     if status["state"] == "ready":
         yield ok("worker", f"one runs and is ready, its control port is {url}")
         return
-    whys = [each["why"] for each in (status.get("consumer"), status.get("log")) if each and each.get("why")]
-    yield wrong(
+    whys = [part["why"] for part in (status.get("consumer"), status.get("log")) if part and part.get("why")]
+    yield failed(
         "worker",
         f"one runs and is {status['state']}: {'; '.join(whys) or 'see its checks'}",
         why="it takes no reservation as long as it is not ready",
@@ -140,7 +140,7 @@ def _look_at_worker(url: str, status: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _look_for_second(settings: Settings) -> Iterator[Finding]:
-    """Somebody may have the log although nobody answers on the control port."""
+    """Check whether a worker with another control port holds the log."""
     try:
         lock = os.open(f"{settings.event_log}.lock", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -149,7 +149,7 @@ def _look_for_second(settings: Settings) -> Iterator[Finding]:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(lock, 200, 0).decode(errors="replace").strip()
-        yield wrong(
+        yield failed(
             "second worker",
             f"{settings.event_log.absolute()} belongs to a worker that runs ({holder}) with another control port",
             why="a log has one worker: a second one on it exits with code 1",
@@ -160,10 +160,10 @@ def _look_for_second(settings: Settings) -> Iterator[Finding]:
 
 
 def look_at_log(host: Host, settings: Settings) -> Iterator[Finding]:
-    """The event log: its folder, its file system, its disk, and the file if there is one."""
+    """Check the event log: its folder, file system and disk, and the file if it exists."""
     path = settings.event_log.absolute()
     folder = path.parent
-    while not folder.exists():  # the worker makes it
+    while not folder.exists():  # the worker creates it
         folder = folder.parent
     try:
         with tempfile.TemporaryFile(dir=folder):
@@ -172,7 +172,7 @@ def look_at_log(host: Host, settings: Settings) -> Iterator[Finding]:
             open_for_reading(path).close()
     except (OSError, NullworkerError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        yield wrong(
+        yield failed(
             "event log",
             f"{path}: {why}",
             why="without its log the worker takes no reservation",
@@ -182,7 +182,7 @@ def look_at_log(host: Host, settings: Settings) -> Iterator[Finding]:
         yield ok("event log", f"{path} can be written")
     kind = file_system(host.mounts, folder)
     if kind in NETWORK_FILE_SYSTEMS or kind.startswith("fuse."):
-        yield wrong(
+        yield failed(
             "file system",
             f"{path} is on {kind}, a network file system",
             why="SQLite's write-ahead log does not work there: the log may be damaged or lost",
@@ -192,7 +192,7 @@ def look_at_log(host: Host, settings: Settings) -> Iterator[Finding]:
         yield ok("file system", kind or "unknown")
     free = host.free_bytes(folder)
     if free < COMFORTABLE_BYTES:
-        yield (wrong if free < NEEDED_BYTES else warning)(
+        yield (failed if free < NEEDED_BYTES else warning)(
             "disk",
             f"{free / 1e6:.0f} MB are free at {folder}",
             why="on a full disk the worker refuses new reservations with 503, and is errored to the autoscaler",
@@ -203,23 +203,23 @@ def look_at_log(host: Host, settings: Settings) -> Iterator[Finding]:
 
 
 def file_system(mounts: Path, folder: Path) -> str:
-    """The type of the file system that a folder is on; nothing where /proc does not tell."""
+    """The type of a folder's file system; empty if /proc does not have it."""
     best, kind = "", ""
     try:
         lines = mounts.read_text().splitlines()
     except OSError:
         return ""
     for line in lines:
-        point, each = line.split()[1:3]
+        point, mounted = line.split()[1:3]
         point = point.replace("\\040", " ")
         inside = folder == Path(point) or Path(point) in folder.parents
-        if inside and len(point) >= len(best):  # of two on one point the later one is on top
-            best, kind = point, each
+        if inside and len(point) >= len(best):  # of two mounts on one point the later one is on top
+            best, kind = point, mounted
     return kind
 
 
 def _own_requirements() -> list[Any]:
-    """In a clone they are in a file; what is installed knows them itself."""
+    """Our requirements: from requirements.txt in a clone, else from the installed metadata."""
     file = ROOT / "requirements.txt"
     if file.exists():
         return _parsed(line.partition("#")[0].strip() for line in file.read_text().splitlines())
@@ -234,11 +234,12 @@ def _requirements_of(distribution: str) -> list[Any]:
 
 
 def _parsed(lines: Any) -> list[Any]:
-    """Those that count here: no extras, no other platform or Python."""
+    """The requirements that apply on this platform and Python, without extras."""
     parser: Any
     try:
         parser = importlib.import_module("packaging.requirements")
     except ImportError:  # pip, which sqlite-utils brings, has its own
         parser = importlib.import_module("pip._vendor.packaging.requirements")
     found = [parser.Requirement(line) for line in lines if line]
-    return [each for each in found if each.marker is None or each.marker.evaluate({"extra": ""})]
+    here = {"extra": ""}
+    return [requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate(here)]

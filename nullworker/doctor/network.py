@@ -14,21 +14,21 @@ from http.client import HTTPException, HTTPMessage
 from typing import Final
 
 from nullworker.autoscaler.messages import KEY_PATH
-from nullworker.doctor.finding import Finding, ok, warning, wrong
+from nullworker.doctor.finding import Finding, failed, ok, warning
 from nullworker.doctor.machine import Host
 from nullworker.outgoing import describe_failure
 from nullworker.settings import Settings, without_secrets
 
 #: Seconds for an answer.
 ANSWER_SECONDS: Final = 10.0
-#: Days before its end in which a certificate should be renewed.
+#: Days before its expiry in which a certificate should be renewed.
 RENEW_DAYS: Final = 7
-#: Seconds by which the clock may differ; the Date of an HTTP answer is to the second, and some time under way.
+#: Seconds by which the clock may differ; the Date header has a resolution of 1 s, and an answer takes some time.
 CLOCK_SECONDS: Final = 5.0
 
 
 def look_at_certificate(host: Host, settings: Settings) -> Iterator[Finding]:
-    """With USE_SSL: both files, whether they belong together, who has signed, and until when."""
+    """Check the certificate for USE_SSL: both files, that they match, its issuer and its dates."""
     if not settings.use_ssl:
         if not settings.standalone:
             yield warning(
@@ -47,16 +47,16 @@ def look_at_certificate(host: Host, settings: Settings) -> Iterator[Finding]:
         key = load_pem_private_key(host.private_key.read_bytes(), password=None)
     except (OSError, ValueError, TypeError) as error:
         what = f"{host.certificate} and {host.private_key} cannot be read: {error}"
-        yield wrong("certificate", what, why="the worker exits with code 1", fix=renew)
+        yield failed("certificate", what, why="the worker exits with code 1", fix=renew)
         return
     form = (Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
     begins, ends = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     now = datetime.fromtimestamp(host.now(), tz=timezone.utc)
     if certificate.public_key().public_bytes(*form) != key.public_key().public_bytes(*form):
         what = f"{host.certificate} does not belong to {host.private_key}"
-        yield wrong("certificate", what, why="the worker exits with code 1", fix=renew)
+        yield failed("certificate", what, why="the worker exits with code 1", fix=renew)
     elif certificate.issuer == certificate.subject or host.self_signed_mark.exists():
-        yield wrong(
+        yield failed(
             "certificate",
             f"{host.certificate} is self-signed",
             why="the official client trusts Vast's own root alone: every one of its calls fails",
@@ -64,7 +64,7 @@ def look_at_certificate(host: Host, settings: Settings) -> Iterator[Finding]:
         )
     elif not begins <= now < ends:
         what = f"{host.certificate} is valid from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}, and not today"
-        yield wrong("certificate", what, why="every client refuses it", fix=renew)
+        yield failed("certificate", what, why="every client refuses it", fix=renew)
     elif ends - now < timedelta(days=RENEW_DAYS):
         what = f"{host.certificate} ends on {ends:%Y-%m-%d}"
         yield warning("certificate", what, why="from then on every client refuses it", fix=renew)
@@ -73,29 +73,29 @@ def look_at_certificate(host: Host, settings: Settings) -> Iterator[Finding]:
 
 
 def look_at_network(host: Host, settings: Settings) -> Iterator[Finding]:
-    """Each REPORT_ADDR and its key; and what they say of the time."""
+    """Check that each REPORT_ADDR has a key, and compare the clock with theirs."""
     if settings.standalone:
-        yield ok("autoscaler", "none: CONTAINER_ID is unset, so this worker would report to nobody")
+        yield ok("autoscaler", "none: CONTAINER_ID is unset, so the worker reports to no autoscaler")
         return
     from nullworker.autoscaler.signature import PublicKey
 
     dates: list[str] = []
-    failed: list[str] = []
+    unanswered: list[str] = []
     for address in settings.report_addr:
         try:
             body, headers = _get(address + KEY_PATH)
             PublicKey(body)
         except (OSError, HTTPException, ValueError) as error:
-            failed.append(f"{without_secrets(address)}{KEY_PATH}: {_describe(error)}")
+            unanswered.append(f"{without_secrets(address)}{KEY_PATH}: {_describe(error)}")
         else:
             yield ok("autoscaler", f"{address} has a key for signatures")
             dates += [headers["Date"]] if headers["Date"] else []
-    for what in failed:
-        alone = len(failed) == len(settings.report_addr)
-        yield (wrong if alone else warning)(
+    for what in unanswered:
+        alone = len(unanswered) == len(settings.report_addr)
+        yield (failed if alone else warning)(
             "autoscaler",
             what,
-            why="without the key no request can be verified, and nobody is told that this worker is ready"
+            why="without the key no request can be verified, and the autoscaler does not hear that this worker is ready"
             if alone
             else "the worker goes on with the others",
             fix=f"curl -v {what.partition(': ')[0]}; REPORT_ADDR must be what Vast's template sets",
@@ -108,32 +108,32 @@ def _clock(host: Host, date: str) -> Finding:
     ahead = host.now() - parsedate_to_datetime(date).timestamp()
     if abs(ahead) <= CLOCK_SECONDS:
         return ok("clock", "as the autoscaler's")
-    return wrong(
+    return failed(
         "clock",
         f"it is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} the autoscaler's",
-        why="the times in the log and in what the autoscaler is told are wrong, and certificates may seem invalid",
+        why="the times in the log and in the reports are wrong, and certificates may seem invalid",
         fix="a container cannot set it: rent another machine; on a machine of your own: timedatectl set-ntp true",
     )
 
 
 def look_at_consumer(settings: Settings) -> Iterator[Finding]:
-    """BACKEND_HEALTH_URL, as the worker would ask it."""
+    """Check BACKEND_HEALTH_URL as the worker does."""
     url = settings.backend_health_url
     if url is None:
         yield warning(
             "consumer",
             "BACKEND_HEALTH_URL is unset",
-            why="the worker takes reservations also while the consumer is dead, and each is held until its deadline",
+            why="the worker takes reservations also while the consumer is dead, and each stays held until its deadline",
             fix="nullworker work --health-port 18998 -- CMD, and BACKEND_HEALTH_URL=http://127.0.0.1:18998/health",
         )
         return
     try:
         _get(url, timeout=settings.null_health_timeout)
     except (OSError, HTTPException) as error:
-        yield wrong(
+        yield failed(
             "consumer",
             f"{without_secrets(url)}: {_describe(error)}",
-            why="the worker gets ready only after the first 200, and is errored when they cease",
+            why="the worker becomes ready only after the first 200, and is errored when later answers are no 200",
             fix=f"start the consumer, and see what it answers with: curl -i {without_secrets(url)}",
         )
     else:
@@ -151,7 +151,7 @@ def _get(url: str, *, timeout: float = ANSWER_SECONDS) -> tuple[bytes, HTTPMessa
     """The body and headers of a 200.
 
     Raises:
-        OSError: nobody answers, or with another status.
+        OSError: there is no answer, or another status.
     """
     with urllib.request.build_opener(_NoRedirect).open(url, timeout=timeout) as answer:
         if answer.status != 200:

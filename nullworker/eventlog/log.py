@@ -167,7 +167,7 @@ class EventLog:
         Raises:
             LogUnavailable: nothing is removed.
         """
-        self._write("INSERT INTO pruning VALUES (?)", ((each,) for each in reservation_ids))
+        self._write("INSERT INTO pruning VALUES (?)", ((reservation_id,) for reservation_id in reservation_ids))
 
     def give_back(self, pages: int) -> None:
         """Return up to `pages` free pages to the disk; 0 is all.

@@ -68,9 +68,9 @@ def reservation(conn: sqlite3.Connection, reservation_id: str) -> ReservationJso
     return _as_json(row) if row else None
 
 
-def reservations(conn: sqlite3.Connection, **asked: Any) -> list[ReservationJson]:
+def reservations(conn: sqlite3.Connection, **filters: Any) -> list[ReservationJson]:
     """The newest reservations first; arguments and errors as for `batches`."""
-    return list(itertools.chain.from_iterable(batches(conn, **asked)))
+    return list(itertools.chain.from_iterable(batches(conn, **filters)))
 
 
 def batches(

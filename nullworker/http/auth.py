@@ -146,9 +146,9 @@ def _sha256(auth: Any, form: Callable[[Any], Any]) -> str:
 
 def _whole_as_int(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _whole_as_int(each) for name, each in value.items()}
+        return {name: _whole_as_int(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_whole_as_int(each) for each in value]
+        return [_whole_as_int(inner) for inner in value]
     # above 2**53 a float stands for several whole numbers, and may have 300 digits
     return int(value) if isinstance(value, float) and abs(value) < 2**53 and value.is_integer() else value
 

@@ -175,9 +175,9 @@ def _not_finite(value: Any, levels: int = MAX_DEPTH) -> Any:
         return None
     if isinstance(value, dict):
         # a name may hold half a surrogate pair, which cannot be encoded
-        return {_ascii(name): wrong for name, each in value.items() if (wrong := _not_finite(each, levels - 1))}
+        return {_ascii(name): wrong for name, member in value.items() if (wrong := _not_finite(member, levels - 1))}
     if isinstance(value, list):
-        return next((wrong for each in value if (wrong := _not_finite(each, levels - 1))), None)
+        return next((wrong for member in value if (wrong := _not_finite(member, levels - 1))), None)
     return "must be a finite number" if isinstance(value, float) and not math.isfinite(value) else None
 
 

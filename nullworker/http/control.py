@@ -68,36 +68,36 @@ class ControlHandlers:
     async def release(self, request: web.Request) -> web.Response:
         """POST /release: the consumer is done."""
         body = await read_body(request)
-        asked = decode(body, ReleaseBody) if body.strip() else ReleaseBody()
-        if asked.reason not in ("explicit", "consumer_exit"):
+        payload = decode(body, ReleaseBody) if body.strip() else ReleaseBody()
+        if payload.reason not in ("explicit", "consumer_exit"):
             raise Invalid("reason is wrong", reason="must be explicit or consumer_exit")
-        if asked.result is not UNSET and (why := unfit(asked.result, MAX_RESULT_BYTES)):
+        if payload.result is not UNSET and (why := unfit(payload.result, MAX_RESULT_BYTES)):
             raise Invalid(f"result {why}", result=why)
         held = self._service.book.held
-        if asked.reservation_id is not None and (held is None or held.id != asked.reservation_id):
-            return self._not_held(asked.reservation_id)
+        if payload.reservation_id is not None and (held is None or held.id != payload.reservation_id):
+            return self._not_held(payload.reservation_id)
         if held is None:
             self._exporter.releases.labels("none").inc()
             return json_response({"released": False, "reason": "no active reservation"})
-        self._service.release(held.id, reason=asked.reason, result=asked.result)
+        self._service.release(held.id, reason=payload.reason, result=payload.result)
         self._exporter.releases.labels("released").inc()
-        plain = asked.reservation_id is None and asked.result is UNSET
+        plain = payload.reservation_id is None and payload.result is UNSET
         return json_response({"released": True} if plain else {"released": True, "reservation_id": held.id})
 
     async def extend(self, request: web.Request) -> web.Response:
         """POST /extend: move the deadline."""
-        asked = decode(await read_body(request), ExtendBody)
+        payload = decode(await read_body(request), ExtendBody)
         held = self._service.book.held
         if held is None:
             self._exporter.extensions.labels("none").inc()
             raise Conflict("nothing is held")
-        if asked.reservation_id not in (None, held.id):
-            known = find(self._service, self._log, asked.reservation_id)
+        if payload.reservation_id not in (None, held.id):
+            known = find(self._service, self._log, payload.reservation_id)
             self._exporter.extensions.labels("unknown" if known is None else "stale").inc()
             if known is None:
-                raise NotFound(f"there is no reservation {asked.reservation_id}")
+                raise NotFound(f"there is no reservation {payload.reservation_id}")
             raise Conflict(f"it is not held: {_fate(known)}", state=known["state"])
-        extended = self._service.extend(held.id, asked.seconds)
+        extended = self._service.extend(held.id, payload.seconds)
         self._exporter.extensions.labels("extended").inc()
         ends_at = reservation_json(extended, self._service.now())["ends_at"]
         return json_response({"reservation_id": held.id, "ends_at": ends_at})
@@ -105,22 +105,22 @@ class ControlHandlers:
     async def attach(self, request: web.Request) -> web.StreamResponse:
         """The consumer's liveness connection: while it is there the reservation has its consumer."""
         await read_body(request)  # an unread one would keep the end of the connection from being noticed
-        asked, extends = request.query.get("reservation_id"), request.query.get("extend", "")
-        if not asked:
+        reservation_id, extends = request.query.get("reservation_id"), request.query.get("extend", "")
+        if not reservation_id:
             raise Invalid("reservation_id is missing", reservation_id="missing parameter")
         if extends not in ("", "1", "all"):
             raise Invalid("extend is wrong", extend="must be 1 or all")
         held = self._service.book.held
-        if held is None or held.id != asked:
-            known = find(self._service, self._log, asked)
+        if held is None or held.id != reservation_id:
+            known = find(self._service, self._log, reservation_id)
             if known is None:
-                raise NotFound(f"there is no reservation {asked}")
+                raise NotFound(f"there is no reservation {reservation_id}")
             raise Conflict(f"it is not held: {_fate(known)}", **final_status(known))
         if held.attachment.state == "attached":
             raise Busy("another consumer is attached to this reservation", state="attached")
         first = held.attachment.first_at is None
-        self._service.attach(asked, cast(Extends, extends))
-        log.info("consumer_attached", reservation_id=asked, first=first)
+        self._service.attach(reservation_id, cast(Extends, extends))
+        log.info("consumer_attached", reservation_id=reservation_id, first=first)
         if first and held.held_at is not None and held.attachment.first_at is not None:
             self._exporter.attach.observe(max(held.attachment.first_at - held.held_at, 0.0))
         closed_by_worker = False
@@ -132,8 +132,8 @@ class ControlHandlers:
         finally:
             if held.state == "held":
                 if not self._service.readiness.draining:
-                    log.warning("consumer_detached", reservation_id=asked)
-                self._service.detach(asked, by_worker=closed_by_worker)
+                    log.warning("consumer_detached", reservation_id=reservation_id)
+                self._service.detach(reservation_id, by_worker=closed_by_worker)
 
     async def reservation(self, request: web.Request) -> web.Response:
         """GET /reservation: the held one, or the one that is held within `wait` seconds."""

@@ -76,8 +76,8 @@ async def newest(
             at = from_shown(before)
         except ValueError:  # an id of the log: those in memory were on an earlier page
             at = 0.0
-        first = [each for each in first if each.queued_at < at]
-    rows = [reservation_json(each, service.now()) for each in first if state in (None, each.state)]
+        first = [reservation for reservation in first if reservation.queued_at < at]
+    rows = [reservation_json(reservation, service.now()) for reservation in first if state in (None, reservation.state)]
     batches = queries.batches(event_log.conn, state=state, limit=limit + len(unwritten), before=before)
     while len(rows) < limit and (batch := next(batches, None)) is not None:
         rows += [row for row in batch if row["id"] not in unwritten]
@@ -90,14 +90,14 @@ def ended_error(row: ReservationJson) -> Gone:
     return Gone(f"{row['kind']} {row['id']} has ended", reservation_id=row["id"], **final_status(row))
 
 
-def warn_if_capped(reservation: Reservation, asked: float | None) -> None:
+def warn_if_capped(reservation: Reservation, duration: float | None) -> None:
     """Say that this worker holds for less long than its caller believes. Seconds."""
     cap = reservation.terms.duration_cap
-    if asked is not None and asked > cap and reservation.reason is None:
+    if duration is not None and duration > cap and reservation.reason is None:
         log.warning(
             "duration_capped",
             reservation_id=reservation.id,
-            asked_seconds=tidy(asked),
+            asked_seconds=tidy(duration),
             cap_seconds=tidy(cap),
             message="it is held for the cap only: raise MAX_RESERVATION_SECONDS, or extend it",
         )

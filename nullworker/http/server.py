@@ -311,7 +311,7 @@ class Server:
     def _close_late(self) -> None:
         now = self._loop.time()
         for crowd in (self._pressed, self._idle):
-            late = itertools.takewhile(lambda each: each[1] <= now, crowd.items())
+            late = itertools.takewhile(lambda entry: entry[1] <= now, crowd.items())
             for connection, _ in tuple(late):
                 del crowd[connection]
                 if connection.stuck:

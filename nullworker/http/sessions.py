@@ -84,8 +84,8 @@ class SessionHandlers:
             if why := unfit(getattr(payload, name), MAX_CALLBACK_BYTES):
                 raise Invalid(f"{name} {why}", payload={name: why})
         self._check_route(payload.on_close_route)
-        asked = 60.0 if payload.lifetime is None else payload.lifetime
-        lifetime = min(asked, self._service.book.limits.max_reservation_seconds)
+        wanted = 60.0 if payload.lifetime is None else payload.lifetime
+        lifetime = min(wanted, self._service.book.limits.max_reservation_seconds)
         terms = SessionTerms(
             lifetime=lifetime,
             on_close_route=payload.on_close_route,
@@ -104,7 +104,7 @@ class SessionHandlers:
         )
         if session.state in ENDED:
             return verdict_response(session)
-        warn_if_capped(session, asked)
+        warn_if_capped(session, wanted)
         return _created(session)
 
     async def end(self, request: web.Request) -> web.Response:

@@ -36,7 +36,7 @@ def chart(bars: Iterable[Bar], seconds: float) -> str:
             else:
                 cells += " "
         lines.append(f"{bar.name:<10} {cells}".rstrip())
-    count = "".join(str(min(each, 9)) for each in alive)
+    count = "".join(str(min(workers, 9)) for workers in alive)
     legend = f"{'':<10} {starting} starts   {idle} is ready, idle or stopping   {held} is reserved"
     return "\n".join([f"{'seconds':<10} {_axis(seconds)}", *lines, f"{'workers':<10} {count}", legend])
 

@@ -75,7 +75,7 @@ class Narrator:
 
     def changed(self, change: Change) -> None:
         """Print a change of a worker's state; holds are printed by the clients."""
-        first = not any(each.worker == change.worker and each.state == "ready" for each in self.changes)
+        first = not any(earlier.worker == change.worker and earlier.state == "ready" for earlier in self.changes)
         self.changes.append(change)
         words = {"starting": "starts", "stopping": f"stops: {change.why}", "gone": "is gone", "cold": "is gone"}
         if change.state == "ready" and first:
@@ -132,7 +132,7 @@ async def _demo(folder: Path) -> None:
 
 def environment() -> dict[str, str]:
     """The environment of this process without worker settings, which may belong to another worker."""
-    settings = {variable(each.name) for each in dataclasses.fields(Settings)}
+    settings = {variable(setting.name) for setting in dataclasses.fields(Settings)}
     return {name: value for name, value in os.environ.items() if name not in settings}
 
 
@@ -153,11 +153,11 @@ async def _watched(fleet: Fleet, work: Any, seconds: float, failure: str) -> Non
         done, _ = await asyncio.wait({task, keeping}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         if not done:
             raise DemoFailed(f"{failure} after {seconds:g} s: try `nullworker demo --keep`, and look at the logs there")
-        for each in done:
-            each.result()
+        for finished in done:
+            finished.result()
     finally:
-        for each in (task, keeping):
-            each.cancel()
+        for finished in (task, keeping):
+            finished.cancel()
         await asyncio.gather(task, keeping, return_exceptions=True)
 
 

@@ -56,10 +56,10 @@ async def run(port: int, endpoint: str, parameters: Parameters, plan: Plan) -> N
         await stack.enter_async_context(fleet)
         waits = {asyncio.ensure_future(stop.wait()), asyncio.ensure_future(fleet.run()), drawing}
         done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for each in waits - {drawing}:
-            each.cancel()
-        for each in done:
-            each.result()
+        for task in waits - {drawing}:
+            task.cancel()
+        for task in done:
+            task.result()
 
 
 def _introduce(vast: FakeAutoscaler, plan: Plan, show: Show) -> None:

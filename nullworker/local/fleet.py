@@ -135,7 +135,7 @@ class Fleet:
             reported = self._vast.fleet.workers.get(member.number)
             if member.state == "stopping" or reported is None:
                 continue
-            working = [each for each in reported.status["working_request_idxs"] if each not in reported.ended]
+            working = [idx for idx in reported.status["working_request_idxs"] if idx not in reported.ended]
             member.held_by, member.queued = next(iter(working), None), max(len(working) - 1, 0)
             if now >= reported.reported_at + FRESH_SECONDS:
                 self._change(member, "errored", f"silent for {FRESH_SECONDS:g} s")
@@ -167,7 +167,7 @@ class Fleet:
 
     def _scale(self) -> None:
         now, parameters = self._now(), self._vast.parameters
-        for member in [each for each in self.members.values() if each.state == "dead"]:
+        for member in [other for other in self.members.values() if other.state == "dead"]:
             if len(self.processes) < parameters.max_workers:
                 self._start(member)
         alive = [member for member in self.processes if member.state not in ("stopping", "errored")]
@@ -178,9 +178,9 @@ class Fleet:
             for _ in range(min(target - len(alive), room)):
                 self._start(self._next())
         patience = max(parameters.inactivity_timeout, 0.0)
-        idle = [each for each in alive if each.state == "ready" and now >= each.idle_since + patience]
-        for member in sorted(idle, key=lambda each: each.idle_since)[: max(len(alive) - target, 0)]:
-            cold = sum(each.state in ("cold", "stopping") and not each.replaced for each in self.members.values())
+        idle = [other for other in alive if other.state == "ready" and now >= other.idle_since + patience]
+        for member in sorted(idle, key=lambda other: other.idle_since)[: max(len(alive) - target, 0)]:
+            cold = sum(other.state in ("cold", "stopping") and not other.replaced for other in self.members.values())
             why = f"idle for {now - member.idle_since:.0f} s"
             self._stop(member, why, replaced=cold >= parameters.cold_workers)
 
@@ -196,7 +196,7 @@ class Fleet:
         self.members[member.number] = member
         self._vast.fleet.workers.pop(member.number, None)
         self._vast.fleet.retired.discard(member.number)
-        taken = {port for each in self.processes for port in (each.port, each.port + 1, each.control_port)}
+        taken = {port for other in self.processes for port in (other.port, other.port + 1, other.control_port)}
         member.start(self._vast.url, self._vast.mtoken or "", taken)
         member.started_at = self._now()
         self._change(member, "starting")

@@ -173,7 +173,9 @@ class FakeAutoscaler(Recorder):
     async def _delete_requests(self, request: web.Request) -> web.StreamResponse:
         def accept(batch: Json) -> web.Response:
             self._check_sender(batch, payloads.BATCH)
-            if not all(isinstance(each, dict) and type(each.get("request_idx")) is int for each in batch["requests"]):
+            if not all(
+                isinstance(entry, dict) and type(entry.get("request_idx")) is int for entry in batch["requests"]
+            ):
                 raise refused(400, "each of requests needs a request_idx")
             self.take_batch(batch, self._clock())
             for outcome in batch["requests"]:
@@ -183,13 +185,13 @@ class FakeAutoscaler(Recorder):
         return await self._take("delete_requests", request, accept)
 
     async def _route(self, request: web.Request) -> web.StreamResponse:
-        def accept(asked: Json) -> web.Response:
-            check(asked, payloads.ROUTE)
-            if asked["endpoint"] != self.endpoint:
-                raise refused(404, f"no endpoint named {asked['endpoint']!r}: the only one is {self.endpoint!r}")
-            if asked["api_key"] != payloads.endpoint_key(self.endpoint):
-                self._check_account(asked["api_key"])
-            idx, cost = asked["request_idx"] or next(self._idxs), asked["cost"]
+        def accept(call: Json) -> web.Response:
+            check(call, payloads.ROUTE)
+            if call["endpoint"] != self.endpoint:
+                raise refused(404, f"no endpoint named {call['endpoint']!r}: the only one is {self.endpoint!r}")
+            if call["api_key"] != payloads.endpoint_key(self.endpoint):
+                self._check_account(call["api_key"])
+            idx, cost = call["request_idx"] or next(self._idxs), call["cost"]
             url = self.fleet.grant(idx, cost, self._clock())
             if url is None:
                 if idx not in self._waiting:
@@ -215,7 +217,7 @@ class FakeAutoscaler(Recorder):
     async def _workers(self, request: web.Request) -> web.Response:
         body = await json_object(request)
         self._check_account(body.get("api_key"))
-        return web.json_response([payloads.worker(each, self._clock()) for each in self.fleet.workers.values()])
+        return web.json_response([payloads.worker(worker, self._clock()) for worker in self.fleet.workers.values()])
 
     async def _faults(self, request: web.Request) -> web.Response:
         """GET lists the faults, POST sets one, DELETE removes all or that of ?call=."""

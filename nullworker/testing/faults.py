@@ -57,8 +57,8 @@ class Faults:
 
     def clear(self, call: Call | None = None) -> None:
         """Remove the fault of one call, or all faults. Calls under way keep theirs."""
-        for each in (call,) if call else CALLS:
-            self.active.pop(each, None)
+        for cleared in (call,) if call else CALLS:
+            self.active.pop(cleared, None)
 
     def take(self, call: Call) -> Fault | None:
         """The fault for a new call, or None; counts down `times`."""

@@ -54,7 +54,7 @@ async def test_where_nothing_is_wrong_everything_is_looked_at_and_well(well: Wel
 
 async def test_an_old_python(well: Well) -> None:
     finding = the_only(await found(replace(well.machine(), python=(3, 9, 18))), "python")
-    assert (finding.level, finding.what) == ("wrong", "Python 3.9.18")
+    assert (finding.level, finding.what) == ("error", "Python 3.9.18")
     assert "uv venv -p 3.10" in finding.fix
 
 
@@ -77,14 +77,14 @@ async def test_a_package_that_is_not_what_vastai_or_we_need(
         return version
 
     finding = the_only(await found(replace(well.machine(), version_of=version_of)), "packages")
-    assert finding.level == "wrong"
+    assert finding.level == "error"
     assert words in finding.what.split("; ")
     assert "requirements.txt vastai && uv pip check" in finding.fix
 
 
 async def test_a_backend_without_a_token(well: Well) -> None:
     finding = the_only(await found(well.machine(BACKEND="null")), "template")
-    assert (finding.level, finding.what) == ("wrong", "BACKEND=null without HF_TOKEN")
+    assert (finding.level, finding.what) == ("error", "BACKEND=null without HF_TOKEN")
 
 
 # ---- settings ----
@@ -98,12 +98,12 @@ async def test_a_setting_that_is_not_allowed_ends_the_looks_that_need_it(well: W
 
 async def test_a_shell_without_the_instances_environment(well: Well) -> None:
     finding = next(each for each in await found(well.machine(CONTAINER_ID="")) if each.check == "settings")
-    assert finding.level == "wrong"
+    assert finding.level == "error"
     assert ". /etc/environment" in finding.fix
 
 
 async def test_unsecured_on_an_instance(well: Well) -> None:
-    assert the_only(await found(well.machine(UNSECURED="true")), "signatures").level == "wrong"
+    assert the_only(await found(well.machine(UNSECURED="true")), "signatures").level == "error"
 
 
 async def test_no_master_token(well: Well) -> None:
@@ -114,7 +114,7 @@ async def test_no_master_token(well: Well) -> None:
 async def test_an_address_that_leads_nowhere(well: Well, unset: str) -> None:
     name = unset if unset == "PUBLIC_IPADDR" else f"VAST_TCP_PORT_{well.port}"
     finding = the_only(await found(well.machine(**{name: ""})), "public address")
-    assert finding.level == "wrong"
+    assert finding.level == "error"
     assert f"open port {well.port}" in finding.fix
 
 
@@ -124,7 +124,7 @@ async def test_an_address_that_leads_nowhere(well: Well, unset: str) -> None:
 @pytest.mark.parametrize("variable", ["WORKER_PORT", "NULL_CONTROL_PORT", "WORKER_HTTP_PORT"])
 async def test_a_port_that_somebody_else_has(well: Well, taken: int, variable: str) -> None:
     finding = the_only(await found(well.machine(**{variable: str(taken), f"VAST_TCP_PORT_{taken}": "40123"})), "ports")
-    assert finding.level == "wrong"
+    assert finding.level == "error"
     assert finding.what.startswith(f"{variable}: ")
     assert f"ss -ltnp 'sport = :{taken}'" in finding.fix
 
@@ -148,7 +148,7 @@ async def test_a_worker_that_runs_has_its_ports(well: Well, vast: FakeAutoscaler
 async def test_a_worker_that_runs_and_is_not_ready(well: Well, tmp_path: Path) -> None:
     async with consumer(503) as health, WorkerProcess(tmp_path, BACKEND_HEALTH_URL=health) as worker:
         finding = the_only(await found(well.machine(NULL_CONTROL_PORT=str(worker.control_port))), "worker")
-    assert (finding.level, "one runs and is starting" in finding.what) == ("wrong", True)
+    assert (finding.level, "one runs and is starting" in finding.what) == ("error", True)
     assert f"curl -s {worker.control}/readyz" in finding.fix
 
 
@@ -165,7 +165,7 @@ async def test_a_second_worker_on_one_log(well: Well, tmp_path: Path) -> None:
 
 async def test_a_log_in_a_folder_that_cannot_be_written(well: Well) -> None:
     finding = the_only(await found(well.machine(NULL_EVENT_LOG="/proc/nullworker.db")), "event log")
-    assert finding.level == "wrong"
+    assert finding.level == "error"
     assert "NULL_EVENT_LOG" in finding.fix
 
 
@@ -178,10 +178,10 @@ async def test_a_log_that_is_a_database_of_another_program(well: Well, tmp_path:
 async def test_a_log_on_a_network_file_system(well: Well) -> None:
     well.mounts.write_text(f"overlay / overlay rw 0 0\nserver:/x {well.folder} nfs4 rw 0 0\n")
     finding = the_only(await found(well.machine()), "file system")
-    assert (finding.level, "nfs4" in finding.what) == ("wrong", True)
+    assert (finding.level, "nfs4" in finding.what) == ("error", True)
 
 
-@pytest.mark.parametrize(("free", "level"), [(50 * 10**6, "wrong"), (500 * 10**6, "warning")])
+@pytest.mark.parametrize(("free", "level"), [(50 * 10**6, "error"), (500 * 10**6, "warning")])
 async def test_a_disk_that_is_almost_full(well: Well, free: int, level: str) -> None:
     finding = the_only(await found(replace(well.machine(), free_bytes=lambda path: free)), "disk")
     assert finding.level == level
@@ -192,7 +192,7 @@ async def test_a_disk_that_is_almost_full(well: Well, free: int, level: str) -> 
 
 async def test_no_certificate(well: Well) -> None:
     well.certificate.unlink()
-    assert the_only(await found(well.machine()), "certificate").level == "wrong"
+    assert the_only(await found(well.machine()), "certificate").level == "error"
 
 
 async def test_a_key_of_another_certificate(well: Well) -> None:
@@ -218,7 +218,7 @@ async def test_a_certificate_that_the_base_image_has_signed_itself(well: Well) -
     assert "is self-signed" in the_only(await found(well.machine()), "certificate").what
 
 
-@pytest.mark.parametrize(("days", "level"), [(-1, "wrong"), (3, "warning")])
+@pytest.mark.parametrize(("days", "level"), [(-1, "error"), (3, "warning")])
 async def test_a_certificate_that_ends(well: Well, days: int, level: str) -> None:
     well.sign(timedelta(days=days))
     assert the_only(await found(well.machine()), "certificate").level == level
@@ -234,7 +234,7 @@ async def test_an_instance_without_tls(well: Well) -> None:
 async def test_an_autoscaler_that_does_not_answer(well: Well) -> None:
     address = f"http://127.0.0.1:{free_port()}"
     finding = the_only(await found(well.machine(REPORT_ADDR=address)), "autoscaler")
-    assert finding.level == "wrong"
+    assert finding.level == "error"
     assert f"curl -v {address}/pubkey/" in finding.fix
 
 
@@ -255,7 +255,7 @@ async def test_a_key_that_is_none(well: Well) -> None:
     address = f"http://127.0.0.1:{runner.addresses[0][1]}"
     finding = the_only(await found(well.machine(REPORT_ADDR=address)), "autoscaler")
     await runner.cleanup()
-    assert finding.level == "wrong"
+    assert finding.level == "error"
 
 
 @pytest.mark.parametrize(("ahead", "words"), [(120.0, "120 s ahead of"), (-120.0, "s behind")])
@@ -267,13 +267,13 @@ async def test_a_clock_that_is_wrong(well: Well, ahead: float, words: str) -> No
 async def test_a_consumer_that_does_not_answer(well: Well) -> None:
     url = f"http://127.0.0.1:{free_port()}/health"
     finding = the_only(await found(well.machine(BACKEND_HEALTH_URL=url)), "consumer")
-    assert (finding.level, f"curl -i {url}" in finding.fix) == ("wrong", True)
+    assert (finding.level, f"curl -i {url}" in finding.fix) == ("error", True)
 
 
 @pytest.mark.parametrize("status", [503, 302, 204])
 async def test_a_consumer_that_answers_something_else(well: Well, status: int) -> None:
     async with consumer(status) as url:
-        assert the_only(await found(well.machine(BACKEND_HEALTH_URL=url)), "consumer").level == "wrong"
+        assert the_only(await found(well.machine(BACKEND_HEALTH_URL=url)), "consumer").level == "error"
 
 
 async def test_a_consumer_that_nobody_asks(well: Well) -> None:

@@ -39,18 +39,18 @@ def test_the_parameters_for_one_reservation_workers_are_well() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "level", "fix"),
     [
-        ("target_util", 0.9, "wrong", "vastai update endpoint 42 --target_util 1"),
-        ("target_util", None, "wrong", "vastai update endpoint 42 --target_util 1"),
-        ("max_queue_time", 30.0, "wrong", "vastai update endpoint 42 --max_queue_time 1"),
-        ("max_queue_time", None, "wrong", "vastai update endpoint 42 --max_queue_time 1"),
-        ("target_queue_time", 10.0, "wrong", "vastai update endpoint 42 --target_queue_time 0.5"),
-        ("target_queue_time", None, "wrong", "vastai update endpoint 42 --target_queue_time 0.5"),
-        ("min_load", 150.0, "wrong", "vastai update endpoint 42 --min_load 200"),
+        ("target_util", 0.9, "error", "vastai update endpoint 42 --target_util 1"),
+        ("target_util", None, "error", "vastai update endpoint 42 --target_util 1"),
+        ("max_queue_time", 30.0, "error", "vastai update endpoint 42 --max_queue_time 1"),
+        ("max_queue_time", None, "error", "vastai update endpoint 42 --max_queue_time 1"),
+        ("target_queue_time", 10.0, "error", "vastai update endpoint 42 --target_queue_time 0.5"),
+        ("target_queue_time", None, "error", "vastai update endpoint 42 --target_queue_time 0.5"),
+        ("min_load", 150.0, "error", "vastai update endpoint 42 --min_load 200"),
         ("inactivity_timeout", None, "warning", "vastai update endpoint 42 --inactivity_timeout 10"),
         ("inactivity_timeout", -1.0, "warning", "vastai update endpoint 42 --inactivity_timeout 10"),
-        ("max_workers", 0, "wrong", "vastai update endpoint 42 --max_workers 1"),
+        ("max_workers", 0, "error", "vastai update endpoint 42 --max_workers 1"),
         ("cold_workers", 5, "warning", "vastai update endpoint 42 --cold_workers 0"),
-        ("endpoint_state", "stopped", "wrong", "vastai update endpoint 42 --endpoint_state active"),
+        ("endpoint_state", "stopped", "error", "vastai update endpoint 42 --endpoint_state active"),
     ],
 )
 def test_a_parameter_that_is_not_for_one_reservation_workers(name: str, value: Any, level: str, fix: str) -> None:
@@ -61,7 +61,7 @@ def test_a_parameter_that_is_not_for_one_reservation_workers(name: str, value: A
 
 def test_a_cost_that_is_not_max_perf() -> None:
     finding = the_only(list(judge(RIGHT, 42, [(1, "IDLE", 250.0)], cost=100)), "cost")
-    assert (finding.level, "NULL_MAX_PERF=100" in finding.fix, "cost=250" in finding.fix) == ("wrong", True, True)
+    assert (finding.level, "NULL_MAX_PERF=100" in finding.fix, "cost=250" in finding.fix) == ("error", True, True)
 
 
 def test_a_worker_that_is_errored() -> None:
@@ -99,7 +99,7 @@ async def test_it_exits_with_1_when_something_is_wrong(tmp_path: Path) -> None:
     env = {"UNSECURED": "true", "NULL_EVENT_LOG": str(tmp_path / "log.db"), **ports()}
     assert {each["level"] for each in (await doctor(code=0, **env))["findings"]} == {"ok", "warning"}
     answer = await doctor(code=1, **{**env, "BACKEND": "null"})
-    assert [each["check"] for each in answer["findings"] if each["level"] == "wrong"] == ["template"]
+    assert [each["check"] for each in answer["findings"] if each["level"] == "error"] == ["template"]
 
 
 async def test_for_people_it_says_why_and_how_to_mend_it(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ async def test_an_endpoint_is_asked_by_the_official_client(tmp_path: Path) -> No
         answer = await doctor("--endpoint", "null", "--autoscaler", vast.url, code=1, **env)
         levels = {each["check"]: each["level"] for each in answer["findings"]}
         assert levels["settings"] == "warning", "a desk is no instance"
-        wrong = {name for name, level in levels.items() if level == "wrong"}
+        wrong = {name for name, level in levels.items() if level == "error"}
         assert wrong == {"target_util", "cost"}
         assert levels["cold_workers"] == "warning"
         parameters.target_util = 1.0
