@@ -7,7 +7,6 @@ writes runs on the caller's thread; `read` opens a connection of its own, so tha
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import hmac
 import os
@@ -21,6 +20,7 @@ from nullworker.clock import wall_iso
 from nullworker.collector import schema
 from nullworker.collector.batch import LATEST, Received, source_parts
 from nullworker.errors import CannotStart, Forbidden, NullworkerError
+from nullworker.eventlog.lock import lock_beside
 from nullworker.eventlog.sqlite import transaction
 
 #: Milliseconds that a write waits for somebody else's lock, such as that of a sqlite3 shell.
@@ -254,7 +254,7 @@ def open_store(path: Path) -> Store:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
-        lock = _take_lock(path)
+        lock = lock_beside(path, "a collector", "stop that one, or give --db another file")
     except OSError as error:
         raise CannotStart(f"{path} cannot be made: {error.strerror}; give --db another file") from error
     try:
@@ -287,19 +287,3 @@ def _check(path: Path, conn: sqlite3.Connection) -> None:
         raise CannotStart(f"{path} is no database of `nullworker collect`; give --db another file")
     if version > schema.VERSION:
         raise CannotStart(f"{path} was written by a newer nullworker; update nullworker, or give --db another file")
-
-
-def _take_lock(path: Path) -> int:
-    """An flock beside the file: it ends with the process, however that ends. The file says who holds it."""
-    lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
-        os.close(lock)
-        raise CannotStart(
-            f"{path} belongs to a collector that is running: {holder}; stop that one, or give --db another file"
-        ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"pid {os.getpid()}, since {wall_iso()}\n".encode(), 0)
-    return lock

@@ -7,17 +7,17 @@ what SQLite puts beside it are 0600, for the grants in it renew and end sessions
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from nullworker.clock import Anchor, wall_iso
+from nullworker.clock import Anchor
 from nullworker.dispatch import schema
 from nullworker.dispatch.claims import Claim, Event, Row, from_row, replay, to_row
 from nullworker.errors import CannotStart, LogDamaged, LogUnavailable
+from nullworker.eventlog.lock import lock_beside
 from nullworker.eventlog.sqlite import transaction
 
 #: Milliseconds that an append waits for a stranger's write lock; renewals wait with it.
@@ -191,7 +191,7 @@ def open_ledger(path: Path) -> Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
         os.chmod(path, 0o600)
-        lock = _take_lock(path)
+        lock = lock_beside(path, "a dispatcher", "stop that one, or set --ledger")
     except OSError as error:
         raise CannotStart(f"the ledger {path} cannot be made: {error.strerror}; set --ledger") from error
     try:
@@ -241,19 +241,3 @@ def _check_version(path: Path, conn: sqlite3.Connection) -> None:
         raise CannotStart(f"{path} is a database of another program; set --ledger to another file")
     if version > schema.VERSION:
         raise CannotStart(f"{path} was written by a newer nullworker: update, or set --ledger to another file")
-
-
-def _take_lock(path: Path) -> int:
-    """An flock beside the ledger: it ends with the process, however that ends. The file says who holds it."""
-    lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
-        os.close(lock)
-        raise CannotStart(
-            f"the ledger {path} belongs to a dispatcher that is running: {holder}; stop that one, or set --ledger"
-        ) from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"pid {os.getpid()}, since {wall_iso()}\n".encode(), 0)
-    return lock

@@ -1,4 +1,4 @@
-"""The lock of a log, and how far the log had come.
+"""Locks of files that have one process each; for a log, also how far it had come.
 
 An flock on a file beside the log, and on the log itself, ends with the process. The file beside it says who holds it,
 and names the newest event that was committed. SQLite takes what it can read of a -wal for all there ever was: without
@@ -32,6 +32,33 @@ class Note(NamedTuple):
     seq: int  # of its newest event
     sync: str  # full or normal: whether a commit waited for the disk
     boot_id: str
+
+
+def lock_beside(path: Path, owner: str, advice: str) -> int:
+    """Take the lock of a file of one process: an flock on a file beside it, which says who holds it.
+
+    Args:
+        owner: what may hold it, such as "a dispatcher".
+        advice: what whoever comes second can do.
+
+    Returns:
+        The descriptor; the lock ends with it, and so with the process.
+
+    Raises:
+        CannotStart: another process holds it.
+        OSError: the file beside it cannot be made, or is a link.
+    """
+    # a link would have this process write into a file of somebody else's choice
+    lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+        os.close(lock)
+        raise CannotStart(f"{path} belongs to {owner} that is running: {holder}; {advice}") from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"pid {os.getpid()}, since {wall_iso()}\n".encode(), 0)
+    return lock
 
 
 class Lock:
