@@ -187,19 +187,19 @@ def test_a_lock_is_no_state_until_it_has_lasted(desk: Desk, journal: Locked) -> 
     journal.locked = True
     assert desk.service.claim(Claim()).reason == "log_unavailable"
     for _ in range(int(PATIENCE_SECONDS / RETRY_SECONDS) - 1):
-        assert desk.readiness.state == "ready"
+        assert desk.readiness.log is None
         assert desk.service.refusal == "log_unavailable"
         assert desk.service.next_deadline() == desk.clock.now() + RETRY_SECONDS
         desk.clock.advance(RETRY_SECONDS)
         desk.service.tick()
     desk.clock.advance(RETRY_SECONDS)
     desk.service.tick()
-    assert desk.readiness.state == "errored"
+    assert desk.readiness.log == "database is locked"
     assert "locked" in desk.readiness.error_msg
     assert journal.taken_back == 0, "behind a lock nothing was written"
     journal.locked = False
     assert desk.service.claim(Claim()).state == "held"
-    assert desk.readiness.state == "ready"
+    assert desk.readiness.log is None
 
 
 def test_a_lock_that_comes_again_begins_its_time_anew(desk: Desk, journal: Locked) -> None:
