@@ -20,7 +20,6 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-from nullworker.clock import Anchor
 from nullworker.dispatch.claims import Claim, Ended, Event
 from nullworker.dispatch.core import Core
 from nullworker.dispatch.decision import Counts, Open, Policy
@@ -122,9 +121,6 @@ class World:
     def now(self) -> float:
         return BEGINNING + self.time
 
-    def settle(self) -> Anchor | None:
-        return None
-
     def run(self) -> World:
         self.start()
         while len(self.done) < len(self.pattern.arrivals) or self.holds:
@@ -196,6 +192,8 @@ class World:
     def start(self) -> None:
         ledger: Any = MemoryLedger() if self.folder is None else open_ledger(self.folder / "ledger.db")
         self.ledger = ledger
+        if self.folder is not None:
+            ledger._conn.execute("PRAGMA synchronous = OFF")  # processes die here, the power stays
         self.core = core = Core(ledger, self, Policy(self.pattern.most, interval=self.interval))
         for claim in list(core.book.claims.values()):
             if self.core is not core:

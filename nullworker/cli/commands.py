@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "serve": ("Run the worker.", "nullworker.cli.serve:serve"),
     "reserve": ("Reserve a worker, with the official vastai client.", "nullworker.cli.reserve:reserve"),
+    "dispatch": ("Keep as many workers reserved as a queue needs.", "nullworker.cli.dispatch:dispatch"),
     "work": ("Run a command once for each reservation.", "nullworker.cli.work:work"),
     "status": ("Show the state of the worker.", "nullworker.cli.control:status"),
     "release": ("End the held reservation.", "nullworker.cli.control:release"),

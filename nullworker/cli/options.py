@@ -11,10 +11,11 @@ from urllib.parse import urlsplit
 import click
 
 from nullworker.control_client import ControlClient
+from nullworker.settings import read_age
 
 
 class Seconds(click.FloatRange):
-    """A number of seconds from 0 up; `inf` and `nan`, which float() takes, are none."""
+    """Seconds from 0 up, as 90, 15m, 6h or 30d; `inf` and `nan`, which float() takes, are none."""
 
     name = "seconds"
 
@@ -30,11 +31,13 @@ class Seconds(click.FloatRange):
         try:
             seconds = float(value)
         except ValueError:
-            seconds = math.nan
+            try:
+                seconds = read_age(value)
+            except ValueError:
+                seconds = math.nan
         if not (math.isfinite(seconds) and seconds >= 0) or (self.min_open and seconds == 0):
-            self.fail(
-                f"{value!r} is not a number of seconds, {'more than 0' if self.min_open else '0 or more'}", param, ctx
-            )
+            least = "more than 0" if self.min_open else "0 or more"
+            self.fail(f"{value!r} is not a number of seconds, {least}, as 90, 15m, 6h or 30d", param, ctx)
         return seconds
 
 

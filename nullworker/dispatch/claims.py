@@ -167,6 +167,14 @@ class Claim(msgspec.Struct, frozen=True):
         return Hold(self.id, self.opened_at, self.held_at, before, self.opened.reclaim)
 
     @property
+    def held_seconds(self) -> float | None:
+        """By the worker's clock where it told; None of one that was never held, or has not ended."""
+        if self.held_at is None or self.ended_at is None or self.end is None:
+            return None
+        told = self.end.held_seconds
+        return max(0.0, self.ended_at - self.held_at) if told is None else told
+
+    @property
     def ended_hold(self) -> EndedHold | None:
         """For the decision; None of one that was never held, or has not ended."""
         if self.held_at is None or self.ended_at is None or self.end is None:

@@ -82,6 +82,7 @@ class Memory(NamedTuple):
     pause_seconds: float = 0.0  # length of the last pause; 0: the last hold to be judged brought something
     lengthened_at: float = 0.0  # epoch seconds of the end that set the length
     useful: frozenset[str] = frozenset()  # claims, held now, that have brought something
+    surplus: int = 0  # open claims more than were needed
 
 
 #: Of a dispatcher that has decided nothing yet.
@@ -141,9 +142,11 @@ def decide(
 
     by_queue = min(desired - counted, math.ceil(counts.waiting / policy.jobs_per_worker))
     opens = max(by_queue, policy.min - counted, int(reclaim), 0)
+    # Seen twice: a job that is done is not in flight any more, a moment before its hold is over.
+    surplus = max(0, open_.total - desired_high)
     return Decision(
         opens=opens,
-        gives_up=min(open_.pending, max(0, open_.total - desired_high)),
+        gives_up=min(open_.pending, surplus, memory.surplus),
         reclaim=reclaim,
         desired=desired,
         desired_high=desired_high,
@@ -156,7 +159,7 @@ def decide(
         held=len(open_.held),
         paused=paused,
         pause_seconds=memory.pause_seconds,
-        memory=memory._replace(dropped_since=since),
+        memory=memory._replace(dropped_since=since, surplus=surplus),
     )
 
 

@@ -106,16 +106,16 @@ class Ledger:
         row = self._conn.execute("SELECT at FROM renewals WHERE claim_id = ?", (claim_id,)).fetchone()
         return float(row[0]) if row else None
 
-    def held_time(self, since: float) -> list[HeldTime]:
-        """Every hold that was still held at a time, or began later."""
+    def held_time(self, since: float, *, open_too: bool = True) -> list[HeldTime]:
+        """Every hold that has ended since then, or has not."""
         rows = self._conn.execute(
             "SELECT h.at, iif(e.seq IS NULL, NULL, max(0, coalesce(e.data ->> 'held_seconds', e.at - h.at))),"
             " (SELECT p.data ->> 'price' FROM events p WHERE p.claim_id = h.claim_id AND p.kind = 'priced'"
             "   ORDER BY p.seq DESC LIMIT 1)"
             " FROM events h LEFT JOIN events e ON e.claim_id = h.claim_id AND e.kind = 'ended'"
-            " WHERE h.kind = 'held' AND (h.claim_id IN (SELECT claim_id FROM live)"
+            " WHERE h.kind = 'held' AND ((? AND h.claim_id IN (SELECT claim_id FROM live))"
             "  OR h.claim_id IN (SELECT claim_id FROM events WHERE kind = 'ended' AND at >= ?))",
-            (since,),
+            (open_too, since),
         )
         return [HeldTime(*row) for row in rows]
 
@@ -127,6 +127,11 @@ class Ledger:
             return None
         boot_id, _, offset = row[0].partition(" ")
         return Anchor(boot_id, float(offset))
+
+    def latest(self) -> float:
+        """Epoch seconds of the newest event of an open claim; 0 when none is open."""
+        query = "SELECT coalesce(max(at), 0) FROM events WHERE claim_id IN (SELECT claim_id FROM live)"
+        return float(self._conn.execute(query).fetchone()[0])
 
     def store_anchor(self, anchor: Anchor) -> None:
         """Remember the clock's anchor.

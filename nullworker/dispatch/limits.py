@@ -39,14 +39,15 @@ class Room(NamedTuple):
     reached: Literal["hours", "dollars"] | None = None  # the limit because of which nothing may be opened
     over: bool = False  # what has been held alone has reached it
     again_at: float | None = None  # epoch seconds at which one claim may be opened, if all holds ended now
+    never: bool = False  # one lifetime alone is more than the limit
 
 
-def spent(now: float, holds: Iterable[HeldTime], price: float) -> Spent:
+def spent(now: float, holds: Iterable[HeldTime], price: float, window: float = DAY_SECONDS) -> Spent:
     """Hours and dollars of the last 24 hours. `price`: dollars an hour where a hold's own is not known."""
     hours = dollars = 0.0
     for hold in holds:
         end = now if hold.seconds is None else min(now, hold.held_at + hold.seconds)
-        held = max(0.0, end - max(hold.held_at, now - DAY_SECONDS)) / 3600
+        held = max(0.0, end - max(hold.held_at, now - window)) / 3600
         hours += held
         dollars += held * (price if hold.price is None else hold.price)
     return Spent(hours, dollars)
@@ -69,8 +70,11 @@ def room(
     opens = max(0, fits - waiting_claims)
     if opens:
         return Room(opens, used)
-    again = _again(now, holds, limits, one, price) if not waiting_claims or fits <= 0 else None
-    return Room(0, used, "hours" if name == "hours" else "dollars", over, again)
+    reached: Literal["hours", "dollars"] = "hours" if name == "hours" else "dollars"
+    if fits:  # the claims that wait for a worker have all of it
+        return Room(0, used, reached)
+    again = _again(now, holds, limits, one, price)
+    return Room(0, used, reached, over, again, again is None)
 
 
 def _fits(left: float, one: float) -> int:

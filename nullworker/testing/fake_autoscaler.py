@@ -133,6 +133,7 @@ class FakeAutoscaler(Recorder):
                 web.get("/api/v0/endptjobs/", self._endpoints),
                 web.get("/api/v0/endptjobs/{id}/", self._endpoint_by_id),
                 web.post("/get_endpoint_workers/", self._workers),
+                web.get("/api/v1/instances/", self._instances),
                 web.route("*", "/faults", self._faults),
             ]
         )
@@ -218,6 +219,11 @@ class FakeAutoscaler(Recorder):
         body = await json_object(request)
         self._check_account(body.get("api_key"))
         return web.json_response([payloads.worker(worker, self._clock()) for worker in self.fleet.workers.values()])
+
+    async def _instances(self, request: web.Request) -> web.Response:
+        self._check_account(request.headers.get("Authorization", "").removeprefix("Bearer "))
+        found = [payloads.instance(each) for each in self.fleet.workers.values() if each.status["url"]]
+        return web.json_response({"success": True, "instances": found, "next_token": None})
 
     async def _faults(self, request: web.Request) -> web.Response:
         """GET lists the faults, POST sets one, DELETE removes all or that of ?call=."""

@@ -6,10 +6,12 @@ A figure that is not known here is 0, never invented.
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
+from urllib.parse import urlsplit
 
 from nullworker.testing.routing import Parameters, ReportedWorker
 
 ENDPOINT_ID = 1
+DOLLARS_AN_HOUR = 0.4  # of every worker: so that what a job cost can be shown
 NUMBER = (int, float)
 
 Kinds = Mapping[str, type | tuple[type, ...]]
@@ -70,4 +72,16 @@ def worker(reported: ReportedWorker, now: float) -> dict[str, Any]:
         "disk_usage": status.get("disk_usage", 0.0),
         "loaded_at": 0.0,
         "started_at": 0.0,
+    }
+
+
+def instance(machine: ReportedWorker) -> dict[str, Any]:
+    """An entry of GET /api/v1/instances/ (api/instances.py), with the fields that tell a worker's url and its price."""
+    parts = urlsplit(machine.status["url"])
+    return {
+        "id": machine.status["id"],
+        "actual_status": "running",
+        "public_ipaddr": parts.hostname,
+        "ports": {"3000/tcp": [{"HostIp": "0.0.0.0", "HostPort": str(parts.port)}]},  # noqa: S104  # as docker tells
+        "dph_total": DOLLARS_AN_HOUR,
     }

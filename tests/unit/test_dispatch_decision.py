@@ -24,6 +24,8 @@ from nullworker.dispatch.decision import (
 
 T = 1_800_000_000.0
 IDLE, ONE = Counts(0, 0), Counts(1, 0)
+#: The look before has seen too many, too.
+SEEN = Memory(surplus=99)
 
 
 def hold(name: str = "a", *, age: float = 60.0, before: Counts = IDLE, reclaim: bool = False, now: float = T) -> Hold:
@@ -75,13 +77,23 @@ def ended(
 def test_desired_opens_and_gives_up(
     waiting: int, in_flight: int, pending: int, held: int, policy: Policy, desired: int, opens: int, gives_up: int
 ) -> None:
-    made = decide(T, Counts(waiting, in_flight), Open(pending, 0, holds(held)), policy=policy)
+    made = decide(T, Counts(waiting, in_flight), Open(pending, 0, holds(held)), memory=SEEN, policy=policy)
     assert (made.desired, made.opens, made.gives_up, made.reclaim) == (desired, opens, gives_up, False)
 
 
 def test_a_granted_claim_counts_as_open_and_is_never_given_up() -> None:
     assert decide(T, Counts(1, 0), Open(granted=1), policy=Policy(4)).opens == 0
-    assert decide(T, IDLE, Open(pending=1, granted=2), policy=Policy(4)).gives_up == 1
+    assert decide(T, IDLE, Open(pending=1, granted=2), memory=SEEN, policy=Policy(4)).gives_up == 1
+
+
+def test_a_pending_claim_is_given_up_when_it_was_too_many_at_two_looks_in_a_row() -> None:
+    """A job is done, and not in flight any more, a moment before its hold is over."""
+    run = Run(Policy(4))
+    working = holds(2)
+    assert run.look(1, 2, *working, pending=1).gives_up == 0
+    assert run.look(1, 0, *working, pending=1).gives_up == 0
+    assert run.look(1, 0, pending=1).gives_up == 0
+    assert [run.look(0, 0, pending=1).gives_up for _ in range(2)] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +112,7 @@ def test_where_in_flight_is_unknown_it_opens_by_the_low_estimate_and_gives_up_by
     waiting: int, young: int, old: int, pending: int, opens: int, gives_up: int
 ) -> None:
     held = holds(young, age=9.9) + tuple(hold(f"o{i}", age=10.1) for i in range(old))
-    made = decide(T, Counts(waiting), Open(pending, 0, held), policy=Policy(8))
+    made = decide(T, Counts(waiting), Open(pending, 0, held), memory=SEEN, policy=Policy(8))
     assert (made.opens, made.gives_up, made.low, made.high) == (opens, gives_up, old, young + old)
 
 
@@ -298,7 +310,12 @@ over = st.lists(
     max_size=5,
 )
 memories = st.builds(
-    Memory, st.none() | ages.map(lambda age: T - age), st.just(()), st.sampled_from([0.0, 5.0, 600.0]), st.just(T - 50)
+    Memory,
+    st.none() | ages.map(lambda age: T - age),
+    st.just(()),
+    st.sampled_from([0.0, 5.0, 600.0]),
+    st.just(T - 50),
+    surplus=st.integers(0, 5),
 )
 
 
@@ -317,6 +334,7 @@ def test_what_holds_for_every_decision(
     assert not made.opens or made.desired > counted
     assert counted + made.opens >= policy.min
     assert 0 <= made.gives_up <= open_.pending
+    assert made.gives_up <= memory.surplus
     assert open_.total - made.gives_up >= min(open_.total, made.desired_high)
     assert not (made.opens and made.gives_up)
     assert made.pause_seconds <= LONGEST_PAUSE_SECONDS

@@ -59,7 +59,9 @@ def test_it_says_when_it_will_open_again() -> None:
     assert left.opens == 0
     assert left.again_at == pytest.approx(T + 22 * HOUR + 360, abs=2)
     left = room(T, [], 0, Limits(hours=0.01), lifetime=360, price=0.0)
-    assert (left.opens, left.again_at) == (0, None)  # one lifetime is more than the limit
+    assert (left.opens, left.again_at, left.never) == (0, None, True)  # one lifetime is more than the limit
+    left = room(T, [], 10, Limits(hours=1.0), lifetime=360, price=0.0)
+    assert (left.opens, left.reached, left.again_at, left.never) == (0, "hours", None, False)
 
 
 @given(

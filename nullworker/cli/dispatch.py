@@ -1,0 +1,218 @@
+"""`nullworker dispatch`: its options, and one dispatcher from its start to its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from nullworker import logs
+from nullworker.aio import Interrupted, run_until_signalled
+from nullworker.cli.options import SECONDS, Seconds
+from nullworker.clock import SystemClock
+from nullworker.dispatch.decision import Policy
+from nullworker.dispatch.dispatcher import Dispatcher, Plan, running
+from nullworker.dispatch.driver import Terms
+from nullworker.dispatch.ledger import Ledger, open_ledger
+from nullworker.dispatch.limits import Limits
+from nullworker.dispatch.queues import CommandQueue, Queue, open_queue
+from nullworker.dispatch.vast import Vast
+from nullworker.errors import BadSettings, CannotStart
+from nullworker.settings import is_absolute_http_url
+
+#: Bytes of metadata that a worker takes, less what the claim's id needs.
+METADATA_BYTES = 4096 - 64
+STAND_IN_KEY = "stand-in"
+POSITIVE_SECONDS = Seconds(more_than_0=True)
+
+
+def _option(*names: str, **attributes: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """An option that is also an environment variable: --queue is NULL_QUEUE, --min is NULL_DISPATCH_MIN."""
+    short = names[0].removeprefix("--").replace("-", "_").upper()
+    variable = attributes.pop("variable", f"NULL_DISPATCH_{short}")
+    return click.option(*names, envvar=variable, show_envvar=True, **attributes)
+
+
+def _metadata(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, Any] | None:
+    if text is None:
+        return None
+    try:
+        parsed = json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise click.BadParameter(f"{text!r} is not a JSON object")
+    if len(json.dumps(parsed)) > METADATA_BYTES:
+        raise click.BadParameter(f"it is longer than {METADATA_BYTES} bytes")
+    return parsed
+
+
+@click.command(short_help="Keep as many workers reserved as a queue needs.", context_settings={"show_default": True})
+@_option("--endpoint", metavar="NAME", required=True, help="The endpoint, by its name at Vast.")
+@_option(
+    "--queue", metavar="URL", variable="NULL_QUEUE", help="The queue: redis://, nats://, amqp://, sqs://, sqlite://."
+)
+@_option("--command", metavar="CMD", help="For all other queues: prints one or two numbers, waiting and in flight.")
+@_option(
+    "--max",
+    "most",
+    type=click.IntRange(1),
+    help="Never more workers than this. Required.",
+    variable="NULL_DISPATCH_MAX",
+)
+@_option("--min", "least", type=click.IntRange(0), default=0, help="Always so many.")
+@_option("--jobs-per-worker", type=click.IntRange(1), default=1, help="More than 1 needs consumers that stay.")
+@_option("--interval", type=POSITIVE_SECONDS, default=5.0, help="Between two looks at the queue.")
+@_option("--settle", type=SECONDS, default=10.0, help="After so long a hold has surely taken its job.")
+@_option(
+    "--lifetime", type=POSITIVE_SECONDS, default=300.0, help="How long a session outlives this process unattended."
+)
+@_option("--attach", type=SECONDS, default="15m", help="A consumer must attach within so long; 0: consumers never do.")
+@_option("--stall", type=POSITIVE_SECONDS, default="10m", help="A claim that waits for longer is an alarm.")
+@_option("--cost", type=click.FloatRange(min=0, min_open=True), default=100, help="Workload of one worker.")
+@_option("--metadata", metavar="JSON", callback=_metadata, help="Handed to each consumer; up to 4 KiB.")
+@_option("--max-hours-per-day", type=click.FloatRange(min=0, min_open=True), help="Held hours in 24 hours.")
+@_option("--max-dollars-per-day", type=click.FloatRange(min=0, min_open=True), help="Dollars in 24 hours.")
+@_option("--price", type=click.FloatRange(min=0), help="Dollars an hour. [default: each instance's own]")
+@_option("--at-limit", type=click.Choice(["wait", "end"]), default="wait", help="end: also ends what is held.")
+@_option(
+    "--ledger",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default="nullworker-dispatch.db",
+    help="The SQLite file of all claims.",
+)
+@_option(
+    "--port", type=click.IntRange(0, 65535), default=18996, help="On 127.0.0.1: /status, /readyz, /metrics; 0: any."
+)
+@_option("--autoscaler", metavar="URL", help="A stand-in, as of `nullworker dev`, in place of Vast.")
+@click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Of your account at Vast.")
+@_option(
+    "--log-format",
+    type=click.Choice(["console", "json"]),
+    default="console",
+    help="Lines on stderr.",
+    variable="NULL_LOG_FORMAT",
+)
+@_option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    help="The least that is shown.",
+    variable="NULL_LOG_LEVEL",
+)
+@click.option("--end-all", is_flag=True, help="End every session of the ledger, and exit.")
+def dispatch(
+    *,
+    endpoint: str,
+    queue: str | None,
+    command: str | None,
+    most: int | None,
+    least: int,
+    jobs_per_worker: int,
+    interval: float,
+    settle: float,
+    lifetime: float,
+    attach: float,
+    stall: float,
+    cost: float,
+    metadata: dict[str, Any] | None,
+    max_hours_per_day: float | None,
+    max_dollars_per_day: float | None,
+    price: float | None,
+    at_limit: Literal["wait", "end"],
+    ledger: Path,
+    port: int,
+    autoscaler: str | None,
+    api_key: str | None,
+    log_format: str,
+    log_level: str,
+    end_all: bool,
+) -> None:
+    """Reserve as many workers as a queue needs, for as long as it needs them.
+
+    It only opens reservations; consumers end them. So it may be stopped or killed at any time: the next start goes on
+    with the sessions in the ledger, and jobs go on meanwhile. Needs `pip install 'nullworker[client,queues]'`.
+    SIGTERM leaves every session as it is; --end-all ends them. Seconds may be written as 90, 15m, 6h or 30d.
+    """
+    if autoscaler is not None and not is_absolute_http_url(autoscaler):
+        raise BadSettings(f"--autoscaler must be as http://HOST:PORT, not {autoscaler!r}")
+    key = api_key or (STAND_IN_KEY if autoscaler else "")
+    if not key:
+        raise click.UsageError("no API key: set VAST_API_KEY, or give --api-key")
+    if end_all:
+        source: Queue = CommandQueue("false")
+    elif most is None:
+        raise click.UsageError("--max is missing: never more workers than this")
+    elif least > most:
+        raise BadSettings(f"--min {least} is more than --max {most}")
+    elif (queue is None) == (command is None):
+        raise click.UsageError("give either --queue URL or --command CMD")
+    else:
+        source = open_queue(queue) if queue is not None else CommandQueue(str(command))
+    plan = Plan(
+        Policy(most or 1, least, jobs_per_worker, interval, settle),
+        Terms(cost, lifetime, attach),
+        Limits(max_hours_per_day, max_dollars_per_day, price),
+        at_limit,
+        stall,
+        metadata,
+    )
+    logs.configure(log_format, log_level)
+    opened = open_ledger(ledger)
+    try:
+        clock = SystemClock(opened.anchor(), not_before=opened.latest())
+        opened.store_anchor(clock.anchor)
+        vast = Vast(endpoint, key, autoscaler)
+        if end_all:
+            left = asyncio.run(_end_all(plan, source, vast, opened, clock))
+            if left:
+                raise CannotStart(f"{left} sessions could not be ended: their workers do not answer; try it again")
+        else:
+            asyncio.run(_run(plan, source, vast, opened, clock, port))
+    finally:
+        opened.close()
+
+
+async def _run(plan: Plan, queue: Queue, vast: Vast, ledger: Ledger, clock: SystemClock, port: int) -> None:
+    from nullworker.dispatch.server import server
+    from nullworker.http.sockets import listen
+
+    log = logs.get_log(__name__)
+    listener = listen(port, host="127.0.0.1", variable="--port")
+    async with running(plan, queue, vast, ledger, clock) as dispatcher:
+        site = server(dispatcher, listener)
+        await site.start()
+        log.info(
+            "dispatcher_started",
+            endpoint=vast.endpoint,
+            queue=queue.shown,
+            ledger=str(ledger.path),
+            port=listener.getsockname()[1],
+            **plan.policy._asdict(),
+            open_claims=len(dispatcher.book.claims),
+        )
+        try:
+            await run_until_signalled(dispatcher.run())
+        except Interrupted as interrupted:
+            held = len(dispatcher.book.in_state("held"))
+            log.info(
+                "dispatcher_stopped", signal=interrupted.signal.name, held=held, message="sessions go on as they are"
+            )
+        finally:
+            await site.stop()
+            listener.close()
+
+
+async def _end_all(plan: Plan, queue: Queue, vast: Vast, ledger: Ledger, clock: SystemClock) -> int:
+    async with running(plan, queue, vast, ledger, clock) as dispatcher:
+        return await _ended(dispatcher)
+
+
+async def _ended(dispatcher: Dispatcher) -> int:
+    if dispatcher.book.claims:
+        await dispatcher.connect()
+    return await dispatcher.end_all()

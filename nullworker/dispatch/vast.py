@@ -1,0 +1,191 @@
+"""Vast's side of a dispatcher: grants, the endpoint's workers, and what its instances cost, through the official SDK.
+
+Every private part of the SDK that is used is here: `Endpoint._route`, which names a worker without asking it, and the
+client's `_session`. The account's key goes to Vast alone, never to a worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import ssl
+from typing import Any, Final, NamedTuple
+from urllib.parse import urlsplit
+
+from nullworker.aio import wait_for
+from nullworker.client.vastai_sdk import ClaimTrace, HoldError, connected
+from nullworker.errors import CannotStart
+from nullworker.logs import get_log
+from nullworker.outgoing import describe_failure
+
+log = get_log(__name__)
+
+#: Seconds that the engine keeps a request that does not ask again; the SDK's own figure (vastai 1.9.1, client.py).
+REPLAY_SECONDS: Final = 60.0
+#: Seconds that a call of the account's API may take.
+API_SECONDS: Final = 20.0
+#: Seconds until one that does not answer is said; the SDK tries five times in them.
+CONNECT_SECONDS: Final = 8.0
+
+
+class Unreachable(Exception):
+    """Vast did not answer, or not now; the message has no key in it."""
+
+
+class Grant(NamedTuple):
+    """A worker that may be asked, and what to show it."""
+
+    url: str
+    auth_data: dict[str, Any]
+
+
+class Routed(NamedTuple):
+    """The engine's answer: a grant, or None for now. `request_idx` goes with the next question."""
+
+    grant: Grant | None
+    request_idx: int
+
+
+class WorkerSeen(NamedTuple):
+    """A worker, as the engine sees it."""
+
+    instance: int
+    working: int  # requests and sessions that it has
+
+
+class Instance(NamedTuple):
+    """A rented machine."""
+
+    instance: int
+    price: float  # dollars an hour
+
+
+class Vast:
+    """One endpoint. `connect` first: until it has worked, `route` waits, and the other calls raise Unreachable."""
+
+    def __init__(self, endpoint: str, api_key: str, autoscaler: str | None) -> None:
+        self.endpoint = endpoint
+        self.trouble: str | None = "no call has been answered yet"
+        self._ready = asyncio.Event()
+        self._key = api_key
+        self._autoscaler = autoscaler
+        self._stack = contextlib.AsyncExitStack()
+        self._found: Any = None
+
+    async def connect(self) -> None:
+        """Find the endpoint.
+
+        Raises:
+            CannotStart: there is none of this name, the key is refused, or the SDK is not installed.
+            Unreachable: Vast does not answer.
+        """
+        try:
+            trace = ClaimTrace(lambda line: None, CONNECT_SECONDS, again=False)
+            context = connected(self.endpoint, self._key, self._autoscaler, trace)
+            self._found = await self._stack.enter_async_context(context)
+        except HoldError as error:
+            raise CannotStart(self._without_key(str(error))) from None
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # the SDK raises bare ones
+            words = self._words(error)
+            if re.search("HTTP 40[13]", words):
+                raise CannotStart(f"{words}; check VAST_API_KEY") from None
+            self.trouble = words
+            raise Unreachable(words) from None
+        self.trouble = None
+        self._ready.set()
+
+    async def route(self, cost: float, request_idx: int) -> Routed:
+        """Ask the engine for a worker once, when connected. `request_idx`: that of the last answer, 0 at first."""
+        await self._ready.wait()
+        found = self._connected()
+        # The class's own: `connected` has given this one the patience of a single claim.
+        answer = await self._call(type(found)._route(found, cost=cost, req_idx=request_idx, timeout=REPLAY_SECONDS))
+        idx = int(answer.request_idx or request_idx or 0)
+        if answer.status != "READY":
+            return Routed(None, idx)
+        return Routed(Grant(str(answer.get_url()).rstrip("/"), dict(answer.body)), idx)
+
+    async def workers(self) -> list[WorkerSeen]:
+        """The endpoint's workers."""
+        found = self._connected()
+        return [WorkerSeen(each.id, each.reqs_working) for each in await self._call(found.get_workers())]
+
+    async def instances(self) -> dict[str, Instance]:
+        """The account's instances by `host:port` of their external ports, with what each costs an hour.
+
+        Shape: vastai 1.9.1, api/instances.py (`/api/v1/instances/`, pages by `after_token`) and the `ports` of docker.
+        """
+        found, instances, after = self._connected(), {}, None
+        while True:
+            try:
+                page = await wait_for(self._page(found.client, after), API_SECONDS)
+            except Exception as error:
+                raise Unreachable(self._words(error)) from None
+            for each in page.get("instances") or ():
+                with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # one that is not up yet
+                    seen = Instance(int(each["id"]), float(each["dph_total"]))
+                    for bindings in each["ports"].values():
+                        for binding in bindings:
+                            instances[f"{str(each['public_ipaddr']).strip()}:{int(binding['HostPort'])}"] = seen
+            after = page.get("next_token")
+            if not after:
+                return instances
+
+    async def ssl_context(self) -> ssl.SSLContext:
+        """What workers' certificates are checked with."""
+        context: ssl.SSLContext = await self._call(self._connected().client.get_ssl_context())
+        return context
+
+    async def close(self) -> None:
+        """Close its connections."""
+        await self._stack.aclose()
+
+    async def _page(self, client: Any, after: str | None) -> dict[str, Any]:
+        params = {"limit": "100", **({"after_token": after} if after else {})}
+        headers = {"Authorization": f"Bearer {self._key}"}
+        url = f"{client.vast_web_url}/api/v1/instances/"
+        async with client._session.get(url, params=params, headers=headers) as answer:
+            if answer.status != 200:
+                raise Unreachable(f"{urlsplit(url).netloc} answered {answer.status} for the instances' prices")
+            page: dict[str, Any] = await answer.json(content_type=None)
+            return page
+
+    def _connected(self) -> Any:
+        if self._found is None:
+            raise Unreachable(self.trouble)
+        return self._found
+
+    async def _call(self, call: Any) -> Any:
+        try:
+            answer = await wait_for(call, API_SECONDS)
+        except Exception as error:  # the SDK raises bare ones
+            self.trouble = self._words(error)
+            raise Unreachable(self.trouble) from None
+        self.trouble = None
+        return answer
+
+    def _words(self, error: BaseException) -> str:
+        text = " ".join(str(error).split())
+        if isinstance(error, asyncio.TimeoutError):
+            text = f"{self._autoscaler or 'Vast'} does not answer"
+        return self._without_key(text[:300] or describe_failure(error))
+
+    def _without_key(self, text: str) -> str:
+        text = re.sub(r"([?&]api_key=)[^&\s'\"]*", r"\1***", text)
+        return text.replace(self._key, "***") if self._key else text
+
+
+def address(url: str) -> str:
+    """The `host:port` of a worker's url."""
+    parts = urlsplit(url)
+    return f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
+
+
+def trust(ours: ssl.SSLContext, theirs: ssl.SSLContext) -> None:
+    """Trust what another context trusts, Vast's root certificate among them, and as leniently."""
+    for certificate in theirs.get_ca_certs(binary_form=True):
+        ours.load_verify_locations(cadata=certificate)
+    ours.verify_flags = theirs.verify_flags
