@@ -1,7 +1,8 @@
 """`nullworker history, events`: the event log, for people and for scripts, also while its worker is not running.
 
 The log is a file on this machine, and they read the file: those that are named, or that of the worker that answers on
-the control port, or the one that a worker started here would write. --follow looks at each file again and again, and
+the control port, or the one that a worker started here would write; or the database of `nullworker collect`, whose
+rows say which worker they are of. --follow looks at each file again and again, and
 goes on with the new one when it is replaced. Nothing is written, and the worker is asked only where its log is.
 """
 
@@ -30,6 +31,7 @@ from nullworker.errors import BadSettings, CannotStart, WorkerUnreachable
 from nullworker.eventlog import queries
 from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.opening import open_for_reading
+from nullworker.eventlog.schema import is_fleet
 from nullworker.eventlog.sqlite import transaction
 from nullworker.fsm.table import EVENT_KINDS, STATES
 
@@ -165,6 +167,7 @@ class _Log:
         self._path = path
         self._opened: EventLog | None = open_for_reading(path)
         self._file = _identity(path)
+        self.is_fleet = is_fleet(self.conn)
         #: The last event that has been read: what is to come is after it.
         self.last = self._newest()
 
@@ -244,7 +247,14 @@ class _Log:
         return self._named({**event, "_metadata": metadata})
 
     def _named(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if self.is_fleet:
+            row = {"worker": self._worker(row), **row}
         return dict(row) if self.name is None else {"log": self.name, **row}
+
+    def _worker(self, row: Mapping[str, Any]) -> str | None:
+        sql = "SELECT worker FROM events WHERE reservation_id = ?"
+        found = self.conn.execute(sql, (row["id"] if "id" in row else row["reservation_id"],)).fetchone()
+        return None if found is None else str(found[0])
 
     @contextlib.contextmanager
     def _in_words(self) -> Iterator[None]:
@@ -347,7 +357,10 @@ def _columns_of_events(rows: Sequence[Mapping[str, Any]], asked: Asked, logs: Se
 
 def _log_column(logs: Sequence[_Log]) -> list[Column]:
     names = [log.name for log in logs if log.name is not None]
-    return [Column("log", min(max(map(len, names)), _LOG_COLUMNS), lambda row: _end_of(row["log"]))] if names else []
+    columns = [Column("log", min(max(map(len, names)), _LOG_COLUMNS), lambda row: _end_of(row["log"]))] if names else []
+    if any(log.is_fleet for log in logs):
+        columns.append(Column("instance", _LOG_COLUMNS, lambda row: (row.get("worker") or "-").partition("/")[0]))
+    return columns
 
 
 def _end_of(name: str) -> str:
@@ -381,9 +394,11 @@ def _story(event: Mapping[str, Any]) -> str:
     """Why, or until when; a deadline of the same day without its date."""
     data = event["data"]
     if event["kind"] == "queued":
-        return f"{data.get('kind')} up to {duration(data['duration_cap'])}"
+        cap = data.get("duration_cap")  # an event of a fleet may come from anybody
+        return f"{data.get('kind')} up to {duration(cap)}" if isinstance(cap, (int, float)) else str(data.get("kind"))
     if event["kind"] in ("held", "extended"):
-        ends = iso(data["ends_at"])
+        ends_at = data.get("ends_at")
+        ends = iso(ends_at) if isinstance(ends_at, (int, float)) and 0 <= ends_at < 1e11 else "-"
         return f"until {ends[11:19] if ends[:10] == event['at'][:10] else ends[5:16]}"
     return str(event["reason"])
 

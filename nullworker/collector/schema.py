@@ -15,10 +15,9 @@ from typing import Final
 
 from sqlite_utils import Database, Migrations
 
+from nullworker.eventlog.schema import FLEET_APPLICATION_ID
 from nullworker.eventlog.sqlite import transaction
 
-#: `PRAGMA application_id`: "nulf".
-APPLICATION_ID: Final = 0x6E756C66
 #: `PRAGMA user_version` of a file that this code writes.
 VERSION: Final = 1
 
@@ -208,13 +207,18 @@ SELECT {_SAYS},
        q.data ->> 'duration_cap' AS duration_cap,
        q.data ->> 'request_idx' AS request_idx,
        q.data -> 'metadata' AS metadata,
-       e.data -> 'result' AS result
+       e.data -> 'result' AS result,
+       max(round({ms("coalesce(e.data ->> 'attached_at', a.at)")} - {ms("h.held_at")}, 3), 0) AS attach_seconds
   FROM holds AS h
   JOIN sources AS s ON s.id = h.source_id
   LEFT JOIN received AS q ON q.id = h.queued
   LEFT JOIN received AS g ON g.id = h.held
   LEFT JOIN received AS x ON x.id = h.extended
   LEFT JOIN received AS e ON e.id = h.ended
+  LEFT JOIN received AS a ON a.id = (
+       SELECT min(id) FROM received
+        WHERE reservation_id = h.reservation_id AND source_id = h.source_id
+          AND kind = 'extended' AND reason = 'attached')
  ORDER BY h.id
 """
 
@@ -416,5 +420,5 @@ def migrate(conn: sqlite3.Connection) -> None:
             conn.execute(f"DROP VIEW IF EXISTS {name}")
         for name, select in VIEWS.items():
             conn.execute(f"CREATE VIEW {name} AS {select}")
-        conn.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        conn.execute(f"PRAGMA application_id = {FLEET_APPLICATION_ID}")
         conn.execute(f"PRAGMA user_version = {VERSION}")

@@ -21,6 +21,7 @@ from nullworker.collector import schema
 from nullworker.collector.batch import LATEST, Received, source_parts
 from nullworker.errors import CannotStart, Forbidden, NullworkerError
 from nullworker.eventlog.lock import lock_beside
+from nullworker.eventlog.schema import FLEET_APPLICATION_ID
 from nullworker.eventlog.sqlite import transaction
 
 #: Milliseconds that a write waits for somebody else's lock, such as that of a sqlite3 shell.
@@ -283,7 +284,7 @@ def open_store(path: Path) -> Store:
 def _check(path: Path, conn: sqlite3.Connection) -> None:
     owner = conn.execute("PRAGMA application_id").fetchone()[0]
     version = conn.execute("PRAGMA user_version").fetchone()[0]
-    if owner != schema.APPLICATION_ID and conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
+    if owner != FLEET_APPLICATION_ID and conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
         raise CannotStart(f"{path} is no database of `nullworker collect`; give --db another file")
     if version > schema.VERSION:
         raise CannotStart(f"{path} was written by a newer nullworker; update nullworker, or give --db another file")

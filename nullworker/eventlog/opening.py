@@ -74,7 +74,7 @@ def _open_as(path: Path, file: Path, how: str) -> EventLog:
     """The log of a path, whose content is in a file."""
     conn = sqlite3.connect(f"{file.absolute().as_uri()}?{how}", uri=True, isolation_level=None, timeout=5)
     try:
-        schema.check_version(path, conn)
+        schema.check_readable(path, conn)
         return EventLog(path, conn, None)
     except BaseException:
         conn.close()

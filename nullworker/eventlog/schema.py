@@ -38,6 +38,8 @@ VERSION: Final = 1
 OLDEST_SQLITE: Final = (3, 38)
 #: `PRAGMA application_id`: "nulw", so that `file` and this project know whose it is.
 APPLICATION_ID: Final = 0x6E756C77
+#: That of the database of `nullworker collect`, "nulf": its views have the names and columns of a log.
+FLEET_APPLICATION_ID: Final = 0x6E756C66
 
 TABLES: Final = """
 CREATE TABLE events (
@@ -296,6 +298,21 @@ def _finish(conn: sqlite3.Connection, version: int) -> None:
         conn.execute(statement)
     conn.execute(f"PRAGMA application_id = {APPLICATION_ID}")
     conn.execute(f"PRAGMA user_version = {version}")
+
+
+def check_readable(path: Path, conn: sqlite3.Connection) -> None:
+    """As `check_version`, for reading: then the database of a fleet will do, too.
+
+    Raises:
+        CannotStart, sqlite3.Error: as there.
+    """
+    if not is_fleet(conn):
+        check_version(path, conn)
+
+
+def is_fleet(conn: sqlite3.Connection) -> bool:
+    """Whether it is the database of `nullworker collect`."""
+    return bool(conn.execute("PRAGMA application_id").fetchone()[0] == FLEET_APPLICATION_ID)
 
 
 def check_version(path: Path, conn: sqlite3.Connection) -> None:

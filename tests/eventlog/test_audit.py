@@ -18,6 +18,9 @@ import yaml
 from harness import PATIENCE, ROOT, WorkerProcess
 
 from nullworker.clock import Anchor
+from nullworker.collector import batch
+from nullworker.collector.store import open_store
+from nullworker.eventlog import cloudevents
 from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.opening import open_log
 from nullworker.fsm.book import Claim, Limits
@@ -197,6 +200,42 @@ def test_story_of_one_reservation_and_what_is_open(history: History) -> None:
         ("expired", "15:10:00"),
     ]
     assert [(row["id"], row["state"]) for row in ask(history, "open_now")] == [(history.ids["open"], "held")]
+
+
+#: What only the worker knows: docs/fleet.md says so.
+ONLY_THE_WORKER = {"not_acknowledged", "callbacks_owed"}
+
+
+def test_a_fleet_of_twenty_answers_the_same_questions(history: History, tmp_path: Path) -> None:
+    rows = history.log.conn.execute("SELECT seq, at, reservation_id, kind, reason, data FROM events").fetchall()
+    asked = {"at": f"{DAY:%Y-%m-%d} 14:05", "request": history.ids["late"], "field": "user", "id": history.ids["ben"]}
+    with contextlib.closing(open_store(tmp_path / "fleet.db")) as store:
+        for number in range(20):
+            source = cloudevents.source(str(number), "ab12")
+            own = [(seq, at, rid if number == 0 else f"{rid}-{number}", *rest) for seq, at, rid, *rest in rows]
+            sent = [cloudevents.encode(cloudevents.reservation_event(source, row, with_results=True)) for row in own]
+            store.add(batch.parse(b"[" + b",".join(sent) + b"]"), str(number), 1e9)
+        store.conn.row_factory = sqlite3.Row
+
+        def answers(name: str) -> list[dict[str, Any]]:
+            return [dict(row) for row in store.conn.execute(DATABASE["queries"][name]["sql"], asked)]
+
+        for name in ("who_held_it_at", "expired_holds", "open_now"):  # one of each worker
+            ids = {row["id"] for row in ask(history, name, **asked)}
+            assert {row["id"].partition("-")[0] for row in answers(name)} == ids, name
+            assert len(answers(name)) == 20 * len(ids), name
+        assert [(row["kind"], row["at"]) for row in answers("story_of")] == [
+            (row["kind"], row["at"]) for row in ask(history, "story_of", **asked)
+        ]
+        assert {row["answer"] for row in answers("why_was_it_refused")} == {
+            "429: it waited 30.0 s and the worker stayed busy"
+        }
+        assert [(row["consumer"], row["never_released"]) for row in answers("never_released")] == [("ben", 20)]
+        assert [20 * row["holds"] for row in ask(history, "busy_last_week")] == [
+            row["holds"] for row in answers("busy_last_week")
+        ]
+        told = {"who_held_it_at", "expired_holds", "open_now", "story_of", "why_was_it_refused", "never_released"}
+        assert told | {"busy_last_week"} | ONLY_THE_WORKER == set(DATABASE["queries"])
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "monitoring" / "runbooks").glob("*.md")), ids=lambda page: page.stem)

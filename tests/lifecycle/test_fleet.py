@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,12 @@ from typing import Any
 
 import aiohttp
 import pytest
-from collectors import CollectorProcess
+from collectors import CollectorProcess, event, hold
 from harness import ROOT, WorkerProcess
-from programs import caller, dead_address, nullworker, session
+from programs import Program, caller, dead_address, nullworker, session, until
 from receivers import Receiver
+
+from nullworker.clock import wall
 
 TOKEN = "t0ken-of-the-fleet"
 
@@ -49,8 +52,7 @@ async def test_fleet_database_has_what_the_worker_had_when_its_machine_is_gone(t
             began = asyncio.get_running_loop().time()
             assert await worker.terminate() == 0
             assert asyncio.get_running_loop().time() - began < 4, "nothing is owed, so nothing is waited for"
-            columns = "id, kind, state, reason, queued_at, held_at, ends_at, ended_at, queued_seconds, held_seconds,"
-            columns += " duration_cap, request_idx, metadata, result"
+            columns = ", ".join(name for _, name, *_ in worker.sql("PRAGMA table_info(reservations)"))
             own = worker.sql(f"SELECT {columns} FROM reservations")
             assert told(collector) == worker.sql(
                 "SELECT seq, at, reservation_id, kind, reason FROM events ORDER BY seq"
@@ -196,3 +198,43 @@ def test_worker_without_a_sink_does_not_import_one() -> None:
     script = "import sys, nullworker.worker; print(sorted(m for m in sys.modules if 'sink' in m or 'cloudevents' in m))"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+async def test_history_and_events_read_the_fleet_and_say_of_which_worker_each_row_is(tmp_path: Path) -> None:
+    async with CollectorProcess(tmp_path) as collector:
+        now = wall()
+        await collector.send(
+            hold("nullworker/7/a", 1, "r1", now - 60, ends_at=now + 60, metadata={"job": "a-7"}), key="a"
+        )
+        ended = event("nullworker/8/b", 3, "released", "r2", now - 30, "explicit")
+        await collector.send([*hold("nullworker/8/b", 1, "r2", now - 90, ends_at=now), ended], key="b")
+        odd = [
+            event("nullworker/9/c", 1, "queued", "r3", now),
+            event("nullworker/9/c", 2, "held", "r3", now, None, ends_at=-1),
+        ]
+        await collector.send(odd, key="c")
+        log = ("--log", str(collector.db))
+        rows = [json.loads(line) for line in (await nullworker("history", *log, "--json")).splitlines()]
+        assert {(row["worker"], row["id"], row["state"]) for row in rows} == {
+            ("7/a", "r1", "held"), ("8/b", "r2", "released"), ("9/c", "r3", "held"),
+        }  # fmt: skip
+        assert "r1" in await nullworker("history", *log, "--state", "held", "--json")
+        shown = await nullworker("history", *log, COLUMNS="80")
+        assert re.search(r"^7 .* held .* job=a-7$", shown, re.MULTILINE)
+        assert all(len(line) <= 80 for line in shown.splitlines())
+        shown = await nullworker("events", *log, "--json")
+        assert [json.loads(line)["worker"] for line in shown.splitlines()] == ["7/a"] * 2 + ["8/b"] * 3 + ["9/c"] * 2
+        assert "held" in await nullworker("events", *log)
+        following = Program(tmp_path, sys.executable, "-m", "nullworker", "events", *log, "--follow", "--json")
+        async with following:
+            await until(lambda: len(following.out.read_text().splitlines()) == 7)
+            await collector.send([event("nullworker/7/a", 3, "released", "r1", now, "explicit")], key="a")
+            await until(lambda: len(following.out.read_text().splitlines()) == 8)
+
+
+@pytest.mark.parametrize("command", [("serve",), ("prune", "--keep", "1d")])
+async def test_no_worker_writes_into_the_database_of_a_fleet(tmp_path: Path, command: tuple[str, ...]) -> None:
+    async with CollectorProcess(tmp_path) as collector:
+        await collector.terminate()
+    said = await nullworker(*command, code=1, UNSECURED="true", NULL_EVENT_LOG=str(collector.db), WORKER_PORT="0")
+    assert "is a database of another program" in said
