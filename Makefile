@@ -9,7 +9,7 @@ CUTS ?= 500
 MINUTES ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools demo test quick lint oldest stress simulate days cuts crash fleet soak bench clean
+.PHONY: help install tools demo test quick lint oldest stress simulate days cuts crash fleet soak bench dist audit pythons clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -32,6 +32,15 @@ lint: install  ## run ruff and mypy
 
 oldest: $(VENV)-3.10/.installed  ## run the tests on Python 3.10, the version in Vast's template
 	$(VENV)-3.10/bin/python -m pytest -n 3 --dist loadfile -m "not slow"
+
+pythons: install  ## run the core's tests on each Python from 3.10 to 3.13 that is on this machine
+	@.ci/pythons tests/unit tests/eventlog
+
+dist: install  ## build sdist and wheel, run the demo from the wheel in an empty environment, write an SBOM
+	@.ci/dist $(BIN)/python
+
+audit: install  ## ask the advisory database of PyPI about everything that is installed
+	$(BIN)/pip-audit --local --skip-editable
 
 stress: simulate days cuts crash fleet soak  ## run simulate, days, cuts, crash, fleet and soak, which takes hours
 
@@ -74,4 +83,4 @@ $(VENV)-3.10/.installed: pyproject.toml $(VENV)/.installed
 	@.ci/venv $(VENV)-3.10 $$(.ci/find-python 3.10)
 
 clean:  ## remove what make has created
-	rm -rf $(VENV) $(VENV)-3.10 .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-3.* dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
