@@ -28,8 +28,10 @@ DAY = 86_400.0
 #: The SDK skips this entry of REPORT_ADDR: the old API takes no reports (vastai 1.9.1, server/lib/metrics.py).
 OLD_API = "https://cloud.vast.ai/api/v0"
 
-#: Variables that begin with NULL_ and belong to other commands than `serve`; a test compares them with the options.
-OTHER_NAMES = frozenset(("NULL_QUEUE", "NULL_COLLECT_TOKEN"))
+#: Variables that begin with NULL_ and belong to other commands than `serve`: names, and beginnings of names. A test
+#: compares them with the commands' options.
+OTHER_NAMES = frozenset(("NULL_QUEUE",))
+OTHER_BEGINNINGS = ("NULL_DISPATCH_", "NULL_COLLECT_")
 
 _TRUE = frozenset(("true", "t", "yes", "y", "on", "1"))
 _AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -315,7 +317,11 @@ def unknown_names(values: Mapping[str, str]) -> dict[str, str | None]:
     """Variables that begin with NULL_ and that no command knows, each with the known name nearest to it, if any is."""
     known = {variable(each.name) for each in fields(Settings)} | OTHER_NAMES
     known = {name for name in known if name.startswith("NULL_")}
-    strange = sorted(name for name in values if name.startswith("NULL_") and name not in known)
+    strange = sorted(
+        name
+        for name in values
+        if name.startswith("NULL_") and name not in known and not name.startswith(OTHER_BEGINNINGS)
+    )
     return {name: next(iter(difflib.get_close_matches(name, known, n=1)), None) for name in strange}
 
 
