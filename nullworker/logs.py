@@ -1,8 +1,7 @@
 """Log lines on stderr: a machine-readable event name and fields, as text for people or as JSON.
 
-Levels and loggers are the standard library's, so that lines of libraries come out in the same form; a line of our own
-is no LogRecord, whose twenty unused fields took a sixth of a reservation's CPU time. structlog imports `rich` where it
-is installed, as on every Vast worker, and would add 0.15 s to a start.
+Our own lines and those of libraries go through the standard library's loggers and one handler. structlog imports `rich`
+where it is installed, as on every Vast worker, and would add 0.15 s to a start.
 
 A line that cannot be written never blocks or fails the work: stderr may be a pipe whose reader has died or stalled, or
 a file on a full disk.
@@ -27,41 +26,37 @@ from typing import Any, Final, TextIO, cast
 
 from nullworker.clock import iso, wall
 
-#: What a pipe holds for a reader that is late: a long queue that is sent away at once is a line for each, and more than
-#: the 64 KiB that a pipe has by itself. It is the most that Linux allows to everybody.
+#: Buffer size of the stderr pipe: cancelling a long queue writes more lines at once than the default of 64 KiB holds.
+#: 1 MiB is the most that Linux allows without privileges.
 PIPE_BYTES: Final = 1024 * 1024
 #: A value that needs no quotes.
 _PLAIN = re.compile(r"[^\s\"'=]+")
 
-#: Makes a line of: epoch seconds, level, event, fields, a traceback or nothing.
+#: Formats a line from: epoch seconds, level, event, fields, a traceback or "".
 Form = Callable[[float, str, str, dict[str, Any], str], str]
 
 
 class Log:
-    """Writes lines: an event's word, and what it speaks of."""
+    """A logger whose lines are an event name and fields, not a sentence."""
 
     def __init__(self, name: str) -> None:
         self._logger = logging.getLogger(name)
 
     def info(self, event: str, **fields: Any) -> None:
-        """Something happened that is as it should be."""
-        self._write(logging.INFO, event, fields)
+        """Something has happened as it should."""
+        self._logger.info(event, extra={"fields": fields})
 
     def warning(self, event: str, **fields: Any) -> None:
         """Something is not as it should be, and the worker copes with it."""
-        self._write(logging.WARNING, event, fields)
+        self._logger.warning(event, extra={"fields": fields})
 
     def error(self, event: str, **fields: Any) -> None:
-        """Something has failed that somebody should look at."""
-        self._write(logging.ERROR, event, fields)
+        """Something has failed and needs attention."""
+        self._logger.error(event, extra={"fields": fields})
 
     def exception(self, event: str, **fields: Any) -> None:
-        """A bug: the line has the traceback of the error that is being handled."""
-        self._write(logging.ERROR, event, fields, _trace(sys.exc_info()[1]))
-
-    def _write(self, level: int, event: str, fields: dict[str, Any], trace: str = "") -> None:
-        if self._logger.isEnabledFor(level):
-            _out.write(wall(), _LEVELS[level], event, fields, trace)
+        """A bug: the line has the traceback of the exception that is being handled."""
+        self._logger.error(event, exc_info=True, extra={"fields": fields})
 
 
 def get_log(name: str) -> Log:
@@ -70,7 +65,7 @@ def get_log(name: str) -> Log:
 
 
 def as_json(at: float, level: str, event: str, fields: dict[str, Any], trace: str) -> str:
-    """One JSON object."""
+    """A line as a JSON object."""
     line = {"timestamp": iso(at), "level": level, "event": event, **fields}
     if trace:
         line["exception"] = trace
@@ -78,47 +73,54 @@ def as_json(at: float, level: str, event: str, fields: dict[str, Any], trace: st
 
 
 def as_text(at: float, level: str, event: str, fields: dict[str, Any], trace: str) -> str:
-    """A line for a person; a traceback below it."""
+    """A line for a person, with the traceback below it."""
     words = " ".join([f"{name}={_word(value)}" for name, value in fields.items()])
     line = f"{iso(at)} {level:<8} {event:<24} {words}".rstrip()
     return f"{line}\n{trace}" if trace else line
 
 
-class _Out:
-    """Where lines go: a stream, or whatever stderr is at the time."""
+class Lines(logging.Handler):
+    """Writes each record as a line to `stream`, or to what sys.stderr is at the time. It never raises."""
 
     def __init__(self, form: Form, stream: TextIO | None = None, common: dict[str, Any] | None = None) -> None:
+        super().__init__()
         self.form = form
         self._stream = stream
         self._common = common or {}
 
-    def write(self, at: float, level: str, event: str, fields: dict[str, Any], trace: str) -> None:
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record: ours has `fields`; of a library's the message is a field."""
         stream = self._stream or sys.stderr
         if stream is None:  # the process was started without one
             return
+        event, fields = record.msg, getattr(record, "fields", None)
+        if fields is None:
+            event, fields = "library_line", {"library": record.name, "message": _message(record)}
         fields = {**fields, **self._common}
+        trace = _trace(record.exc_info[1]) if record.exc_info else ""
+        level = record.levelname.lower()
         try:
-            line = self.form(at, level, event, fields, trace)
-        except Exception as error:  # a field that cannot be told: the rest can
-            line = self.form(at, level, event, {"untold": ",".join(fields), "why": type(error).__name__}, trace)
+            line = self.form(record.created, level, event, fields, trace)
+        except Exception as error:  # a field that has no text: write the rest
+            unprintable = {"untold": ",".join(fields), "why": type(error).__name__}
+            line = self.form(record.created, level, event, unprintable, trace)
         try:
             stream.write(line + "\n")
             stream.flush()
         except (OSError, ValueError):
-            pass  # nothing can be said about it, there being nowhere to say it
+            pass  # there is nowhere to report it
 
 
 class _Stderr(io.TextIOBase):
-    """A stderr that is never waited for: while it takes nothing more, lines are dropped, and then it is said how many.
+    """A stderr that never blocks: while it accepts nothing, lines are dropped and counted; the count is written later.
 
-    It is sys.stderr, so that what others write there goes the same way: a traceback at the end, a warning, a command's
-    last sentence, and Python's flush at exit, which waits for a stalled reader, and fails the exit where stderr fails.
+    It replaces sys.stderr, so that tracebacks, warnings and error messages of commands use it too, and Python's flush
+    at exit neither waits for a stalled reader nor fails.
 
-    Pipes and terminals are opened anew, without blocking: O_NONBLOCK on descriptor 2 would be there for all who have
-    the same open file, as the shell or the supervisor. What cannot be opened anew, as a socket, is written when poll
-    says so: it takes PIPE_BUF bytes then. Poll alone would not do: a pipe that others write to may be full again by
-    then, and a terminal promises one byte. Nor would a thread that may block: each line would cost more, and the last
-    ones would be lost with a process that is killed.
+    Pipes and terminals are opened anew with O_NONBLOCK, because on descriptor 2 the flag would also apply to the shell
+    or the supervisor, which share the open file. A socket cannot be opened anew; it is written when poll reports
+    POLLOUT, up to PIPE_BUF bytes. Poll alone is not enough for pipes, which another writer may fill meanwhile. A writer
+    thread would cost more for each line, and a killed process would lose its last lines.
     """
 
     def __init__(self) -> None:
@@ -128,11 +130,11 @@ class _Stderr(io.TextIOBase):
         self._room = select.poll()
         self._room.register(self._fd, select.POLLOUT)
         self._lock = threading.RLock()
-        self._rest = b""  # of what was begun: until it is written, lines are dropped
+        self._rest = b""  # of the last line; until it is written, lines are dropped
         self._dropped = 0
 
     def write(self, text: str) -> int:
-        """All of it now or a part of it later, or nothing."""
+        """Write as much as possible now and the rest later, or drop all of it."""
         with self._lock:
             if self._rest:
                 self.flush()
@@ -143,27 +145,27 @@ class _Stderr(io.TextIOBase):
         return len(text)
 
     def flush(self) -> None:
-        """Try again what waits, and tell what was dropped."""
+        """Write the rest, and then how many lines were dropped."""
         if not self._rest:
             return
         with self._lock:
             self._rest = self._push(self._rest)
             if self._dropped and not self._rest:
-                notice = _out.form(wall(), "warning", "log_lines_dropped", {"lines": self._dropped}, "")
+                notice = _lines.form(wall(), "warning", "log_lines_dropped", {"lines": self._dropped}, "")
                 self._rest, self._dropped = self._push(f"{notice}\n".encode()), 0
 
     def _push(self, data: bytes) -> bytes:
-        """Write what can be written at once. Returns the rest."""
+        """Write what can be written without blocking. Returns the rest."""
         try:
             while data and (self._fd != 2 or self._room.poll(0)):
                 data = data[os.write(self._fd, data[: select.PIPE_BUF]) :]
         except OSError:
-            pass  # it is full after all, or nobody reads any more, or its disk is full: that may change
+            pass  # it is full, its reader has died, or its disk is full: try again later
         return data
 
 
 def _own(fd: int) -> int:
-    """The same open anew, so that it does not block; but a file never does, and has its place in common with others."""
+    """A non-blocking descriptor of the same pipe or terminal; a file is used as it is, since it does not block."""
     try:
         if stat.S_ISREG(os.fstat(fd).st_mode):
             return fd
@@ -172,40 +174,36 @@ def _own(fd: int) -> int:
         return fd
 
 
-class _Library(logging.Handler):
-    """Lines of the libraries, and of our own parts that are libraries to others: nullworker.consumer."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """One of them, in the form of ours."""
-        try:
-            message = record.getMessage()
-        except Exception:  # its words do not fit its arguments: the library's bug, and not worth a stop
-            message = repr(record.msg)
-        top, _, rest = record.name.partition(".")
-        ours = top == __name__.partition(".")[0]
-        event = rest.partition(".")[0] if ours else "library_line"
-        fields = {"message": message} if ours else {"library": record.name, "message": message}
-        trace = _trace(record.exc_info[1]) if record.exc_info else ""
-        _out.write(record.created, record.levelname.lower(), event, fields, trace)
-
-
-_LEVELS = {logging.INFO: "info", logging.WARNING: "warning", logging.ERROR: "error"}
-_out = _Out(as_text)
+_lines = Lines(as_text)
 
 
 def configure(form: str, level: str, stream: TextIO | None = None, *, instance: int | None = None) -> None:
     """Set up all log lines of this process.
 
-    `form` is json or console, `level` the least that is shown, `instance` Vast's id of this machine: it ends each line.
+    Args:
+        form: json or console.
+        level: the lowest level that is shown: debug, info, warning or error.
+        stream: where to write; None is stderr, without ever blocking.
+        instance: Vast's id of this machine, which is added to each line.
     """
-    global _out
+    global _lines
     if sys.stderr is not None and sys.stderr is sys.__stderr__:  # the process's own
         sys.stderr = cast("TextIO", _Stderr())
     common = {} if instance is None else {"instance": instance}
-    _out = _Out(as_json if form == "json" else as_text, stream, common)
-    least = logging.getLevelName(level.upper())
-    logging.basicConfig(handlers=[_Library()], level=max(least, logging.WARNING), force=True)
-    logging.getLogger("nullworker").setLevel(least)
+    _lines = Lines(as_json if form == "json" else as_text, stream, common)
+    lowest = logging.getLevelName(level.upper())
+    logging.basicConfig(handlers=[_lines], level=max(lowest, logging.WARNING), force=True)
+    logging.getLogger("nullworker").setLevel(lowest)
+    # What no line shows is not collected (logging HOWTO, Optimization): half of the time that a line takes.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
+
+
+def _message(record: logging.LogRecord) -> str:
+    try:
+        return record.getMessage()
+    except Exception:  # its arguments do not fit its format: a bug of the library
+        return repr(record.msg)
 
 
 def _trace(error: BaseException | None) -> str:
