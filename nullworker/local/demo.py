@@ -1,8 +1,9 @@
-"""`nullworker demo`: queue, scaling, reservations and audit on this machine, with real processes and no account.
+"""`nullworker demo`: queue, scaling, reservations and costs on this machine, with real processes and no account.
 
-Three jobs of a queue reserve a worker each; the fake autoscaler has no worker and starts three, one after the other; a
-consumer beside each worker does the job and releases; the idle fleet scales to zero; and the workers' event logs are
-queried at the end. The demo fails when the printed story is not what happened.
+Ten jobs wait in an SQLite table. `nullworker dispatch`, a process of its own, reserves workers for them; the fake
+autoscaler has none and starts three; a consumer beside each worker takes a job for each reservation; with the queue
+empty the fleet goes back to zero; and the ledger says what each job cost. The demo fails when the printed story is not
+what happened.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import importlib.util
+import json
 import os
 import secrets
 import signal
 import sqlite3
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,35 +28,56 @@ import click
 from nullworker.clock import SystemClock
 from nullworker.errors import NullworkerError
 from nullworker.local.chart import Bar, chart, table
-from nullworker.local.demo_clients import Job, official, official_version, plain
 from nullworker.local.fleet import Fleet
-from nullworker.local.fleet_worker import Change, Plan
+from nullworker.local.fleet_worker import ROOT, Change, Plan
+from nullworker.processes import OrphanGuard
 from nullworker.settings import Settings, variable
 from nullworker.testing import FakeAutoscaler, Parameters
 
-#: The jobs of the queue: name, seconds of work, and when it asks for a worker, in seconds after the start.
-JOBS: Final = (Job("render-1", 6.0, 0.0), Job("render-2", 6.0, 2.0), Job("render-3", 6.0, 4.0))
+JOBS: Final = 10
+JOB_SECONDS: Final = 2.0
 PARAMETERS: Final = Parameters(max_workers=3, inactivity_timeout=3.0)
 #: Time limits in seconds for the jobs, and then for the end of the fleet; a slow machine needs half of them.
-JOBS_SECONDS, GONE_SECONDS = 60.0, 25.0
+DONE_SECONDS, GONE_SECONDS = 75.0, 25.0
+LOOK_SECONDS: Final = 0.1  # between two looks at the jobs
 
-#: The consumer's command, in place of any program: started for each reservation, which its exit releases.
-_JOB: Final = """\
-import json, os, time
-
-job = json.loads(os.environ["NULLWORKER_RESERVATION_METADATA"])
-time.sleep(job["seconds"])  # your work
+_TABLE: Final = f"""\
+CREATE TABLE jobs (
+    id INTEGER PRIMARY KEY,
+    name TEXT,
+    state TEXT DEFAULT 'new',  -- then busy, then done
+    reservation TEXT  -- the hold in which it was done
+);
+WITH RECURSIVE n (id) AS (SELECT 1 UNION ALL SELECT id + 1 FROM n WHERE id < {JOBS})
+INSERT INTO jobs (name) SELECT 'render-' || id FROM n;
 """
+#: The consumer's command, in place of any program: started for each reservation, which its exit releases.
+_CONSUMER: Final = f"""\
+import os, sqlite3, time
 
-_OUTCOMES: Final = """\
-SELECT metadata ->> 'job' AS job, state, reason, queued_seconds AS queued_s, held_seconds AS held_s,
-       result ->> 'exit_code' AS exit_code
-  FROM reservations"""
+jobs = sqlite3.connect("jobs.db", timeout=10, isolation_level=None)
+taken = jobs.execute(
+    "UPDATE jobs SET state = 'busy', reservation = ?"
+    " WHERE id = (SELECT min(id) FROM jobs WHERE state = 'new') RETURNING id",
+    (os.environ["NULLWORKER_RESERVATION_ID"],),
+).fetchone()
+if taken:
+    time.sleep({JOB_SECONDS})  # your work
+    jobs.execute("UPDATE jobs SET state = 'done' WHERE id = ?", taken)
+"""
+#: What the dispatcher asks the queue: how many jobs wait, and how many are worked on.
+_QUEUE: Final = "SELECT sum(state = 'new'), sum(state = 'busy') FROM jobs"
+
+_COSTS: Final = """\
+SELECT j.name AS job, c.instance AS worker, c.wait_seconds AS waited_s, c.held_seconds AS held_s,
+       printf('%.6f', c.dollars) AS dollars, c.reason, c.result ->> 'exit_code' AS exit_code
+  FROM claims AS c JOIN jobs AS j ON j.reservation = c.session_id
+ ORDER BY j.id"""
+_DAILY: Final = "SELECT day, claims, held, open, hours, dollars, p50_wait_seconds AS p50_wait_s FROM daily"
 _STEPS: Final = """\
 SELECT seq, substr(at, 12, 12) AS at, kind, reason
-  FROM timeline WHERE reservation_id = (SELECT id FROM reservations WHERE metadata ->> 'job' = 'render-2')
+  FROM timeline WHERE reservation_id = {reservation!r}
  ORDER BY seq"""
-_DAILY: Final = "SELECT day, reservations, released, open, p50_hold_seconds, busy_seconds FROM daily"
 _FORGERY: Final = "DELETE FROM events"
 
 
@@ -74,7 +98,7 @@ class Narrator:
         click.echo(f"{self._now() - self.since:6.1f} s  {who:<9} {what}")
 
     def changed(self, change: Change) -> None:
-        """Print a change of a worker's state; holds are printed by the clients."""
+        """Print a change of a worker's state; holds are printed by the dispatcher."""
         first = not any(earlier.worker == change.worker and earlier.state == "ready" for earlier in self.changes)
         self.changes.append(change)
         words = {"starting": "starts", "stopping": f"stops: {change.why}", "gone": "is gone", "cold": "is gone"}
@@ -105,20 +129,25 @@ async def run(folder: Path) -> None:
 
 
 async def _demo(folder: Path) -> None:
+    if importlib.util.find_spec("vastai") is None:
+        raise DemoFailed("the official client is not installed: pip install 'nullworker[client]'")
     now = SystemClock().now
-    (folder / "job.py").write_text(_JOB)
-    consumer = (sys.executable, "-m", "nullworker", "work", "--", sys.executable, "job.py")
+    (folder / "consumer.py").write_text(_CONSUMER)
+    with _opened(folder / "jobs.db") as jobs:
+        jobs.executescript(_TABLE)
+    consumer = (sys.executable, "-m", "nullworker", "work", "--", sys.executable, "consumer.py")
     plan = Plan(folder, environment(), consumer=consumer)
     async with FakeAutoscaler(
         parameters=dataclasses.replace(PARAMETERS), mtoken=secrets.token_hex(8), clock=now
     ) as vast:
         _introduce(vast)
         narrator = Narrator(now)
-        narrator.say("fleet", "no workers, no costs")
+        narrator.say("queue", f"{JOBS} jobs wait; no workers, no costs")
         async with Fleet(vast, plan, now, narrator.changed) as fleet:
             try:
-                await _watched(fleet, _jobs(vast, narrator), JOBS_SECONDS, "the jobs are not done")
-                await _watched(fleet, fleet.until_empty(), GONE_SECONDS, "the fleet is not back at zero")
+                async with _dispatch(folder, vast, narrator):
+                    await _watched(fleet, _until_done(folder, narrator), DONE_SECONDS, "the jobs are not done")
+                    await _watched(fleet, fleet.until_empty(), GONE_SECONDS, "the fleet is not back at zero")
             except BaseException:
                 fleet.hurry()
                 raise
@@ -137,13 +166,77 @@ def environment() -> dict[str, str]:
 
 
 def _introduce(vast: FakeAutoscaler) -> None:
-    version = official_version()
-    client = f"the official vastai {version}" if version else "plain HTTP (for the official: pip install vastai)"
-    click.echo(_heading("Three jobs in your queue, and workers that are there only while they work"))
+    click.echo(_heading("Ten jobs in your queue, and workers that are there only while they work"))
     click.echo(f"autoscaler  a stand-in for Vast Serverless at {vast.url}; nothing leaves this machine")
-    click.echo(f"client      {client}")
+    click.echo(f"queue       the table jobs of jobs.db: {_QUEUE}")
+    click.echo("dispatcher  nullworker dispatch --max 3, with the official client")
     click.echo("workers     nullworker serve, on demand, three at most")
-    click.echo("consumer    nullworker work -- python job.py, beside each worker\n")
+    click.echo("consumer    nullworker work -- python consumer.py, beside each worker\n")
+
+
+@contextlib.asynccontextmanager
+async def _dispatch(folder: Path, vast: FakeAutoscaler, narrator: Narrator) -> AsyncIterator[None]:
+    """`nullworker dispatch` as a process, until the block ends; what it does is narrated."""
+    guard = OrphanGuard(signal.SIGKILL)
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "ignore", "-m", "nullworker", "dispatch", "--endpoint", vast.endpoint),
+        *("--autoscaler", vast.url, "--queue", f"sqlite:///{folder / 'jobs.db'}?query={_QUEUE}", "--max", "3"),
+        *("--interval", "1", "--settle", "3", "--attach", "0", "--port", "0", "--log-format", "json"),
+        *("--ledger", str(folder / "nullworker-dispatch.db")),
+        cwd=folder,
+        env={**environment(), "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))},
+        stdin=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    guard.hold(process.pid)
+    reading = asyncio.ensure_future(_narrate(process, narrator))
+    try:
+        yield
+        process.terminate()
+        if await process.wait():
+            raise DemoFailed("the dispatcher did not end as it should")
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        reading.cancel()
+        guard.forget(process.pid)
+        guard.close()
+
+
+async def _narrate(process: asyncio.subprocess.Process, narrator: Narrator) -> None:
+    assert process.stderr is not None
+    async for raw in process.stderr:
+        try:
+            line = json.loads(raw)
+        except ValueError:
+            line = {"event": "error", "level": "error", "message": raw.decode(errors="replace").strip()}
+        if line["event"] == "decided" and line["opened"]:
+            what = f"{line['waiting']} wait, {line['in_flight']} in flight, {line['held']} held"
+            narrator.say("dispatch", f"{what}: asks for {line['opened']} more")
+        elif line["event"] == "claim_held":
+            narrator.say("dispatch", f"held on {line['url']}, after {line['waited']:.1f} s")
+        elif line["level"] == "error":
+            narrator.say("dispatch", str(line.get("message", line["event"])))
+
+
+async def _until_done(folder: Path, narrator: Narrator) -> None:
+    """Wait until every job is done and every hold has ended."""
+    done: set[str] = set()
+    while True:
+        with _opened(folder / "jobs.db") as jobs:
+            names = [name for (name,) in jobs.execute("SELECT name FROM jobs WHERE state = 'done' ORDER BY id")]
+        for name in names:
+            if name not in done:
+                narrator.say(name, "is done")
+        done.update(names)
+        if len(done) == JOBS:
+            with _opened(folder / "nullworker-dispatch.db") as ledger:
+                if not ledger.execute("SELECT count(*) FROM open_claims").fetchone()[0]:
+                    narrator.say("queue", "is empty")
+                    return
+        await asyncio.sleep(LOOK_SECONDS)
 
 
 async def _watched(fleet: Fleet, work: Any, seconds: float, failure: str) -> None:
@@ -161,26 +254,11 @@ async def _watched(fleet: Fleet, work: Any, seconds: float, failure: str) -> Non
         await asyncio.gather(task, keeping, return_exceptions=True)
 
 
-async def _jobs(vast: FakeAutoscaler, narrator: Narrator) -> None:
-    reserve = official if official_version() else plain
-
-    async def one(job: Job) -> None:
-        await asyncio.sleep(job.asked_at)
-        narrator.say(job.name, "asks for a worker")
-        answer = await reserve(vast, job, environment(), lambda line: narrator.say(job.name, line))
-        if answer.get("released") != "consumer_exit" or answer.get("result") != {"exit_code": 0}:
-            raise DemoFailed(f"{job.name} ended as {answer}")
-        narrator.say(job.name, f"is done: its consumer released the worker after {answer['held_seconds']:.1f} s")
-
-    await asyncio.gather(*(one(job) for job in JOBS))
-
-
 def _check(vast: FakeAutoscaler, narrator: Narrator) -> None:
     outcomes = Counter(outcome["status"] for outcome in vast.outcomes)
-    workers = len({change.worker for change in narrator.changes})
-    if (outcomes, workers) != ({"Success": len(JOBS)}, PARAMETERS.max_workers):
-        raise DemoFailed(f"{workers} workers were started, and the autoscaler was told {dict(outcomes)}")
-    narrator.say("autoscaler", f"was told: {len(JOBS)} requests, {len(JOBS)} times Success")
+    if outcomes != {"Success": JOBS}:
+        raise DemoFailed(f"the autoscaler was told {dict(outcomes)}")
+    narrator.say("autoscaler", f"was told: {JOBS} sessions, {JOBS} times Success")
 
 
 def _bars(folder: Path, numbers: list[int], narrator: Narrator) -> Iterator[Bar]:
@@ -190,7 +268,7 @@ def _bars(folder: Path, numbers: list[int], narrator: Narrator) -> Iterator[Bar]
         for change in narrator.changes:
             if change.worker == number:
                 at.setdefault(change.state, change.at - narrator.since)
-        with _opened(folder, number) as conn:
+        with _opened(_log(folder, number)) as conn:
             holds = conn.execute(
                 "SELECT h.at, e.at FROM events h JOIN events e USING (reservation_id)"
                 " WHERE h.kind = 'held' AND e.kind IN ('released', 'expired', 'cancelled')"
@@ -201,39 +279,50 @@ def _bars(folder: Path, numbers: list[int], narrator: Narrator) -> Iterator[Bar]
 
 
 def _audit(folder: Path, numbers: list[int]) -> None:
-    """Query the logs with plain SQL."""
-    _ask("Which job held which worker, and how did it end?", _OUTCOMES, folder, numbers)
-    _ask("What happened to render-2, step by step?", _STEPS, folder, numbers)
-    _ask("How long was each worker of use?", _DAILY, folder, numbers)
-    click.echo(_heading("Can the log be changed afterwards?"))
+    """Query the ledger and a worker's log with plain SQL."""
+    ledger = folder / "nullworker-dispatch.db"
+    with _opened(ledger) as conn:
+        conn.execute("ATTACH ? AS queue", (str(folder / "jobs.db"),))
+        rows = _ask(conn, "What did each job cost? (the dispatcher's ledger, beside the table of jobs)", _COSTS)
+        if len(rows) != JOBS:
+            raise DemoFailed(f"the ledger knows of {len(rows)} jobs, and {JOBS} were done")
+        _ask(conn, "And all of them?", _DAILY)
+        reservation = conn.execute("SELECT reservation FROM jobs WHERE id = 1").fetchone()[0]
+    for number in numbers:
+        with _opened(_log(folder, number)) as conn:
+            if conn.execute("SELECT 1 FROM reservations WHERE id = ?", (reservation,)).fetchone():
+                question = f"What happened to render-1, step by step? (the log of worker {number})"
+                _ask(conn, question, _STEPS.format(reservation=reservation))
+    click.echo(_heading("Can the ledger be changed afterwards?"))
     click.echo(f"{_FORGERY};")
-    with _opened(folder, numbers[0]) as conn:
+    with _opened(ledger) as conn:
         try:
             conn.execute(_FORGERY)
         except sqlite3.Error as error:
             click.echo(f"Error: {error}")
             return
-    raise DemoFailed("an event could be removed from the log")
+    raise DemoFailed("an event could be removed from the ledger")
 
 
-def _ask(question: str, query: str, folder: Path, numbers: list[int]) -> None:
-    names: list[str] = []
-    rows: list[tuple[Any, ...]] = []
-    for number in numbers:
-        with _opened(folder, number) as conn:
-            found = conn.execute(query)
-            names = ["log", *(column[0] for column in found.description)]
-            rows += [(f"nullworker-{number}.db", *row) for row in found]
+def _ask(conn: sqlite3.Connection, question: str, query: str) -> list[Any]:
+    found = conn.execute(query)
+    names = [column[0] for column in found.description]
+    rows = found.fetchall()
     if not rows:
-        raise DemoFailed(f"the logs do not answer: {question}")
+        raise DemoFailed(f"there is no answer to: {question}")
     click.echo(_heading(question))
     click.echo(f"{query};\n")
     click.echo(table(names, rows))
+    return rows
+
+
+def _log(folder: Path, number: int) -> Path:
+    return folder / f"nullworker-{number}.db"
 
 
 @contextlib.contextmanager
-def _opened(folder: Path, number: int) -> Iterator[sqlite3.Connection]:
-    with contextlib.closing(sqlite3.connect(folder / f"nullworker-{number}.db")) as conn:
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    with contextlib.closing(sqlite3.connect(path, timeout=10)) as conn:
         yield conn
 
 

@@ -14,12 +14,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from harness import PATIENCE, ROOT, WorkerProcess
+from harness import ROOT
 from marks import MARK, marked
 from programs import until
-
-from nullworker.local.demo_clients import Job, NotReserved, plain
-from nullworker.testing import FakeAutoscaler
 
 pytestmark = pytest.mark.slow
 
@@ -82,16 +79,19 @@ async def test_it_tells_the_story_and_leaves_nothing(demo: Demo) -> None:
     assert (code, err) == (0, "")
     assert demo.running() == []
     assert os.listdir(demo.folder) == []
-    assert "the official vastai " in out
-    for number in (1, 2, 3):  # which worker gets which job is the stand-in's choice
-        in_order(out, f"render-{number}", "asks for a worker", "held on http://127.0.0.1:", "is done: its consumer")
-        in_order(out, f"worker {number}", "starts", "is ready", "stops: idle for 3 s", "is gone")
+    for number in range(1, 11):  # which worker gets which job is the stand-in's choice
+        in_order(out, f"render-{number}", "is done")
+        assert re.search(rf"^render-{number} +\d +[\d.]+ +2\.\d+ +0\.0002\d+ +consumer_exit +0$", out, re.MULTILINE)
+    for number in (1, 2, 3):
+        in_order(out, f"worker {number}", "starts", "is ready", "stops: idle for", "is gone")
         assert re.search(rf"^worker {number} +·+[░█]*░+$", out, re.MULTILINE), "the chart"
-        assert re.search(rf"^nullworker-\d.db +render-{number} +released +consumer_exit ", out, re.MULTILINE)
+    assert "10 wait, 0 in flight, 0 held: asks for 3 more" in out
+    assert len(re.findall("dispatch  held on http://127.0.0.1:", out)) == 10
     assert "█" in out
     assert out.index("no workers, no costs") < out.index("worker 1") < out.rindex("no workers, no costs")
-    assert "was told: 3 requests, 3 times Success" in out
-    steps = re.findall(r"^nullworker-\d.db +\d .* (queued|held|released) ", out, re.MULTILINE)
+    assert "was told: 10 sessions, 10 times Success" in out
+    assert re.search(r"^20\d\d-\d\d-\d\d +10 +10 +0 +0\.00\d+ +0\.00\d+", out, re.MULTILINE), "one hold for each job"
+    steps = re.findall(r"^\d +\d\d:\d\d:[\d.]+ +(queued|held|released) ", out, re.MULTILINE)
     assert steps == ["queued", "held", "released"]
     assert "Error: events are append-only: no DELETE" in out
     assert max(map(len, out.splitlines())) <= 120
@@ -104,9 +104,9 @@ async def test_the_logs_can_be_kept_also_when_it_is_stopped(demo: Demo) -> None:
     code, out, _ = await demo.end()
     assert code == 130
     (folder,) = os.listdir(demo.folder)
-    assert f"sqlite3 {demo.folder}/{folder}/nullworker-1.db" in out
-    with closing(sqlite3.connect(demo.folder / folder / "nullworker-1.db")) as conn:
-        assert conn.execute("SELECT count(*) FROM reservations").fetchone()[0] >= 1
+    assert f"sqlite3 {demo.folder}/{folder}/nullworker-dispatch.db" in out
+    with closing(sqlite3.connect(demo.folder / folder / "nullworker-dispatch.db")) as conn:
+        assert conn.execute("SELECT count(*) FROM claims").fetchone()[0] >= 1
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -126,33 +126,3 @@ async def test_nothing_outlives_it_when_it_is_killed(demo: Demo) -> None:
     demo.process.kill()
     await demo.process.wait()
     await until(lambda: not demo.running())
-
-
-async def test_without_the_official_client_it_goes_by_hand(vast: FakeAutoscaler, worker: WorkerProcess) -> None:
-    said: list[str] = []
-    job = Job("a", 1.0, 0.0)
-    asked = asyncio.ensure_future(plain(vast, job, {}, said.append))
-    await worker.line("reservation_held")
-    await worker.release(result={"exit_code": 0})
-    answer = await asyncio.wait_for(asked, PATIENCE)
-    assert (answer["released"], answer["result"]) == ("explicit", {"exit_code": 0})
-    assert said[-1] == f"held on {worker.url}, by a plain request"
-    assert worker.sql("SELECT metadata ->> 'job' FROM reservations") == [("a",)]
-
-
-async def test_without_the_official_client_it_waits_for_a_worker_with_one_request(
-    vast: FakeAutoscaler, tmp_path: Path
-) -> None:
-    said: list[str] = []
-    asked = asyncio.ensure_future(plain(vast, Job("a", 1.0, 0.0), {}, said.append))
-    await vast.wait_for(lambda: sum(seen.call == "route" for seen in vast.seen) >= 2)
-    assert vast.waiting == [1]
-    assert said == ["waiting for a worker: there is none yet"]
-    asked.cancel()
-
-
-async def test_without_the_official_client_a_refusal_is_an_error(vast: FakeAutoscaler, worker: WorkerProcess) -> None:
-    tell = {"too": "x" * 5000}  # metadata over 4 KiB
-    job = Job(str(tell), 1.0, 0.0)
-    with pytest.raises(NotReserved, match=r"answered 422"):
-        await asyncio.wait_for(plain(vast, job, {}, lambda line: None), PATIENCE)
