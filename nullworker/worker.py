@@ -190,6 +190,7 @@ class Worker:
             Status(service, event_log, self.autoscaler, self.reporter, self.health, self.sink, settings),
             shutdown_seconds=STOP_SECONDS / 2,
         )
+        self._late_metrics = ports.late_metrics(exporter)
         self._stop = asyncio.Event()
         self._stop_at: float | None = None  # loop time by which all must be over
         self._tasks: set[asyncio.Task[None]] = set()
@@ -277,6 +278,8 @@ class Worker:
         self._start("probe", self._probe())
         if self.settings.null_log_keep is not None:
             self._start("pruning", self._prune(self.settings.null_log_keep))
+        if self._late_metrics is not None:
+            self._start("metrics_site", self._late_metrics)
         if self.reporter is not None:
             self._start("reporter", self.reporter.run())
         if self.keys is not None:

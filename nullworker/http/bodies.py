@@ -88,11 +88,14 @@ async def _in_time(content: StreamReader, limit: int) -> bytes:
 async def _all_of(content: StreamReader, limit: int) -> bytes:
     """Like `request.read`, but the request does not keep the body: 1.4 kB less for each waiting caller."""
     body = bytearray()  # a list of parts would be forty times as large where they come byte by byte
-    while part := await content.readany():
-        body += part
-        if len(body) > limit:
-            raise _too_large(limit)
-    return bytes(body)
+    try:
+        while part := await content.readany():
+            body += part
+            if len(body) > limit:
+                raise _too_large(limit)
+        return bytes(body)
+    finally:
+        body.clear()  # where the caller is gone, this frame may be in a reference cycle that is kept for a while
 
 
 def decode(body: bytes, shape: type[T]) -> T:

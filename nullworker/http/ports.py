@@ -5,12 +5,18 @@ Routes of the control port are served on the control port only.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import errno
+import ipaddress
 import socket
+from collections.abc import Coroutine
 from types import TracebackType
+from typing import Any
 
 from aiohttp import web
 
+from nullworker.aio import Backoff, in_daemon_thread
 from nullworker.errors import CannotStart, Unauthorized
 from nullworker.eventlog.log import EventLog
 from nullworker.http.auth import Authenticator
@@ -53,7 +59,7 @@ class Ports:
                 null_control_port=self._control.getsockname()[1],
             )
             self._session_end = self._take_session_end()
-            self._metrics = self._take_metrics()
+            self._metrics = self._take_metrics() if _is_numeric(settings.null_metrics_host) else None
         except BaseException:
             self.close()
             raise
@@ -105,7 +111,8 @@ class Ports:
     def own_ports(self) -> OwnPorts:
         """Where no callback may go."""
         settings = self.settings
-        ports = {sock.getsockname()[1] for sock in self._sockets} | {self._session_end_port()}
+        ports = {sock.getsockname()[1] for sock in self._sockets}
+        ports |= {self._session_end_port(), settings.null_metrics_port or 0} - {0}
         return OwnPorts(ports, public=(settings.public_ipaddr, settings.vast_tcp_port or settings.worker_port))
 
     def _session_end_port(self) -> int:
@@ -122,15 +129,60 @@ class Ports:
             log.warning("session_end_port_taken", port=port, why=str(error), message="set WORKER_HTTP_PORT for it")
             return None
 
-    def _take_metrics(self) -> socket.socket | None:
-        host, port = self.settings.null_metrics_host, self.settings.null_metrics_port
-        if host is None or port is None:
+    def late_metrics(self, exporter: Exporter) -> Coroutine[Any, Any, None] | None:
+        """Serves /metrics once NULL_METRICS_HOST is there, if it was not at the start. None: nothing is left to do."""
+        settings = self.settings
+        if self._metrics is not None or settings.null_metrics_host is None:
             return None
-        return self._take(port, host=host, variable="NULL_METRICS_PORT")
+        return _serve_metrics_late(settings, _metrics_app(exporter, settings.null_metrics_token))
+
+    def _take_metrics(self) -> socket.socket | None:
+        try:
+            self._sockets.append(_listen_for_metrics(self.settings))
+        except CannotStart as error:
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE:
+                raise  # that is no address which is still to come
+            log.warning("metrics_site_not_up", why=str(error), message="the worker goes on, and it is tried again")
+            return None
+        return self._sockets[-1]
 
     def _take(self, port: int, *, host: str | None, variable: str) -> socket.socket:
         self._sockets.append(listen(port, host=host, variable=variable))
         return self._sockets[-1]
+
+
+def _listen_for_metrics(settings: Settings) -> socket.socket:
+    return listen(settings.null_metrics_port or 0, host=settings.null_metrics_host, variable="NULL_METRICS_PORT")
+
+
+def _is_numeric(host: str | None) -> bool:
+    """Whether it is an address, so that to listen on it waits for no name server."""
+    try:
+        ipaddress.ip_address(host or "")
+    except ValueError:
+        return False
+    return True
+
+
+async def _serve_metrics_late(settings: Settings, app: web.Application) -> None:
+    """An address such as WireGuard's may come after the worker, and its name be known later still."""
+    backoff = Backoff()
+    while True:
+        try:
+            sock = await in_daemon_thread(_listen_for_metrics, settings)
+            break
+        except (CannotStart, ValueError) as error:
+            log.warning("metrics_site_not_up", why=str(error), message="the worker goes on, and it is tried again")
+            await asyncio.sleep(backoff.failed())
+    _, most = shares(raise_fd_limit(), settings.null_max_queued)
+    server = Server(app, sock, max_connections=most, shutdown_seconds=0.1)
+    try:
+        await server.start()
+        log.info("metrics_site_up", host=settings.null_metrics_host, port=sock.getsockname()[1])
+        await asyncio.Event().wait()
+    finally:
+        await server.stop()
+        sock.close()
 
 
 def _metrics_app(exporter: Exporter, token: str | None) -> web.Application:

@@ -258,7 +258,9 @@ class Server:
         connection.received = 0
 
     def _cut_oldest_sender(self) -> None:
-        oldest = next((connection for connection in self._pressed if connection.received), None)
+        """Close the oldest who has sent more than the average, so no caller with a small request among large ones."""
+        share = self._unverified / (len(self._pressed) or 1)
+        oldest = next((connection for connection in self._pressed if connection.received >= share), None)
         if oldest is not None:
             self._take_off(oldest)
             oldest.abort()

@@ -104,9 +104,16 @@ async def stream_attachment(
 async def stream_events(
     request: web.Request, event_log: EventLog, after: int, watchers: Watchers
 ) -> web.StreamResponse:
-    """Stream all events after a seq, and new ones, until the reader hangs up or the worker stops."""
+    """Stream all events after a seq, and new ones, until the reader hangs up or the worker stops.
+
+    A seq beyond the log is one of a log that was replaced: the reader is told so, and gets the new one from its start.
+    """
     with watchers.wakeup() as wakeup, _cut_off_by_errors(request):
         response = await _begin(request)
+        if after > event_log.last_seq:
+            told = {"after": after, "last_seq": event_log.last_seq}
+            await response.write(b"event: log_replaced\n" + _data(told))
+            after = 0
         await _follow(response, event_log, wakeup, after, None, until=lambda: watchers.dismissed)
         await response.write_eof()
         return response

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -228,6 +231,28 @@ async def test_events_come_live_and_go_on_where_a_reader_left_off(worker: Worker
         assert await events.__anext__() == seen[1]
     async with following(worker, "?after=0", **{"Last-Event-ID": "2"}) as events:
         assert await events.__anext__() == seen[2]
+
+
+@pytest.mark.parametrize("where", ["header", "query"])
+async def test_a_reader_of_a_log_that_was_replaced_is_told_and_begins_anew(tmp_path: Path, where: str) -> None:
+    async with WorkerProcess(tmp_path) as worker:
+        for _ in range(2):
+            await post(worker.url + "/reserve", {"duration": 0})
+        await worker.terminate()
+        shutil.rmtree(tmp_path)
+        os.mkdir(tmp_path)
+        await worker.start()
+        query, headers = ("", {"Last-Event-ID": "6"}) if where == "header" else ("?after=6", {})
+        async with following(worker, query, **headers) as events:
+            assert await events.__anext__() == {"id": "", "after": 6, "last_seq": 0}
+            await post(worker.url + "/reserve", {"duration": 0})
+            assert (await events.__anext__())["id"] == "1"
+        async with following(worker, "?after=3") as events:
+            await post(worker.url + "/reserve", {"duration": 0})
+            assert (await events.__anext__())["id"] == "4", "the end of the log is not beyond it"
+        async with following(worker, "?after=7") as events:
+            assert await events.__anext__() == {"id": "", "after": 7, "last_seq": 6}
+            assert (await events.__anext__())["id"] == "1"
 
 
 async def test_metrics_come_in_both_formats_complete_from_the_start(worker: WorkerProcess) -> None:

@@ -230,6 +230,19 @@ async def test_what_those_have_sent_who_have_not_sent_all_is_bounded(monkeypatch
             await wire.close()
 
 
+async def test_a_small_request_is_not_cut_for_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_UNVERIFIED_BYTES", 50_000)
+    begun = HEAD + b"Content-Length: 20010\r\n\r\n" + bytes(20_000)
+    async with Door().opened() as door:
+        small = await door.connect(HALF)
+        large = [await door.connect(begun) for _ in range(3)]
+        assert await large[0].end() == b""
+        await small.send(b"67890")
+        assert (await small.answer()).body == {"bytes": 10}
+        for wire in (small, *large):
+            await wire.close()
+
+
 @pytest.mark.usefixtures("quick")
 async def test_a_body_that_does_not_come_is_not_waited_for(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bodies, "BODY_SECONDS", 0.1)

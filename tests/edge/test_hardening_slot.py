@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import re
 import socket
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import aiohttp
+import psutil
 from doors import ClaimTrace
 from harness import ROOT, WorkerProcess, changed, post, secured, signed
 
@@ -94,6 +96,29 @@ async def test_a_crowd_loses_nothing() -> None:
     assert process.returncode == 0, said
     for figure in ("warnings and errors +none", "outcomes to autoscaler +each", "wrong +0"):
         assert re.search(rf"^{figure}$", said, re.MULTILINE), said
+
+
+async def test_a_crowd_that_sends_half_a_request_neither_fills_the_memory_nor_keeps_callers_out(
+    tmp_path: Path, vast: FakeAutoscaler
+) -> None:
+    """The short form of 1,000 and of 4,300 strangers: what is packed small, what is large, and heads alone."""
+    packed = gzip.compress(bytes(1024 * 1024))
+    compressed = raw(b"%x\r\n%s\r\n" % (len(packed), packed), b"Content-Encoding: gzip", b"Transfer-Encoding: chunked")
+    large, head = raw(bytes(120_000), b"Content-Length: 131072"), raw(b"", b"Content-Length: 1000")
+    spare = changed(nullworker__http__sockets__SPARE_CONNECTIONS=250)
+    async with secured(tmp_path, vast, module=spare, NULL_MAX_QUEUED="5") as worker:
+        await worker.line("key_loaded")
+        process = psutil.Process(worker.process.pid)
+        before = process.memory_info().rss
+        for sends in (compressed, large, head):
+            crowd = [await opened(worker, sends) for _ in range(300)]
+            for _ in range(10):
+                claim = signed(vast, worker.url, {"duration": 0})
+                assert (await post(worker.url + "/reserve", claim)).status == 200
+            assert process.memory_info().rss - before < 64 * 1024 * 1024, "300 MB unpacked, 36 MB as they came"
+            for wire in crowd:
+                await wire.close()
+        assert [line["event"] for line in worker.lines if line["level"] == "error"] == []
 
 
 async def test_no_answer_tells_versions(worker: WorkerProcess, vast: FakeAutoscaler) -> None:

@@ -73,6 +73,43 @@ async def test_a_taken_port_is_told_to_the_autoscaler_and_in_one_line(
     assert (status["id"], status["mtoken"], status["max_perf"], status["cur_load"]) == (7, "master-secret", 0, 0)
 
 
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "metrics.invalid", "a..b"])
+async def test_a_metrics_address_that_is_not_there_is_a_warning(tmp_path: Path, host: str) -> None:
+    async with WorkerProcess(tmp_path, NULL_METRICS_HOST=host, NULL_METRICS_PORT="0") as worker:
+        line = await worker.line("metrics_site_not_up")
+        assert line["level"] == "warning"
+        assert (await post(worker.url + "/reserve", {"duration": 0})).status == 200
+        assert await worker.terminate() == 0
+    assert said(worker) == []
+
+
+async def test_a_metrics_address_that_comes_later_is_listened_on(tmp_path: Path) -> None:
+    """`localhost` has no address for a while, as the name of a machine in a private network."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import socket, nullworker.http.ports as ports\n"
+        "listen, left = ports.listen, [1, 2]\n"
+        "def late(port, *, host, variable):\n"
+        "    if host == 'localhost' and left:\n"
+        "        left.pop()\n"
+        "        raise ports.CannotStart('it is not there') from socket.gaierror(-2, 'unknown')\n"
+        "    return listen(port, host=host, variable=variable)\n"
+        "ports.listen = late\n"
+    )
+    env: Any = {"NULL_METRICS_HOST": "localhost", "NULL_METRICS_PORT": "0", "NULL_METRICS_TOKEN": "t"}
+    worker = WorkerProcess(tmp_path, **env)
+    worker.env["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    async with worker:
+        await worker.line("metrics_site_not_up", nth=2)
+        port = (await worker.line("metrics_site_up"))["port"]
+        async with aiohttp.ClientSession(headers={"Authorization": "Bearer t"}) as http:
+            async with http.get(f"http://127.0.0.1:{port}/metrics") as answer:
+                assert answer.status == 200
+            async with http.get(f"http://127.0.0.1:{port}/status") as answer:
+                assert answer.status == 404
+        assert await worker.terminate() == 0
+        assert said(worker) == []
+
+
 async def test_a_certificate_that_cannot_be_read_is_told_to_the_autoscaler_and_in_one_line(
     tmp_path: Path, vast: FakeAutoscaler
 ) -> None:
