@@ -6,16 +6,29 @@ The answer is JSON on stdout; progress messages go to stderr.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import signal
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from nullworker.cli.options import SECONDS, Seconds
-from nullworker.client.hold import LIFETIME_SECONDS, STAND_IN_KEY, WAIT_SECONDS, hold, hold_at, hold_session
-from nullworker.client.vastai_sdk import Answer, HoldError, Say
+from nullworker.cli.state_file import StateFile
+from nullworker.client.hold import (
+    STAND_IN_KEY,
+    WAIT_SECONDS,
+    HoldCancelled,
+    hold,
+    hold_at,
+    hold_session,
+    is_result_failed,
+)
+from nullworker.client.session import LIFETIME_SECONDS, SessionLost
+from nullworker.client.vastai_sdk import Say
+from nullworker.client.worker_http import Answer, HoldError, Refused
 from nullworker.settings import is_absolute_http_url
 
 __all__ = ["HoldError", "hold", "hold_at", "hold_session", "reserve"]
@@ -34,36 +47,34 @@ def json_object(ctx: click.Context, param: click.Parameter, value: str | None) -
     return parsed
 
 
+#: Exit codes beside 0, 2 (wrong use), 130 (Ctrl-C) and 143 (SIGTERM).
+NOT_HELD, ENDED_EARLY, JOB_FAILED = 1, 3, 4
+
+
 @click.command(short_help="Hold a worker until its consumer releases it.")
-@click.option("--endpoint", metavar="NAME", help="The name of the endpoint at Vast.")
-@click.option("--url", help="Instead of --endpoint: the address of one UNSECURED worker, as http://HOST:PORT.")
-@click.option("--duration", type=SECONDS, help="Seconds.  [default: the cap of the worker]")
-@click.option("--metadata", metavar="JSON", callback=json_object, help="Passed to the consumer; up to 4 KiB.")
-@click.option(
-    "--cost",
-    type=click.IntRange(1),
-    default=100,
-    show_default=True,
-    help="Workload; as NULL_MAX_PERF.",
-)
+@click.option("--endpoint", metavar="NAME", help="The endpoint, by its name at Vast.")
+@click.option("--url", help="An UNSECURED worker's own address, as http://HOST:PORT, in place of an endpoint.")
+@click.option("--duration", type=SECONDS, help="Such as 90, 15m, 6h. [default: as long as the worker allows]")
+@click.option("--metadata", metavar="JSON", callback=json_object, help="Handed to the consumer; up to 4 KiB.")
+@click.option("--cost", type=click.IntRange(1), default=100, show_default=True, help="Workload, as NULL_MAX_PERF.")
 @click.option("--session", is_flag=True, help="Hold a session, at an endpoint: it survives a restarted worker.")
+@click.option(
+    "--state",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Keep the session in FILE, so that this command run again goes on with it. Implies --session.",
+)
 @click.option(
     "--lifetime",
     type=Seconds(more_than_0=True),
     default=LIFETIME_SECONDS,
     show_default=True,
-    help="Seconds that a session outlives this client, should it die.",
+    help="How long a session without a consumer outlives this client, should it die.",
 )
-@click.option("--autoscaler", metavar="URL", help="A fake autoscaler instead of Vast.")
-@click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Your API key at Vast.")
-@click.option(
-    "--timeout",
-    type=SECONDS,
-    default=WAIT_SECONDS,
-    show_default=True,
-    help="Longest wait for a worker, in seconds.",
-)
-@click.option("--stream/--no-stream", default=True, help="Wait on a stream of events (default) or on a plain request.")
+@click.option("--autoscaler", metavar="URL", help="Of the endpoint: a stand-in, in place of Vast.")
+@click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Of your account at Vast.")
+@click.option("--timeout", type=SECONDS, default=WAIT_SECONDS, show_default=True, help="Longest wait for a worker.")
+@click.option("--stream/--no-stream", default=True, help="Wait on a stream, or on a plain request for older workers.")
 @click.option("--json", "as_json", is_flag=True, help="Only the final answer, as one line of JSON.")
 @click.pass_context
 def reserve(
@@ -75,6 +86,7 @@ def reserve(
     metadata: dict[str, Any] | None,
     cost: int,
     session: bool,
+    state: Path | None,
     lifetime: float,
     autoscaler: str | None,
     api_key: str | None,
@@ -82,43 +94,96 @@ def reserve(
     stream: bool,
     as_json: bool,
 ) -> None:
-    """Hold one worker until its consumer releases it, or for --duration seconds.
+    """Hold one worker until its consumer releases it, or for --duration.
 
-    Ctrl-C closes the connection, which ends the reservation; a session is ended. Needs `pip install
-    'nullworker[client]'`, unless --url is given. Exit codes: 0 done, 1 failed, 2 wrong use, 130 Ctrl-C, 143 SIGTERM.
+    Ctrl-C closes the connection, which ends the reservation; a session is ended. With --state, SIGTERM leaves the
+    session as it is. Needs `pip install 'nullworker[client]'`, unless --url is given.
+
+    Exit codes: 0 released and the job did well, or --duration was over; 1 not held, or lost; 2 wrong use; 3 ended early
+    by a cap, or cancelled; 4 released, and the job failed (exit_code not 0, or `error`); 130 Ctrl-C; 143 SIGTERM.
     """
     say: Say = (lambda line: None) if as_json else (lambda line: click.echo(line, err=True))
     if (endpoint is None) == (url is None):
         raise click.UsageError("give either --endpoint NAME or --url URL")
-    if url is not None and (session or autoscaler is not None):
-        raise click.UsageError("--url goes straight to a worker: --session and --autoscaler need --endpoint")
+    if url is not None and (session or state or autoscaler is not None):
+        raise click.UsageError("--url goes straight to a worker: --session, --state and --autoscaler need --endpoint")
     if url is not None and not is_absolute_http_url(url):
         raise click.UsageError(f"--url must be as http://HOST:PORT, not {url!r}")
-    if session and metadata is not None:
-        raise click.UsageError("the SDK's sessions carry no --metadata")
     key = api_key or (STAND_IN_KEY if url or autoscaler else "")
     if not key:
         raise click.UsageError("no API key: set VAST_API_KEY, or give --api-key")
+    came: list[int] = []
+    arguments = {
+        "endpoint": endpoint,
+        "duration": duration,
+        "metadata": metadata,
+        "cost": cost,
+        "lifetime": lifetime,
+        "autoscaler": autoscaler,
+    }
 
-    async def start() -> Answer:
+    async def start(file: StateFile | None) -> Answer:
         if url is not None:
             return await hold_at(url, duration=duration, metadata=metadata, timeout=timeout, stream=stream, say=say)
         common: dict[str, Any] = {"cost": cost, "api_key": key, "autoscaler": autoscaler, "timeout": timeout}
-        if session:
-            return await hold_session(str(endpoint), duration=duration, lifetime=lifetime, say=say, **common)
-        return await hold(str(endpoint), duration=duration, metadata=metadata, stream=stream, say=say, **common)
+        if not session and file is None:
+            return await hold(str(endpoint), duration=duration, metadata=metadata, stream=stream, say=say, **common)
+        return await hold_session(
+            str(endpoint),
+            duration=duration,
+            lifetime=lifetime,
+            metadata=metadata,
+            say=say,
+            saved=None if file is None else file.saved,
+            save=None if file is None else file.save,
+            leave=lambda: file is not None and signal.SIGINT not in came,
+            **common,
+        )
 
     try:
-        show(asyncio.run(interruptible(start)), as_json)
-    except SignalError as error:
-        click.echo(str(error), err=True)
-        ctx.exit(128 + error.signal)
-    except HoldError as error:
-        if error.answer is not None:
-            show(error.answer, as_json)
-        message = str(error).replace(api_key, "***") if api_key else str(error)  # other programs' messages may quote it
-        click.echo(f"nullworker reserve: {message}", err=True)
-        ctx.exit(1)
+        with contextlib.ExitStack() as stack:
+            file = None if state is None else stack.enter_context(StateFile(state, arguments))
+            try:
+                answer = asyncio.run(interruptible(lambda: start(file), came))
+            except SignalError as error:
+                if file is not None and (error.signal == signal.SIGINT or file.saved is None):
+                    file.remove()
+                click.echo(str(error), err=True)
+                ctx.exit(128 + error.signal)
+            except HoldError as error:
+                code = ENDED_EARLY if isinstance(error, HoldCancelled) else NOT_HELD
+                if error.answer is not None:
+                    show(error.answer, as_json)
+                # messages of other programs may quote the key
+                message = str(error).replace(api_key, "***") if api_key else str(error)
+                if file is not None:
+                    if file.saved is None or isinstance(error, (HoldCancelled, SessionLost, Refused)):
+                        file.remove()
+                    else:
+                        message += f"; {state} is kept: run this again to go on"
+                click.echo(f"nullworker reserve: {message}", err=True)
+                ctx.exit(code)
+            show(answer, as_json)
+            if file is not None:
+                file.remove()
+            ctx.exit(exit_code(answer, duration, say))
+    except BlockingIOError:
+        click.echo(f"nullworker reserve: {state} is in use by another nullworker reserve", err=True)
+        ctx.exit(NOT_HELD)
+
+
+def exit_code(answer: Answer, duration: float | None, say: Say) -> int:
+    """The exit code for the answer of a hold that was not cancelled."""
+    if answer["released"] == "duration_elapsed":
+        seconds = answer["held_seconds"] or 0
+        if duration is not None and seconds + 0.01 >= duration:
+            return 0
+        say(f"ended by the worker's cap, after {seconds:g} s: set MAX_RESERVATION_SECONDS in its template")
+        return ENDED_EARLY
+    if is_result_failed(answer["result"]):
+        say(f"the job failed: {json.dumps(answer['result'])[:200]}")
+        return JOB_FAILED
+    return 0
 
 
 class SignalError(Exception):
@@ -129,11 +194,14 @@ class SignalError(Exception):
         self.signal = number
 
 
-async def interruptible(start: Callable[[], Awaitable[Answer]]) -> Answer:
-    """What `start` gives. SIGINT and SIGTERM cancel it; then SignalError is raised, with the cancellation's message."""
+async def interruptible(start: Callable[[], Awaitable[Answer]], came: list[int]) -> Answer:
+    """What `start` gives. SIGINT and SIGTERM cancel it, and are added to `came`.
+
+    Raises:
+        SignalError: with the cancellation's message.
+    """
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
-    came: list[int] = []
 
     def stop(number: int) -> None:
         came.append(number)

@@ -1,9 +1,22 @@
-"""Holding a worker from your own code: at an endpoint of Vast Serverless, or straight at one worker.
+"""Reserve workers from Python: at an endpoint of Vast Serverless, or at one worker's own url.
 
-answer = await hold("my-endpoint", api_key=key, duration=3600, metadata={"job": 17})
+    answer = await hold("my-endpoint", api_key=key, duration=3600, metadata={"job": 17})
+
+`WorkerSession` is one session at one worker without the SDK, for programs that keep many, such as a dispatcher.
 """
 
 from nullworker.client.hold import hold, hold_at, hold_session
-from nullworker.client.vastai_sdk import HoldError
+from nullworker.client.session import SessionEnded, SessionLost, WorkerSession
+from nullworker.client.worker_http import HoldError, NoAnswer, Refused
 
-__all__ = ["HoldError", "hold", "hold_at", "hold_session"]
+__all__ = [
+    "HoldError",
+    "NoAnswer",
+    "Refused",
+    "SessionEnded",
+    "SessionLost",
+    "WorkerSession",
+    "hold",
+    "hold_at",
+    "hold_session",
+]

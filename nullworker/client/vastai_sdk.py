@@ -1,208 +1,214 @@
-"""Wraps the official `vastai` SDK (1.9.1): adds backoff, deadlines and progress messages.
+"""Wraps the official `vastai` SDK (1.9.1): finds an endpoint, and asks the autoscaler for workers, with patience.
 
-All use of the SDK's private attributes is in this file: `_session`, `_ssl_context` and `Endpoint._route`.
+All use of the SDK's private attributes is in this file: `_session`, `_ssl_context` and `Endpoint._route`. Workers are
+not asked through the SDK, which would send them the endpoint's API key.
 """
 
 from __future__ import annotations
 
 import asyncio
 import importlib
-import json
 import logging
+import random
 import re
 import ssl
 import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from urllib.parse import urlsplit
 
-from nullworker.errors import NullworkerError
+from nullworker.aio import Backoff, wait_for
+from nullworker.client.worker_http import HoldError
 
 if TYPE_CHECKING:
     import aiohttp
 
 T = TypeVar("T")
 Say = Callable[[str], None]
-Answer = dict[str, Any]
 
-CLAIMS = ("/reserve", "/session/create")
-PAUSE_SECONDS = 5.0  # the longest between two tries; the SDK's own max_poll_interval
-NEWS_SECONDS = 10.0  # between two lines that say no more than that it still waits
-
-ADVICE = {
-    401: "the worker takes its grants from another autoscaler: check its REPORT_ADDR",
-    404: "this is not the external port of a nullworker: check --url, or the endpoint's template",
-    422: "correct what it names",
-    429: "every worker is taken: try later, or raise the endpoint's max_workers",
-    503: "the worker is stopping or cannot work: try again, or look at its /readyz",
-}
+#: Seconds between two calls of /route/ at most: the SDK's own max_poll_interval.
+PAUSE_SECONDS: Final = 5.0
+#: Seconds between two lines that say no more than that it still waits.
+NEWS_SECONDS: Final = 10.0
+#: Seconds in which an autoscaler that was named must take a connection.
+CONNECT_SECONDS: Final = 3.0
+#: Seconds for which the autoscaler replays a claim that waits (the SDK's own).
+REPLAY_SECONDS: Final = 60.0
 
 
-class HoldError(NullworkerError):
-    """It was refused, broke off, or nobody took it. `answer` is the worker's body, if it gave one."""
-
-    def __init__(self, message: str, answer: Answer | None = None) -> None:
-        # aiohttp tells a TLS setting with each address, as a Python object even
-        super().__init__(" ".join(re.sub(r" ssl:(default|True|False|<[^>]*>)", "", message).split()))
-        self.answer = answer
+class VastUnreachable(HoldError):
+    """Vast does not answer, or not now."""
 
 
-def _describe(error: Exception) -> str:
-    from nullworker.outgoing import describe_failure  # with aiohttp, which `nullworker --help` must not pay for
+class Patience:
+    """How long a claim may take, and what is said while it waits. `trouble`: why the last try failed."""
 
-    return describe_failure(error)
-
-
-def refusal(who: str, status: int, text: str) -> HoldError:
-    """The error for an HTTP answer that says no."""
-    try:
-        body = json.loads(text)
-    except ValueError:
-        body = None
-    answer = body if isinstance(body, dict) else None
-    what = answer["error"] if answer and "error" in answer else text[:200]
-    advice = ADVICE.get(
-        status, "see the worker's log" if status >= 500 else "check the command and the worker's version"
-    )
-    return HoldError(f"{who} answered {status} {what}; {advice}", answer)
-
-
-async def bounded(awaitable: Awaitable[T], seconds: float) -> T:
-    """As asyncio.wait_for, which before Python 3.12 loses a cancellation that comes together with the result.
-
-    Raises:
-        asyncio.TimeoutError: it took longer.
-    """
-    task = asyncio.ensure_future(awaitable)
-    try:
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-        if not done:
-            raise asyncio.TimeoutError
-        return task.result()
-    finally:
-        task.cancel()
-        await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # looked at, or asyncio complains of one that nobody saw
-
-
-class ClaimTrace:
-    """What passes between this client and a worker, as aiohttp sees it, for one claim: what to say and what to raise.
-
-    `timeout`: seconds until the claim must have got through. `again`: whether somebody tries again after a failure.
-    """
-
-    def __init__(self, say: Say, timeout: float, *, again: bool) -> None:
-        self.say, self.timeout, self.again = say, timeout, again
+    def __init__(self, say: Say, timeout: float) -> None:
+        self.say, self.timeout = say, timeout
         self.now = asyncio.get_running_loop().time
         self.since = self.now()
-        self.worker: str | None = None  # the one that has the claim now
-        self.held = False  # that it is held is known: a plain request does not tell
-        self.trouble = ""  # why the last try failed
-        self.answer: aiohttp.ClientResponse | None = None  # to the claim; open as long as it is held
+        self.trouble = ""
+        self.backoff = Backoff(0.25, PAUSE_SECONDS)
 
     @property
     def left(self) -> float:
         """Seconds of the timeout that are left, at least 0."""
         return max(0.0, self.since + self.timeout - self.now())
 
-    async def in_time(self, claim: Awaitable[T]) -> T:
-        """The claim's result; asyncio.TimeoutError when it has not got through."""
-        return await bounded(claim, self.left)
+    async def within(self, awaitable: Awaitable[T]) -> T:
+        """The result, within what is left of the timeout.
 
-    @asynccontextmanager
-    async def in_words(self) -> AsyncIterator[None]:
-        """Turns what is raised inside into a HoldError, and a cancellation into one whose message says what it did."""
+        Raises:
+            HoldError: it took longer.
+        """
         try:
-            yield
-        except asyncio.CancelledError:
-            if self.worker is None:
-                raise asyncio.CancelledError("interrupted: no worker was held") from None
-            gone = "closed the connection, which ends the reservation as cancelled (client_disconnect) at"
-            raise asyncio.CancelledError(f"interrupted: {gone} {self.worker}") from None
-        except NullworkerError:
-            raise
-        except asyncio.TimeoutError as error:
-            trouble = f" (last: {self.trouble})" if self.trouble else ""
-            advice = "raise --timeout, or the endpoint's max_workers"
-            if self.worker is not None:
-                trouble = f": {self.worker} was asked, and did not say that it holds"
-                advice = "raise --timeout; for a worker that cannot stream, use --no-stream"
-            raise HoldError(f"no worker within {self.timeout:g} s{trouble}; {advice}") from error
-        except Exception as error:  # aiohttp's errors, and the SDK's, which are bare Exceptions and RuntimeErrors
-            if self.held:
-                broke = f"the connection to {self.worker} broke while it was held: {_describe(error)}"
-                raise HoldError(f"{broke}; the reservation has ended: ask for a new one") from error
-            advice = "; check VAST_API_KEY" if re.search("HTTP 40[13]", str(error)) else ""
-            raise HoldError((self.trouble or str(error) or type(error).__name__) + advice) from error
-        finally:
-            if self.answer is not None:
-                self.answer.close()  # the SDK leaves it open when it is cancelled between the head and the first event
+            return await wait_for(awaitable, self.left)
+        except asyncio.TimeoutError:
+            raise self.over() from None
 
-    def config(self) -> aiohttp.TraceConfig:
-        """Hooks for the aiohttp session. No query string is ever shown: the SDK puts the api_key there."""
-        import aiohttp
+    async def pause(self, trouble: str) -> None:
+        """After a try that has failed, before the next one.
 
-        async def started(_: object, __: object, call: aiohttp.TraceRequestStartParams) -> None:
-            if call.url.path in CLAIMS:
-                self.worker = str(call.url.origin())
-                self.say(f"asking {self.worker}")
+        Raises:
+            HoldError: there is no time for one.
+        """
+        self.trouble = trouble
+        self.say(f"{trouble}: trying again")
+        await asyncio.sleep(min(self.backoff.failed(), self.left))
+        if not self.left:
+            raise self.over()
 
-        async def ended(_: object, __: object, call: aiohttp.TraceRequestEndParams) -> None:
-            if call.url.path not in CLAIMS:
-                return
-            self.answer, status = call.response, call.response.status
-            if status >= 400:
-                error = refusal(str(self.worker), status, await call.response.text())
-                self.failed(str(error).rsplit(";", 1)[0], retried=status in (408, 429) or status >= 500)
-            elif status == 201 or call.response.content_type == "text/event-stream":
-                self.held = True
-                known_as = call.response.headers.get("Nullworker-Reservation", "without an id")
-                self.say(f"held on {self.worker}, reservation {known_as}")
+    def over(self, asked: str = "") -> HoldError:
+        """The error that says that the timeout is over. `asked`: the worker that was asked last, and did not answer."""
+        trouble = f" (last: {self.trouble})" if self.trouble else ""
+        advice = "raise --timeout, or the endpoint's max_workers"
+        if asked:
+            trouble = f": {asked} was asked, and did not say that it holds"
+            advice = "raise --timeout; for a worker that cannot stream, use --no-stream"
+        return HoldError(f"no worker within {self.timeout:g} s{trouble}; {advice}")
 
-        async def broke(_: object, __: object, call: aiohttp.TraceRequestExceptionParams) -> None:
-            if call.url.path in CLAIMS and isinstance(call.exception, Exception):  # a cancellation is no failure
-                self.failed(f"{self.worker} cannot be reached: {_describe(call.exception)}", retried=True)
 
-        config = aiohttp.TraceConfig()
-        config.on_request_start.append(started)
-        config.on_request_end.append(ended)
-        config.on_request_exception.append(broke)
-        return config
+class Grant(NamedTuple):
+    """A worker's url, and the autoscaler's signed word that it may be asked."""
 
-    def failed(self, trouble: str, *, retried: bool) -> None:
-        """A try has failed; says so when another one follows, for else the error will."""
-        self.worker, self.trouble = None, trouble
-        if retried and self.again:
-            self.say(f"{trouble}: trying again")
+    url: str
+    auth_data: dict[str, Any]
+
+
+class VastEndpoint:
+    """One endpoint of Vast Serverless.
+
+    Attributes:
+        sdk: the SDK's own Endpoint.
+        http: an HTTP client that trusts Vast's workers.
+    """
+
+    def __init__(self, sdk: Any, http: aiohttp.ClientSession) -> None:
+        self.sdk, self.http = sdk, http
+
+    async def grant(self, patience: Patience, *, cost: float, request_idx: int = 0) -> Grant:
+        """The next worker that is ready, which may need to be started first.
+
+        Args:
+            request_idx: that of the grant before, when its worker refused: it stays the same request.
+
+        Raises:
+            HoldError: there is none within the time, or the autoscaler refuses for good.
+        """
+        news_at, poll = patience.now(), 1.0
+        while True:
+            if not patience.left:
+                raise patience.over()
+            try:
+                answer = await patience.within(self.sdk._route(cost=cost, req_idx=request_idx, timeout=REPLAY_SECONDS))
+            except RuntimeError as error:  # "Failed to route endpoint: HTTP 500 - ..." (client/endpoint.py)
+                if re.search(r"HTTP 4(?!08|29)", str(error)):  # a wrong key or name stays wrong
+                    raise HoldError(_with_advice(str(error))) from error
+                await patience.pause(str(error))
+                continue
+            if answer.status == "READY":
+                return Grant(str(answer.get_url()).rstrip("/"), dict(answer.body))
+            request_idx = answer.request_idx or request_idx
+            if patience.now() >= news_at:
+                patience.say(f"waiting for a worker ({patience.now() - patience.since:.0f} s)")
+                news_at = patience.now() + NEWS_SECONDS
+            await asyncio.sleep(min(poll, patience.left))
+            poll = random.uniform(0.5, PAUSE_SECONDS)  # noqa: S311  # spreads the polls of many clients
+
+    async def workers(self) -> list[Any]:
+        """The endpoint's workers: the SDK's `Worker`s, with `id`, `status`, `perf`, `cur_perf`, `reqs_working`.
+
+        Raises:
+            HoldError: they cannot be listed.
+        """
+        try:
+            return list(await self.sdk.get_workers())
+        except Exception as error:  # the SDK raises bare Exceptions, and aiohttp's
+            raise HoldError(_with_advice(str(error) or type(error).__name__)) from error
+
+    async def gone(self, instance: str | None) -> bool:
+        """Whether the worker of that CONTAINER_ID is known to be no worker of the endpoint any more."""
+        if instance is None:
+            return False
+        with suppress(HoldError):
+            return all(str(worker.id) != instance for worker in await self.workers())
+        return False
+
+
+def _with_advice(error: str) -> str:
+    return error + ("; check VAST_API_KEY" if re.search("HTTP 40[13]", error) else "")
 
 
 @asynccontextmanager
-async def connected(endpoint: str, api_key: str, autoscaler: str | None, trace: ClaimTrace) -> AsyncIterator[Any]:
-    """The SDK's `Endpoint` of that name, with a client (`.client`) that talks through `trace`.
+async def connect(
+    endpoint: str, api_key: str, autoscaler: str | None, patience: Patience
+) -> AsyncIterator[VastEndpoint]:
+    """The endpoint of that name. `autoscaler`: the url of a fake one; None is Vast itself.
 
     Raises:
-        HoldError: the SDK is not installed, or there is no such endpoint.
+        VastUnreachable: nobody answers at `autoscaler`, or at Vast.
+        HoldError: the SDK is not installed, the key is refused, or there is no such endpoint.
     """
     import aiohttp
 
-    urls = {} if autoscaler is None else {"autoscaler_url": autoscaler, "webserver_url": autoscaler}
     sdk = _sdk()
-    trace.since = trace.now()  # not before: the import alone blocks for 0.8 s
+    patience.since = patience.now()  # not before: the import alone blocks for 0.8 s
+    if autoscaler is not None:
+        await _somebody_at(autoscaler)
+    urls = {} if autoscaler is None else {"autoscaler_url": autoscaler, "webserver_url": autoscaler}
     client = sdk(api_key, **urls)
     if autoscaler is not None:
         client._ssl_context = ssl.create_default_context()  # else the SDK downloads Vast's root certificate
-    connector = aiohttp.TCPConnector(ssl=await client.get_ssl_context())
-    client._session = aiohttp.ClientSession(connector=connector, trace_configs=[trace.config()])
+    try:
+        connector = aiohttp.TCPConnector(ssl=await client.get_ssl_context())
+    except Exception as error:  # the SDK raises bare Exceptions, and aiohttp's
+        raise VastUnreachable(f"Vast's root certificate cannot be had: {error or type(error).__name__}") from error
+    client._session = aiohttp.ClientSession(connector=connector)
     async with client:
         where = autoscaler or client.vast_web_url
-        trace.say(f"looking for endpoint {endpoint!r} at {where}")
-        known = {candidate.name: candidate for candidate in await trace.in_time(client.get_endpoints())}
+        patience.say(f"looking for endpoint {endpoint!r} at {where}")
+        try:
+            known = {each.name: each for each in await wait_for(client.get_endpoints(), patience.left)}
+        except asyncio.TimeoutError:
+            raise VastUnreachable(f"{where} does not answer") from None
+        except Exception as error:  # as above
+            words = _with_advice(str(error) or type(error).__name__)
+            raise (HoldError if "VAST_API_KEY" in words else VastUnreachable)(words) from error
         if endpoint not in known:
             names = ", ".join(sorted(known)) or "none"
             raise HoldError(f"no endpoint named {endpoint!r} at {where}; there is: {names}")
-        _make_patient(known[endpoint], trace)
-        yield known[endpoint]
+        yield VastEndpoint(known[endpoint], client._session)
+
+
+async def _somebody_at(url: str) -> None:
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        _, writer = await wait_for(asyncio.open_connection(parts.hostname, port), CONNECT_SECONDS)
+    except (OSError, asyncio.TimeoutError) as error:
+        raise VastUnreachable(f"nobody at {url}, the --autoscaler; is `nullworker dev` running there?") from error
+    writer.close()
 
 
 def _sdk() -> Callable[..., Any]:
@@ -215,36 +221,3 @@ def _sdk() -> Callable[..., Any]:
     if client is None:
         raise HoldError("the official client is not installed: pip install 'nullworker[client]'")
     return client
-
-
-def _make_patient(endpoint: Any, trace: ClaimTrace) -> None:
-    """Puts a pause and the deadline into `Endpoint._route`, which every try of the SDK goes through.
-
-    By itself the SDK asks again at once and without end when a worker refuses the connection (6,697 times in 2 s), and
-    gives up when one call of /route/ fails.
-    """
-    route, tries, not_before, news_at = endpoint._route, 0, trace.now(), trace.now()
-
-    async def patient(*args: Any, **kwargs: Any) -> Any:
-        nonlocal tries, not_before, news_at
-        while True:
-            await asyncio.sleep(min(max(0.0, not_before - trace.now()), trace.left))
-            if not trace.left:
-                raise asyncio.TimeoutError
-            try:
-                answer = await route(*args, **kwargs)
-            except RuntimeError as error:  # "Failed to route endpoint: HTTP 500 - ..." (client/endpoint.py)
-                if re.search(r"HTTP 4(?!08|29)", str(error)):  # a wrong key or name stays wrong
-                    raise
-                trace.failed(str(error), retried=True)
-                answer = None
-            if answer is None or answer.status == "READY":
-                not_before = trace.now() + min(PAUSE_SECONDS, 0.25 * 2**tries)
-                tries = min(tries + 1, 10)
-            elif trace.now() >= news_at:
-                trace.say(f"waiting for a worker ({trace.now() - trace.since:.0f} s)")
-                news_at = trace.now() + NEWS_SECONDS
-            if answer is not None:
-                return answer
-
-    endpoint._route = patient

@@ -14,7 +14,8 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 from nullworker.aio import wait_for
-from nullworker.client.vastai_sdk import ClaimTrace, HoldError, connected
+from nullworker.client.vastai_sdk import Patience, VastUnreachable, connect
+from nullworker.client.worker_http import HoldError
 from nullworker.errors import CannotStart
 from nullworker.logs import get_log
 from nullworker.outgoing import describe_failure
@@ -81,19 +82,14 @@ class Vast:
             Unreachable: Vast does not answer.
         """
         try:
-            trace = ClaimTrace(lambda line: None, CONNECT_SECONDS, again=False)
-            context = connected(self.endpoint, self._key, self._autoscaler, trace)
-            self._found = await self._stack.enter_async_context(context)
+            patience = Patience(lambda line: None, CONNECT_SECONDS)
+            context = connect(self.endpoint, self._key, self._autoscaler, patience)
+            self._found = (await self._stack.enter_async_context(context)).sdk
+        except VastUnreachable as error:
+            self.trouble = self._words(error)
+            raise Unreachable(self.trouble) from None
         except HoldError as error:
             raise CannotStart(self._without_key(str(error))) from None
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:  # the SDK raises bare ones
-            words = self._words(error)
-            if re.search("HTTP 40[13]", words):
-                raise CannotStart(f"{words}; check VAST_API_KEY") from None
-            self.trouble = words
-            raise Unreachable(words) from None
         self.trouble = None
         self._ready.set()
 
@@ -101,8 +97,7 @@ class Vast:
         """Ask the engine for a worker once, when connected. `request_idx`: that of the last answer, 0 at first."""
         await self._ready.wait()
         found = self._connected()
-        # The class's own: `connected` has given this one the patience of a single claim.
-        answer = await self._call(type(found)._route(found, cost=cost, req_idx=request_idx, timeout=REPLAY_SECONDS))
+        answer = await self._call(found._route(cost=cost, req_idx=request_idx, timeout=REPLAY_SECONDS))
         idx = int(answer.request_idx or request_idx or 0)
         if answer.status != "READY":
             return Routed(None, idx)

@@ -6,12 +6,12 @@ in docs/deploying.md. `judge` is pure; each of its findings has the command that
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from nullworker.client.hold import STAND_IN_KEY
-from nullworker.client.vastai_sdk import ClaimTrace, HoldError, connected
+from nullworker.client.vastai_sdk import Patience, connect
+from nullworker.client.worker_http import HoldError
 from nullworker.doctor.finding import Finding, failed, ok, warning
 
 #: Seconds for the autoscaler's answers.
@@ -29,13 +29,12 @@ DEFAULTS: Final[Mapping[str, float]] = {
 
 async def look_at_endpoint(name: str, *, cost: float, autoscaler: str | None, api_key: str | None) -> list[Finding]:
     """All findings about the endpoint of that name."""
-    trace = ClaimTrace(lambda line: None, ANSWER_SECONDS, again=False)
+    patience = Patience(lambda line: None, ANSWER_SECONDS)
     try:
-        async with trace.in_words(), connected(name, api_key or STAND_IN_KEY, autoscaler, trace) as found:
-            config, number = vars(found.data.config), int(found.id)
-            known = await trace.in_time(found.get_workers())
-            workers = [(worker.id, worker.status, float(worker.perf)) for worker in known]
-    except (HoldError, asyncio.TimeoutError) as error:
+        async with connect(name, api_key or STAND_IN_KEY, autoscaler, patience) as found:
+            config, number = vars(found.sdk.data.config), int(found.sdk.id)
+            workers = [(each.id, each.status, float(each.perf)) for each in await patience.within(found.workers())]
+    except HoldError as error:
         fix = "see what there is with: vastai show endpoints; for the client: pip install 'nullworker[client]'"
         return [failed("endpoint", str(error), why="its parameters cannot be looked at", fix=fix)]
     return list(judge(config, number, workers, cost=cost))

@@ -127,9 +127,11 @@ class ExternalHandlers:
             raise
 
 
-def external_app(external: ExternalHandlers, sessions: SessionHandlers, counts: Counts) -> web.Application:
+def external_app(
+    external: ExternalHandlers, sessions: SessionHandlers, counts: Counts, *, instance: int | None = None
+) -> web.Application:
     """The app of WORKER_PORT."""
-    app = make_app("external", counts)
+    app = make_app("external", counts, instance=instance)
     app[BODY_LIMIT] = MAX_EXTERNAL_BODY_BYTES
     app.router.add_post("/reserve", external.reserve)
     app.router.add_post("/session/create", sessions.create)

@@ -90,7 +90,7 @@ class Ports:
         if self._metrics is not None:
             local.append((_metrics_app(exporter, settings.null_metrics_token), self._metrics))
         most, most_local = shares(raise_fd_limit(), settings.null_max_queued)
-        app = external_app(external, sessions, exporter)
+        app = external_app(external, sessions, exporter, instance=settings.container_id)
         return [
             Server(app, self._external, max_connections=most, tls=self._tls, shutdown_seconds=shutdown_seconds),
             *(Server(app, sock, max_connections=most_local, shutdown_seconds=shutdown_seconds) for app, sock in local),

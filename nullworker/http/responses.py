@@ -21,6 +21,7 @@ from nullworker.logs import get_log
 log = get_log(__name__)
 
 RESERVATION_HEADER: Final = "Nullworker-Reservation"
+INSTANCE_HEADER: Final = "Nullworker-Instance"
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -94,8 +95,13 @@ class Answers:
 ANSWERS: web.AppKey[Answers] = web.AppKey("answers", Answers)
 
 
-def make_app(port: str, counts: Counts, guard: Callable[[web.Request], None] | None = None) -> web.Application:
-    """An app with JSON errors and counted answers. `guard` is called before each handler and may raise."""
+def make_app(
+    port: str, counts: Counts, guard: Callable[[web.Request], None] | None = None, *, instance: int | None = None
+) -> web.Application:
+    """An app with JSON errors and counted answers. `guard` is called before each handler and may raise.
+
+    `instance`: this worker's CONTAINER_ID, told in each answer about a reservation.
+    """
 
     @web.middleware
     async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -105,6 +111,8 @@ def make_app(port: str, counts: Counts, guard: Callable[[web.Request], None] | N
 
     async def name_server(request: web.Request, response: web.StreamResponse) -> None:
         response.headers["Server"] = SERVER_NAME
+        if instance is not None and RESERVATION_HEADER in response.headers:
+            response.headers[INSTANCE_HEADER] = str(instance)
 
     # no middleware without a guard: each costs 0.7 kB for every waiting request
     app = web.Application(middlewares=[] if guard is None else [guarded])

@@ -23,11 +23,9 @@ class FakeWorker:
     def __init__(self, report_to: str | None = None, *, number: int = 1, streams: bool = True) -> None:
         self.report_to, self.number, self.streams = report_to, number, streams
         self.refusals: list[tuple[int, Json]] = []  # for the next claims
-        self.bodies: list[Json] = []  # of each POST to /reserve and /session/create
+        self.bodies: list[Json] = []  # of each POST to /reserve
         self.held: asyncio.Queue[str] = asyncio.Queue()  # reservation ids
         self.ended: asyncio.Queue[tuple[str, str]] = asyncio.Queue()  # reservation id, status
-        self.pings: asyncio.Queue[str] = asyncio.Queue()
-        self.sessions: dict[str, Json] = {}  # id: auth_data
         self.url = ""
         self._ids = count(1)
         self._working: dict[str, int] = {}  # reservation id: request_idx
@@ -36,9 +34,6 @@ class FakeWorker:
     async def __aenter__(self) -> FakeWorker:
         app = web.Application()
         app.router.add_post("/reserve", self._reserve)
-        app.router.add_post("/session/create", self._create)
-        app.router.add_post("/session/end", self._end)
-        app.router.add_post("/ping", self._ping)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -105,7 +100,8 @@ class FakeWorker:
                 headers = {"Content-Type": "text/event-stream", "Nullworker-Reservation": known_as}
                 answer_to = web.StreamResponse(headers=headers)
                 await answer_to.prepare(request)
-                event = {"seq": 7, "kind": "held", "reservation_id": known_as}
+                at = "2026-11-26T10:00:00.000Z"
+                event = {"seq": 7, "at": at, "kind": "held", "reason": None, "reservation_id": known_as, "data": {}}
                 await answer_to.write(f"id: 7\ndata: {json.dumps(event)}\n\n: keepalive\n\n".encode())
             self.held.put_nowait(known_as)
             answer = await self._released[known_as]
@@ -120,24 +116,3 @@ class FakeWorker:
             if status == "Success":
                 await self.report()
                 await self.tell({"request_idx": idx, "success": True, "status": status})
-
-    async def _create(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        self.bodies.append(body)
-        known_as = f"s{next(self._ids)}"
-        self.sessions[known_as] = body["auth_data"]
-        return web.json_response({"session_id": known_as, "expiration": 0}, status=201)
-
-    async def _end(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        if self.sessions.pop(body["session_id"], None) != body["session_auth"]:
-            return web.json_response({"error": "session not found"}, status=400)
-        self.ended.put_nowait((body["session_id"], "Success"))
-        return web.json_response({"ended": True, "removed_session": body["session_id"]})
-
-    async def _ping(self, request: web.Request) -> web.Response:
-        known_as = (await request.json())["session_id"]
-        self.pings.put_nowait(known_as)
-        if known_as not in self.sessions:
-            return web.json_response({"error": "invalid session"}, status=410)
-        return web.json_response({"result": {"ok": True}})

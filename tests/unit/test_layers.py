@@ -35,7 +35,10 @@ PLANNED = {"dispatch"}
 
 #: What users may import, by package.
 FACES = {
-    "nullworker.client": {"HoldError", "hold", "hold_at", "hold_session"},
+    "nullworker.client": {
+        *("HoldError", "NoAnswer", "Refused", "SessionEnded", "SessionLost", "WorkerSession"),
+        *("hold", "hold_at", "hold_session"),
+    },
     "nullworker.consumer": {"Reservation", "ResultRefused", "health_endpoint", "reservations", "run"},
     "nullworker.testing": {"FakeAutoscaler", "Fault", "Parameters", "Seen", "Totals"},
 }

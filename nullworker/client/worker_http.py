@@ -1,0 +1,182 @@
+"""HTTP from a client to a worker's external port: one POST, one stream, and why either failed.
+
+Nothing here sends the endpoint's API key, which the SDK puts into the query of each request to a worker: whoever rents
+that machine next could read it in an access log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import ssl
+from collections.abc import AsyncGenerator, Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+from nullworker.aio import wait_for
+from nullworker.errors import NullworkerError
+
+if TYPE_CHECKING:
+    import aiohttp
+
+Answer = dict[str, Any]
+
+#: The CONTAINER_ID of the worker, in its answers about a reservation.
+INSTANCE_HEADER: Final = "Nullworker-Instance"
+#: Seconds for one POST that is answered at once.
+CALL_SECONDS: Final = 10.0
+#: Seconds without a byte on a stream after which it is given up. A worker sends a comment each 15 s.
+SILENCE_SECONDS: Final = 45.0
+#: Bytes of a line: a result of 64 KiB may be several times as long once it is escaped.
+LINE_BYTES: Final = 2**20
+#: The root of the certificates of Vast's instances (vastai 1.9.1, client/client.py, SSL_CERT_URL).
+VAST_ROOT: Final = "https://console.vast.ai/static/jvastai_root.cer"
+
+ADVICE: Final = {
+    401: "the worker takes its grants from another autoscaler: check its REPORT_ADDR",
+    404: "this is not the external port of a nullworker: check --url, or the endpoint's template",
+    422: "correct what it names",
+    429: "every worker is taken: try later, or raise the endpoint's max_workers",
+    503: "the worker is stopping or cannot work: try again, or look at its /readyz",
+}
+
+
+class Reply(NamedTuple):
+    """The answer to a POST."""
+
+    status: int
+    answer: Answer
+    headers: Mapping[str, str]
+
+
+class HoldError(NullworkerError):
+    """No worker could be held, or the hold broke off. `answer` is the worker's body, if there was one."""
+
+    def __init__(self, message: str, answer: Answer | None = None) -> None:
+        # aiohttp shows a TLS setting with each address, even as a Python object
+        super().__init__(" ".join(re.sub(r" ssl:(default|True|False|<[^>]*>)", "", message).split()))
+        self.answer = answer
+
+
+class Refused(HoldError):
+    """The worker answered with a status that says no. `again`: it may say yes later, or another worker may."""
+
+    def __init__(self, url: str, status: int, text: str) -> None:
+        try:
+            body = json.loads(text)
+        except ValueError:
+            body = None
+        answer = body if isinstance(body, dict) else None
+        what = answer["error"] if answer and "error" in answer else text[:200]
+        other = "see the worker's log" if status >= 500 else "check the command and the worker's version"
+        super().__init__(f"{url} answered {status} {what}; {ADVICE.get(status, other)}", answer)
+        self.http_status = status
+
+    @property
+    def again(self) -> bool:
+        """Whether another try, here or elsewhere, makes sense."""
+        return self.http_status in (408, 429) or self.http_status >= 500
+
+
+class NoAnswer(HoldError):
+    """No answer came. `sent`: the request may have reached the worker."""
+
+    def __init__(self, url: str, error: BaseException) -> None:
+        import aiohttp
+
+        from nullworker.outgoing import describe_failure  # with aiohttp, which `nullworker --help` must not pay for
+
+        self.sent = not isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
+        trouble = "does not answer" if self.sent else "cannot be reached"
+        super().__init__(f"{url} {trouble}: {describe_failure(error)}")
+
+
+async def post(http: aiohttp.ClientSession, url: str, path: str, body: Any, *, seconds: float = CALL_SECONDS) -> Reply:
+    """POST JSON to the worker at `url`; its answer, if that is a JSON object with status 200, 201, 400 or 410.
+
+    Raises:
+        Refused: the answer has another status, or is no JSON object.
+        NoAnswer: there was none within `seconds`.
+    """
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=seconds)
+    try:
+        async with http.post(url + path, json=body, timeout=timeout, allow_redirects=False) as response:
+            status, headers, text = response.status, response.headers, await response.text()
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as error:
+        raise NoAnswer(url, error) from error
+    try:
+        answer = json.loads(text)
+    except ValueError:
+        answer = None
+    if status not in (200, 201, 400, 410) or not isinstance(answer, dict):
+        raise Refused(url, status, text)
+    return Reply(status, answer, headers)
+
+
+async def stream(
+    http: aiohttp.ClientSession,
+    url: str,
+    path: str,
+    body: Any,
+    *,
+    head_seconds: float = CALL_SECONDS,
+    on_head: Callable[[Mapping[str, str]], None] = lambda headers: None,
+) -> AsyncGenerator[Answer, None]:
+    """POST JSON to the worker at `url`, and yield the `data:` of its stream as they come, or its one JSON body.
+
+    Its headers, which come once the reservation is held, must come within `head_seconds`; they go to `on_head`. Iterate
+    it within `contextlib.aclosing`, so that leaving the loop closes the connection.
+
+    Raises:
+        Refused: the status is not 200.
+        NoAnswer: there was none, or nothing has come for SILENCE_SECONDS, or it broke off in the middle of a line.
+    """
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CALL_SECONDS)
+    asking = asyncio.ensure_future(
+        http.post(url + path, json=body, timeout=timeout, allow_redirects=False, read_bufsize=LINE_BYTES)
+    )
+    try:
+        response = await wait_for(asking, head_seconds)
+        if response.status != 200:
+            raise Refused(url, response.status, await response.text())
+        if response.content_type != "text/event-stream":
+            yield json.loads(await response.text())
+            return
+        on_head(response.headers)
+        while line := await wait_for(response.content.readline(), SILENCE_SECONDS):
+            if line.startswith(b"data:"):
+                yield json.loads(line[5:])
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
+        raise NoAnswer(url, error) from error
+    finally:
+        if asking.done() and not asking.cancelled() and asking.exception() is None:
+            asking.result().close()  # also of a head that came together with a cancellation
+
+
+async def open_http(url: str) -> aiohttp.ClientSession:
+    """An HTTP client for the worker at `url`; close it. Of https, it trusts Vast's own root.
+
+    Raises:
+        HoldError: that root cannot be fetched.
+    """
+    import aiohttp
+
+    from nullworker.outgoing import describe_failure
+
+    if not url.startswith("https:"):
+        return aiohttp.ClientSession()
+    try:
+        async with aiohttp.ClientSession() as web, web.get(VAST_ROOT) as response:
+            response.raise_for_status()
+            root = await response.read()
+        context = ssl.create_default_context()
+        context.load_verify_locations(cadata=root.decode() if root.startswith(b"-----") else root)
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
+        raise HoldError(f"Vast's root certificate cannot be had from {VAST_ROOT}: {describe_failure(error)}") from error
+    # Vast's root lacks keyCertSign, which OpenSSL 3 minds by default (vastai 1.9.1, client/client.py)
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context))
