@@ -9,6 +9,7 @@ import sqlite3
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -84,6 +85,22 @@ async def test_fleet_and_the_dispatchers_ledger_are_joined(tmp_path: Path) -> No
     assert opened < held
     assert dollars == pytest.approx(seconds / 100, abs=0.01)
     assert seconds == pytest.approx(70, abs=10)
+
+
+async def test_every_metric_is_there_with_its_type(tmp_path: Path) -> None:
+    async with CollectorProcess(tmp_path) as collector:
+        async with aiohttp.ClientSession() as http, http.get(f"{collector.url}/metrics") as answer:
+            text = await answer.text()
+        await collector.send([event("nullworker/7/a", 1, "queued", "r1", wall())])
+        for page in sorted((ROOT / "monitoring" / "runbooks").glob("*.md")):
+            if "On the collector's machine" in page.read_text():
+                for sql in re.findall(r"```sql\n(.*?);\n```", page.read_text(), re.DOTALL):
+                    collector.sql(sql)
+    exported = re.findall(r"^# TYPE (nullworker_\S+) (\S+)$", text, re.MULTILINE)
+    shown = [(cells[0].strip("`"), cells[1]) for cells in rows(PAGE, "| metric |")]
+    assert sorted(shown) == sorted(exported)
+    used = set(re.findall(r"nullworker_collect_\w+", (ROOT / "monitoring" / "alerts_collect.yaml").read_text()))
+    assert used <= {name for name, _ in exported}
 
 
 # -- Datasette ---------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 import yaml
+from collectors import CollectorProcess
 from harness import PATIENCE, ROOT, WorkerProcess, post, secured
 from programs import free_port
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
@@ -24,10 +25,17 @@ from nullworker.testing import FakeAutoscaler
 pytestmark = pytest.mark.slow
 
 MONITORING = ROOT / "monitoring"
-RULES = [MONITORING / "recording.yaml", MONITORING / "alerts.yaml", MONITORING / "alerts_dispatch.yaml"]
+RULES = [
+    MONITORING / "recording.yaml",
+    MONITORING / "alerts.yaml",
+    MONITORING / "alerts_dispatch.yaml",
+    MONITORING / "alerts_collect.yaml",
+]
 DASHBOARDS = sorted((MONITORING / "dashboards").glob("*.json"))
 OPENMETRICS = {"Accept": "application/openmetrics-text;version=1.0.0,text/plain;q=0.5"}
 TOKEN = "a-token-of-the-metrics-site"
+#: Series that no worker has: test_dispatch_docs.py and test_fleet_docs.py look for them.
+NO_WORKERS = ("nullworker_dispatch_", "nullworker_collect_", 'up{job="nullworker-collect"}')
 #: A series in an expression: a metric or a recorded rule, and its matchers.
 SERIES = re.compile(r"(?:\w+:)?\b(?:nullworker_\w+(?::\w+)?|process_\w+|up\b)(?:\{[^}]*\})?")
 
@@ -189,10 +197,20 @@ class Prometheus:
 
 
 @contextlib.asynccontextmanager
-async def prometheus(folder: Path, targets: list[str]) -> AsyncIterator[Prometheus]:
-    """Debian's Prometheus with the configuration for a fleet, only faster."""
+async def prometheus(folder: Path, targets: list[str], *, collector: str | None = None) -> AsyncIterator[Prometheus]:
+    """Debian's Prometheus with the configuration for a fleet, only faster; beside a collector also with its alerts.
+
+    These fire without a pause.
+    """
     config = (MONITORING / "scrape" / "fleet.yaml").read_text()
     config = config.replace(": 15s", ": 1s").replace("../", f"{MONITORING}/")
+    if collector is not None:
+        made = yaml.safe_load(config)
+        made["scrape_configs"].append({"job_name": "nullworker-collect", "static_configs": [{"targets": [collector]}]})
+        made["rule_files"] = [f"{folder}/quick_*.yaml"]
+        for path in RULES:
+            (folder / f"quick_{path.name}").write_text(re.sub(r"\bfor: \w+", "for: 1s", path.read_text()))
+        config = yaml.safe_dump(made)
     (folder / "targets").mkdir()
     (folder / "prometheus.yaml").write_text(config)
     (folder / "metrics-token").write_text(TOKEN)
@@ -256,7 +274,7 @@ def expressions(instance: str) -> Iterator[tuple[str, str]]:
         yield rule["record"], rule["expr"]
     for rule in rules("alert"):  # they should be silent: each series of theirs is looked for
         for series in SERIES.findall(rule["expr"]):
-            if not series.startswith("nullworker_dispatch_"):  # no worker has those: tests/docs/test_dispatch_docs.py
+            if not series.startswith(NO_WORKERS):
                 yield rule["alert"], series
     values = {"$job": "nullworker", "$endpoint": ".*", "$instance": instance, "$__rate_interval": "1m"}
     for dashboard in DASHBOARDS:
@@ -302,3 +320,39 @@ async def test_prometheus_has_data_for_every_rule_and_panel_and_hears_of_a_kill(
         assert await server.until('ALERTS{alertname="NullworkerDown", alertstate="pending"}')
         await workers[0].start()
         assert await server.until('ALERTS{alertname="NullworkerReservationsLostToRestart", alertstate="firing"}')
+
+
+async def test_scale_down_pages_nobody_and_a_death_while_holding_does(tmp_path: Path, vast: FakeAutoscaler) -> None:
+    ports = [free_port(), free_port()]
+    async with contextlib.AsyncExitStack() as stack:
+        collector = await stack.enter_async_context(CollectorProcess(tmp_path, "--silence", "4s"))
+        workers = []
+        for number, port in enumerate(ports):
+            folder = tmp_path / f"worker-{number}"
+            folder.mkdir()
+            site = {"NULL_METRICS_HOST": "127.0.0.1", "NULL_METRICS_PORT": str(port), "NULL_METRICS_TOKEN": TOKEN}
+            env = {"UNSECURED": "true", "NULL_SINK": collector.sink, **site}
+            workers.append(await stack.enter_async_context(secured(folder, vast, **env)))
+        idle, holding = workers
+        targets = [f"127.0.0.1:{port}" for port in ports]
+        server = await stack.enter_async_context(prometheus(tmp_path, targets, collector=f"127.0.0.1:{collector.port}"))
+        for worker in workers:
+            await post(worker.url + "/reserve", {"duration": 0})
+        await server.until('count(nullworker_reservations{state="held"} == 0) == 2')
+
+        assert await idle.terminate() == 0
+        assert await server.until(f'up{{job="nullworker", instance="{targets[0]}"}} == 0')
+        assert await server.until('nullworker_collect_workers{state="stopped"} == 1')
+        await asyncio.sleep(6)  # longer than the silence, some scrapes and the pause of an alert
+        assert await server.values('ALERTS{alertname=~"NullworkerDown|NullworkerSilentWhileHolding"}') == []
+
+        stack.push_async_callback(hang_up, asyncio.ensure_future(post(holding.url + "/reserve", {"duration": 3000})))
+        await holding.line("reservation_held", nth=2)
+        await server.until("nullworker_collect_holding == 1")
+        await server.until('sum(nullworker_reservations{state="held"}) == 1')
+        await holding.kill()
+        assert await server.until('ALERTS{alertname="NullworkerSilentWhileHolding", alertstate="firing"}')
+        firing = 'ALERTS{alertname="NullworkerDown", alertstate="firing"}'
+        assert await server.until(firing)
+        found = await server.get("query", query=firing)
+        assert [each["metric"]["instance"] for each in found["result"]] == [targets[1]]
