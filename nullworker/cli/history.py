@@ -237,7 +237,7 @@ class _Log:
     def _newest(self) -> int:
         return int(self.conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
 
-    def _event(self, event: dict[str, Any]) -> dict[str, Any]:
+    def _event(self, event: queries.EventJson) -> dict[str, Any]:
         """An event, and beside it its reservation's metadata, which only `queued` has in its data."""
         metadata = event["data"].get("metadata")
         if event["kind"] != "queued":

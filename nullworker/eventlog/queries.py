@@ -62,6 +62,17 @@ class ReservationJson(TypedDict):
     result: Any
 
 
+class EventJson(TypedDict):
+    """An event as streams and commands show it."""
+
+    seq: int  # its place in the log
+    at: str  # as the times of a reservation
+    reservation_id: str
+    kind: str  # queued, held, extended, released, expired or cancelled
+    reason: str | None  # why, one of fsm/table.py
+    data: dict[str, Any]  # the further fields of its kind (docs/event-log.md), without auth hash and callback
+
+
 def reservation(conn: sqlite3.Connection, reservation_id: str) -> ReservationJson | None:
     """One reservation of the log, or None."""
     row = conn.execute(f"SELECT {_COLUMNS} FROM reservations WHERE id = ?", (reservation_id,)).fetchone()
@@ -128,7 +139,7 @@ def batches(
             return
 
 
-def event_json(seq: int, at: float, reservation_id: str, kind: str, reason: str | None, data: str) -> dict[str, Any]:
+def event_json(seq: int, at: float, reservation_id: str, kind: str, reason: str | None, data: str) -> EventJson:
     """An event as streams and commands show it."""
     return {
         "seq": seq,
@@ -178,7 +189,7 @@ def claimed_by(conn: sqlite3.Connection, reservation_id: str) -> tuple[str | Non
 
 def events(
     conn: sqlite3.Connection, *, after: int = 0, limit: int = 1000, reservation_id: str | None = None
-) -> list[dict[str, Any]]:
+) -> list[EventJson]:
     """Events after a seq, in order; of one reservation if its id is given."""
     only = "" if reservation_id is None else " AND reservation_id = ?"
     values = (after,) if reservation_id is None else (after, reservation_id)

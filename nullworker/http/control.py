@@ -24,7 +24,7 @@ from nullworker.http.page import add_page
 from nullworker.http.reservations import final_status, find, newest, reservation_json
 from nullworker.http.responses import HELD, Handler, json_response, make_app
 from nullworker.http.sse import Watchers, stream_attachment, stream_events
-from nullworker.http.status import Status
+from nullworker.http.status import ReadyJson, Status
 from nullworker.logs import get_log
 from nullworker.metrics.exporter import Exporter
 from nullworker.outgoing import CALLBACK_AGENT
@@ -167,8 +167,12 @@ class ControlHandlers:
         """GET /readyz: whether this worker takes reservations, and each check with its reason."""
         readiness = self._service.readiness
         ready = readiness.state == "ready"
-        checks = {name: {"ok": check.ok, "why": check.why} for name, check in readiness.checks().items()}
-        return json_response({"ready": ready, "state": readiness.state, "checks": checks}, 200 if ready else 503)
+        body: ReadyJson = {
+            "ready": ready,
+            "state": readiness.state,
+            "checks": {name: {"ok": check.ok, "why": check.why} for name, check in readiness.checks().items()},
+        }
+        return json_response(body, 200 if ready else 503)
 
     async def status(self, request: web.Request) -> web.Response:
         """GET /status: the status document."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, TypedDict
 
 from aiohttp import web
 from msgspec import UNSET
@@ -44,9 +44,27 @@ def reservation_json(reservation: Reservation, now: float) -> ReservationJson:
     }
 
 
-def final_status(known: ReservationJson) -> dict[str, Any]:
-    """How a reservation ended: `state, reason, held_at, ended_at, held_seconds, result`; of a live one, how it is."""
-    return {name: known[name] for name in ("state", "reason", "held_at", "ended_at", "held_seconds", "result")}
+class FinalStatusJson(TypedDict):
+    """How a reservation ended, for its owner; fields as in ReservationJson."""
+
+    state: str
+    reason: str | None
+    held_at: str | None
+    ended_at: str | None
+    held_seconds: float | None
+    result: Any
+
+
+def final_status(known: ReservationJson) -> FinalStatusJson:
+    """The final status of a reservation; of a live one, its present status."""
+    return {
+        "state": known["state"],
+        "reason": known["reason"],
+        "held_at": known["held_at"],
+        "ended_at": known["ended_at"],
+        "held_seconds": known["held_seconds"],
+        "result": known["result"],
+    }
 
 
 def find(service: Service, event_log: EventLog, reservation_id: str) -> ReservationJson | None:

@@ -187,7 +187,7 @@ class SessionHandlers:
     def _final_status(self, named: Named) -> dict[str, Any]:
         """Of a session that has ended, for its owner; nothing for anybody else."""
         row = self._ended.session(named.session_id, named.session_auth)
-        return {} if row is None else final_status(row)
+        return {} if row is None else dict(final_status(row))
 
     async def _named(self, request: web.Request) -> Named:
         return decode(await read_body(request), Named)

@@ -81,6 +81,21 @@ class StatusJson(TypedDict):
     version: str
 
 
+class CheckJson(TypedDict):
+    """One check of GET /readyz."""
+
+    ok: bool
+    why: str  # why it fails, or what is all right
+
+
+class ReadyJson(TypedDict):
+    """GET /readyz."""
+
+    ready: bool  # whether reservations are taken; the status is 503 if not
+    state: str  # starting, ready, errored or draining
+    checks: dict[str, CheckJson]  # by name: log, key, consumer, draining
+
+
 class Status:
     """Builds the status document. `autoscaler` and `reporter` are None for a standalone worker."""
 
