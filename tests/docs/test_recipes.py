@@ -1,0 +1,113 @@
+"""docs/recipes.md and docs/holding.md: their code runs, and their commands have the options that are given."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from harness import ROOT, WorkerProcess
+from pages import DOCS, blocks, rows
+from programs import Program, nullworker_work, run
+from queues import RedisQueue
+
+from nullworker.cli.commands import COMMANDS, cli
+from nullworker.settings import Settings
+
+CODE = {block.language: block.text for block in blocks(DOCS / "recipes.md")}
+COMMAND_LINES = [
+    shlex.split(line)
+    for page in ("recipes.md", "holding.md")
+    for language, text in blocks(DOCS / page)
+    if language == "console"
+    for line in text.splitlines()
+]
+PATH = f"{ROOT / '.venv' / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[str]:
+    with RedisQueue.run(tmp_path) as queue:
+        yield queue.env["REDIS_URL"]
+
+
+async def told(url: str, *words: str) -> list[str]:
+    return (await run("redis-cli", "-u", url, *words)).splitlines()
+
+
+def program(folder: Path, name: str, text: str) -> str:
+    path = folder / name
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMAND_LINES if line[0] == "nullworker"], ids=" ".join)
+def test_each_command_has_the_options_that_are_given(line: list[str]) -> None:
+    assert line[1] in COMMANDS
+    help_text = CliRunner().invoke(cli, [line[1], "--help"]).output
+    assert {word for word in line if word.startswith("--")} <= set(re.findall(r"--[\w-]+", help_text))
+
+
+def test_the_limits_are_settings_and_options() -> None:
+    for cells in rows(DOCS / "recipes.md", "| limit |"):
+        for setting in re.findall(r"`([A-Z_]{8,})`", cells[0]):
+            assert setting.lower() in Settings.__dataclass_fields__
+        for command, option in re.findall(r"`nullworker (\w+) (--[\w-]+)`", cells[0]):
+            assert option in CliRunner().invoke(cli, [command, "--help"]).output
+
+
+async def test_the_nightly_job_reserves_once_at_a_time_and_tells_its_end(tmp_path: Path) -> None:
+    async with WorkerProcess(tmp_path) as worker:
+        text = CODE["sh cron"].replace("--endpoint my-endpoint", f"--url {worker.url}")
+        nightly = program(tmp_path, "nightly", text)
+        env = {"PATH": PATH, "LOCK": f"{tmp_path}/lock", "OUT": f"{tmp_path}/told.json"}
+        async with Program(tmp_path, nightly, **env) as first:
+            held = (await worker.line("reservation_held"))["reservation_id"]
+            assert "exit code 1" in await run(nightly, code=1, **{**env, "OUT": f"{tmp_path}/second.json"})
+            assert (await worker.get("/reservation"))["metadata"] == {"job": "nightly"}
+            await worker.release(reservation_id=held, result={"exit_code": 0})
+            assert await first.exit_code() == 0
+        assert json.loads((tmp_path / "told.json").read_text())["released"] == "explicit"
+
+
+async def test_an_urgent_job_is_taken_first_and_both_queues_are_counted(tmp_path: Path, redis: str) -> None:
+    await told(redis, "lpush", "jobs", "slow")
+    await told(redis, "lpush", "jobs:urgent", "first")
+    count = program(tmp_path, "count", f"#!/bin/sh\n{CODE['sh count']}")
+    assert await run(count, REDIS_URL=redis) == "2 0\n"
+    consumer = program(tmp_path, "consumer.py", CODE["python priorities"])
+    for expected in ("working on first\n", "working on slow\n", ""):
+        assert await run(sys.executable, consumer, REDIS_URL=redis) == expected
+    assert await run(count, REDIS_URL=redis) == "0 0\n"
+
+
+async def test_one_job_runs_on_each_gpu_and_one_that_fails_fails_all(tmp_path: Path) -> None:
+    gpus = program(tmp_path, "gpus", CODE["sh gpus"])
+    said = await run(gpus, "sh", "-c", "echo $CUDA_VISIBLE_DEVICES", GPUS="3")
+    assert sorted(said.split()) == ["0", "1", "2"]
+    await run(gpus, "sh", "-c", "exit $(( CUDA_VISIBLE_DEVICES == 1 ? 7 : 0 ))", GPUS="3", code=7)
+
+
+async def test_a_handler_of_runpod_is_called_with_a_job_and_its_result_is_kept(tmp_path: Path, redis: str) -> None:
+    handler = 'def handler(job):\n    return {"sum": sum(job["input"]["numbers"])}\n'
+    (tmp_path / "handler.py").write_text(handler)
+    consumer = program(tmp_path, "consumer.py", CODE["python runpod"])
+    for job in ({"id": "a", "input": {"numbers": [1, 2]}}, {"id": "b", "input": {}}):
+        await told(redis, "lpush", "jobs", json.dumps(job))
+    async with (
+        WorkerProcess(tmp_path) as worker,
+        nullworker_work(worker, "--", sys.executable, consumer, REDIS_URL=redis),
+    ):
+        answer = await run(sys.executable, "-m", "nullworker", "reserve", "--json", "--url", worker.url)
+        assert json.loads(answer)["result"]["exit_code"] == 0
+    assert json.loads((await told(redis, "get", "result:a"))[0]) == {"status": "COMPLETED", "output": {"sum": 3}}
+    said = await run(sys.executable, consumer, REDIS_URL=redis, code=1)
+    assert said == ""
+    assert json.loads((await told(redis, "get", "result:b"))[0])["status"] == "FAILED"
