@@ -82,6 +82,11 @@ def is_this_machine(host: str) -> bool:
     return True
 
 
+def is_elsewhere(url: str) -> bool:
+    """Whether a url leads to another machine. Only then may the environment's proxy be used for it."""
+    return not is_this_machine(URL(url).raw_host or "")
+
+
 class OwnPorts:
     """The ports on which a worker listens, and the address by which the world knows it: where no callback may go."""
 

@@ -7,6 +7,7 @@
 #
 # The `mv` to done is the acknowledgement. What a consumer that died has begun goes back to new at the next start.
 set -u
+curl() { command curl --noproxy '*' "$@"; } # whatever proxy the machine has: the worker is on this one
 control=http://127.0.0.1:${NULL_CONTROL_PORT:-18999}
 queue=${JOB_FOLDER:-queue}
 current=$queue/current${CONTAINER_ID:+.$CONTAINER_ID} # a volume may be shared by instances

@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
-from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 
 from nullworker.autoscaler.messages import KEY_PATH
 from nullworker.logs import get_log
-from nullworker.outgoing import describe_failure, forget_frames, get, http_session, is_this_machine
+from nullworker.outgoing import describe_failure, forget_frames, get, http_session, is_elsewhere
 from nullworker.settings import without_secrets
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ class AutoscalerClient:
 
     def _http(self, address: str) -> aiohttp.ClientSession:
         """A session that uses the environment's proxy, or, for an address of this machine, none."""
-        proxied = not is_this_machine(urlsplit(address).hostname or "")
+        proxied = is_elsewhere(address)
         if proxied not in self._sessions:
             self._sessions[proxied] = http_session(trust_env=proxied)
         return self._sessions[proxied]

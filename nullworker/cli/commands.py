@@ -5,8 +5,10 @@ Errors are one line on stderr that says what to do. Exit codes: 0 done, 1 failed
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
+import os
 import sys
 from typing import TYPE_CHECKING, Final
 
@@ -96,7 +98,10 @@ def cli() -> None:
 def main(arguments: list[str] | None = None) -> None:
     """The entry point of all ways to start a command. Never returns."""
     try:
-        sys.exit(cli.main(arguments, prog_name="nullworker", standalone_mode=False) or 0)
+        code = cli.main(arguments, prog_name="nullworker", standalone_mode=False) or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()  # what cannot be written is told here, and not by Python's own flush at the exit
+        sys.exit(code)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
     except click.Abort:
@@ -112,6 +117,18 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error), 2)
     except NullworkerError as error:
         _fail(str(error), 1)
+    except OSError as error:
+        _forget_stdout()
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has had enough
+            sys.exit(1)
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        _fail(f"{where}{error.strerror or error}", 1)
+
+
+def _forget_stdout() -> None:
+    """What could not be written must not be tried again at the exit."""
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> None:

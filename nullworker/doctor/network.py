@@ -5,22 +5,24 @@ They send only GET requests without secrets.
 
 from __future__ import annotations
 
-import urllib.error
-import urllib.request
+import asyncio
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException, HTTPMessage
 from typing import Final
+
+import aiohttp
 
 from nullworker.autoscaler.messages import KEY_PATH
 from nullworker.doctor.finding import Finding, failed, ok, warning
 from nullworker.doctor.machine import Host
-from nullworker.outgoing import describe_failure
+from nullworker.outgoing import describe_failure, get, http_session, is_elsewhere
 from nullworker.settings import Settings, without_secrets
 
 #: Seconds for an answer.
 ANSWER_SECONDS: Final = 10.0
+#: Bytes of an answer that are read.
+MAX_ANSWER_BYTES: Final = 64 * 1024
 #: Days before its expiry in which a certificate should be renewed.
 RENEW_DAYS: Final = 7
 #: Seconds by which the clock may differ; the Date header has a resolution of 1 s, and an answer takes some time.
@@ -83,13 +85,13 @@ def look_at_network(host: Host, settings: Settings) -> Iterator[Finding]:
     unanswered: list[str] = []
     for address in settings.report_addr:
         try:
-            body, headers = _get(address + KEY_PATH)
+            body, date = _get(address + KEY_PATH)
             PublicKey(body)
-        except (OSError, HTTPException, ValueError) as error:
-            unanswered.append(f"{without_secrets(address)}{KEY_PATH}: {_describe(error)}")
+        except (_NoAnswer, ValueError) as error:
+            unanswered.append(f"{without_secrets(address)}{KEY_PATH}: {error}")
         else:
-            yield ok("autoscaler", f"{address} has a key for signatures")
-            dates += [headers["Date"]] if headers["Date"] else []
+            yield ok("autoscaler", f"{without_secrets(address)} has a key for signatures")
+            dates += [date] if date else []
     for what in unanswered:
         alone = len(unanswered) == len(settings.report_addr)
         yield (failed if alone else warning)(
@@ -129,10 +131,10 @@ def look_at_consumer(settings: Settings) -> Iterator[Finding]:
         return
     try:
         _get(url, timeout=settings.null_health_timeout)
-    except (OSError, HTTPException) as error:
+    except _NoAnswer as error:
         yield failed(
             "consumer",
-            f"{without_secrets(url)}: {_describe(error)}",
+            f"{without_secrets(url)}: {error}",
             why="the worker becomes ready only after the first 200, and is errored when later answers are no 200",
             fix=f"start the consumer, and see what it answers with: curl -i {without_secrets(url)}",
         )
@@ -140,30 +142,24 @@ def look_at_consumer(settings: Settings) -> Iterator[Finding]:
         yield ok("consumer", f"{without_secrets(url)} answers 200")
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """The worker follows none either."""
-
-    def redirect_request(self, *_: object) -> None:
-        return None
+class _NoAnswer(Exception):
+    """There is no answer, or another status than 200: why, in words."""
 
 
-def _get(url: str, *, timeout: float = ANSWER_SECONDS) -> tuple[bytes, HTTPMessage]:
-    """The body and headers of a 200.
+def _get(url: str, *, timeout: float = ANSWER_SECONDS) -> tuple[bytes, str | None]:
+    """The body and the Date of a 200, asked for as the worker does.
 
     Raises:
-        OSError: there is no answer, or another status.
+        _NoAnswer: there is none.
     """
-    with urllib.request.build_opener(_NoRedirect).open(url, timeout=timeout) as answer:
-        if answer.status != 200:
-            raise urllib.error.URLError(f"it answers {answer.status}")
-        return answer.read(64 * 1024), answer.headers
+    return asyncio.run(_fetch(url, timeout))
 
 
-def _describe(error: Exception) -> str:
-    """Why a call failed, in words."""
-    if isinstance(error, urllib.error.HTTPError):
-        return f"it answered {error.code}"
-    reason = error.reason if isinstance(error, urllib.error.URLError) else error
-    if isinstance(reason, OSError):
-        return describe_failure(reason)
-    return "it does not speak HTTP" if isinstance(reason, HTTPException) else str(reason)
+async def _fetch(url: str, seconds: float) -> tuple[bytes, str | None]:
+    try:
+        async with http_session(trust_env=is_elsewhere(url)) as http, get(http, url, seconds=seconds) as answer:
+            if answer.status != 200:
+                raise _NoAnswer(f"it answered {answer.status}")
+            return await answer.content.read(MAX_ANSWER_BYTES), answer.headers.get("Date")
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
+        raise _NoAnswer(describe_failure(error)) from error

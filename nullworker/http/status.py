@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, TypedDict
 
 from nullworker import __version__
@@ -150,7 +151,8 @@ class Status:
             if self._sink is None
             else {"url": self._sink.shown, "backlog": self._sink.backlog, "trouble": self._sink.trouble},
             "log": {
-                "path": str(self._log.path),
+                # a path may have bytes that are no text, PEP 383
+                "path": os.fsencode(self._log.path).decode(errors="backslashreplace"),
                 "bytes": self._log.size(),
                 "last_seq": self._log.last_seq,
                 "unwritten": len(service.unwritten),

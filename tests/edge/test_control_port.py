@@ -306,6 +306,7 @@ async def test_only_this_machine_may_ask(worker: WorkerProcess, vast: FakeAutosc
         {"Origin": "https://example.com"},
         {"Origin": "http://127.0.0.1.example.com"},
         {"Origin": ""},
+        {"User-Agent": "nullworker-callback"},
     ]
     for headers in allowed:
         assert (await ask(worker, "GET", "/status", headers=headers)).status == 200, headers
@@ -314,6 +315,28 @@ async def test_only_this_machine_may_ask(worker: WorkerProcess, vast: FakeAutosc
             answer = await ask(worker, method, path, headers=headers)
             assert (answer.status, list(answer.body)) == (403, ["error"]), (headers, path)
     assert (await worker.get("/reservation"))["id"] == claim.id
+
+
+async def test_who_speaks_http_1_0_without_a_host_is_answered(worker: WorkerProcess) -> None:
+    for headers, status in (("", 200), ("Origin: http://example.com\r\n", 403)):
+        reader, writer = await asyncio.open_connection("127.0.0.1", worker.control_port)
+        writer.write(f"GET /health HTTP/1.0\r\n{headers}\r\n".encode())
+        answer = await asyncio.wait_for(reader.read(), PATIENCE)
+        assert answer.startswith(b"HTTP/1.0 %d " % status)
+        writer.close()
+        await writer.wait_closed()
+
+
+async def test_a_path_that_is_not_utf_8_is_told_as_well_as_it_can_be(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/a\xffb"))
+    os.mkdir(folder)
+    worker = WorkerProcess(folder)
+    worker.env["NULL_EVENT_LOG"] = "nullworker.db"  # in the current folder, so that no setting is wrong
+    async with worker:
+        assert (await worker.get("/status"))["log"]["path"] == f"{tmp_path}/a\\xffb/nullworker.db"
+        assert (await post(worker.url + "/reserve", {"duration": 0})).status == 200
+        for path in ("/readyz", "/metrics", "/reservations", "/"):
+            assert (await ask(worker, "GET", path)).status == 200
 
 
 async def test_the_control_port_is_on_one_address_alone_and_none_of_it_is_outside(worker: WorkerProcess) -> None:

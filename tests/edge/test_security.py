@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import json
 import re
 import ssl
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ import pytest
 import trustme
 from claims import reserve
 from harness import WorkerProcess, post, secured, signed
+from instances import consumer
 from pages import DOCS, rows
+from programs import dead_address
 
 from nullworker.http.auth import EXPLAINED_BYTES
 from nullworker.http.sockets import tls
@@ -79,6 +83,57 @@ async def test_what_nobody_may_know_is_neither_in_the_log_nor_in_its_lines(
         signature = body["auth_data"]["signature"]
         for secret in ("master-secret", "metrics-secret", "secret", "key-in-query", signature, signature[:40]):
             assert secret.encode() not in said, secret
+
+
+async def test_a_password_in_a_url_is_shown_nowhere(tmp_path: Path, vast: FakeAutoscaler) -> None:
+    dead = dead_address().removeprefix("http://")
+    urls: Any = {
+        "REPORT_ADDR": f"http://user:REPORT-SECRET@{dead},https://REPORT-SECRET@127.0.0.1:1",
+        "BACKEND_HEALTH_URL": f"http://user:HEALTH-SECRET@{dead}/health?token=HEALTH-SECRET",
+    }
+    async with WorkerProcess(tmp_path, CONTAINER_ID="7", MASTER_TOKEN="x", NULL_LOG_LEVEL="debug", **urls) as worker:
+        await worker.line("key_not_loaded")
+        await worker.line("report_not_delivered")
+        shown = [await worker.get(path) for path in ("/status", "/readyz")]
+        refused = await post(worker.url + "/reserve", signed(vast, worker.url))
+        assert refused.status == 503
+        assert await worker.terminate() == 0
+    doctor = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "nullworker", "doctor"),
+        env={**worker.env, "PYTHONWARNINGS": "default"},
+        cwd=tmp_path,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said = (await doctor.communicate())[0].decode()
+    text = json.dumps([shown, refused.body, worker.lines, said])
+    assert dead in text
+    assert "***@" in said
+    for hidden in ("REPORT-SECRET", "HEALTH-SECRET"):
+        assert hidden not in text, hidden
+
+
+async def test_what_the_autoscaler_is_told_has_no_password_of_a_url(tmp_path: Path, vast: FakeAutoscaler) -> None:
+    async with contextlib.AsyncExitStack() as gone:
+        healthy = await gone.enter_async_context(consumer())
+        url = healthy.replace("//", "//user:SECRET@") + "?token=SECRET"
+        async with secured(tmp_path, vast, BACKEND_HEALTH_URL=url, NULL_HEALTH_INTERVAL="0.1") as worker:
+            await worker.line("consumer_healthy")
+            await gone.aclose()
+            told = await vast.wait_for(lambda: [status for status in vast.statuses if status["error_msg"]])
+            assert "***@" in told[0]["error_msg"]
+            assert "SECRET" not in json.dumps([told, worker.lines, await worker.get("/readyz")])
+
+
+async def test_no_call_to_this_machine_goes_through_a_proxy(tmp_path: Path, vast: FakeAutoscaler) -> None:
+    proxy = dead_address()
+    names = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "ALL_PROXY")
+    settings: Any = dict.fromkeys(names, proxy)
+    async with consumer() as health, secured(tmp_path, vast, BACKEND_HEALTH_URL=health, **settings) as worker:
+        await worker.line("key_loaded")
+        await worker.line("consumer_healthy")
+        assert await (await reserve(worker, vast, duration=0)).outcome() == "Success"
+        assert [line for line in worker.lines if line["event"] == "report_not_delivered"] == []
 
 
 def read_all(folder: Path) -> bytes:
