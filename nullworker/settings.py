@@ -34,7 +34,7 @@ OTHER_NAMES = frozenset(("NULL_QUEUE",))
 OTHER_BEGINNINGS = ("NULL_DISPATCH_", "NULL_COLLECT_")
 
 _TRUE = frozenset(("true", "t", "yes", "y", "on", "1"))
-_AGE_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _FALSE = frozenset(("false", "f", "no", "n", "off", "0"))
 
 
@@ -48,7 +48,7 @@ class Kind:
 
 def _number(low: float, high: float, *, unit: str = "", whole: bool = False, above: bool = False) -> Kind:
     def read(text: str) -> float | int:
-        value: float | int = int(text) if whole else float(text)
+        value: float | int = int(text) if whole else read_seconds(text) if unit == "seconds" else float(text)
         if not math.isfinite(value) or value > high or value < low or (above and value == low):
             raise ValueError(text)
         return value
@@ -56,7 +56,8 @@ def _number(low: float, high: float, *, unit: str = "", whole: bool = False, abo
     what = "a whole number" if whole else "a number"
     most = str(high) if isinstance(high, int) else f"{high:.10g}"
     bounds = f"above {low:g} and at most {most}" if above else f"from {low:g} to {most}"
-    return Kind(read, f"{what}{' of ' + unit if unit else ''} {bounds}")
+    also = ", as 90, 15m, 6h or 30d" if unit == "seconds" else ""
+    return Kind(read, f"{what}{' of ' + unit if unit else ''} {bounds}{also}")
 
 
 def _choice(*words: str) -> Kind:
@@ -121,14 +122,15 @@ def _read_urls(text: str) -> tuple[str, ...]:
     return urls
 
 
-def read_age(text: str) -> float:
-    """Seconds of an age as 90s, 15m, 6h or 30d.
+def read_seconds(text: str) -> float:
+    """Seconds as 90, 15m, 6h or 30d.
 
     Raises:
-        ValueError: it is none, or longer than a century.
+        ValueError: it is none of these, less than 0, or longer than a century.
     """
-    age = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smhd])", text)
-    if age is None or (seconds := float(age[1]) * _AGE_UNITS[age[2]]) > 100 * YEAR_SECONDS:
+    number, unit = (text[:-1], text[-1]) if text[-1:] in _UNITS else (text, "s")
+    seconds = float(number) * _UNITS[unit]
+    if not 0 <= seconds <= 100 * YEAR_SECONDS:  # nan is neither
         raise ValueError(text)
     return seconds
 
@@ -139,7 +141,7 @@ _URL = Kind(_read_url, "an absolute http or https URL")
 _SINK = Kind(_read_sink, "an https URL, or an http one of a loopback or private address")
 _URLS = Kind(_read_urls, "a comma list of absolute http or https URLs")
 _PATH = Kind(Path, "a file's path")
-_AGE = Kind(read_age, "an age as 90s, 15m, 6h or 30d")
+_AGE = _number(0, 100 * YEAR_SECONDS, unit="seconds", above=True)
 _PORT = _number(0, 65535, whole=True)
 
 

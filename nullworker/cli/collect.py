@@ -12,16 +12,16 @@ import click
 from nullworker import logs
 from nullworker.collector.server import Options, serve
 from nullworker.errors import BadSettings
-from nullworker.settings import read_age
+from nullworker.settings import read_seconds
 
 
 def _age(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
     if text is None:
         return None
     try:
-        return read_age(text)
+        return read_seconds(text)
     except ValueError:
-        raise click.BadParameter(f"{text!r} must be an age as 90s, 15m, 6h or 30d") from None
+        raise click.BadParameter(f"{text!r} must be seconds, as 90, 15m, 6h or 30d") from None
 
 
 def _prices(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> tuple[float | None, dict[str, float]]:

@@ -14,7 +14,6 @@ import heapq
 import itertools
 import json
 import os
-import re
 import sqlite3
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,10 +33,10 @@ from nullworker.eventlog.opening import open_for_reading
 from nullworker.eventlog.schema import is_fleet
 from nullworker.eventlog.sqlite import transaction
 from nullworker.fsm.table import EVENT_KINDS, STATES
+from nullworker.settings import read_seconds
 
 #: Seconds between two polls of a log that is followed.
 LOOK_SECONDS: Final = 0.2
-_UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _ALL: Final = 2**62
 #: Columns that the name of a log and a reason get at most, and the name of a job at least.
 _LOG_COLUMNS, _WHY_COLUMNS, _JOB_COLUMNS = 10, 20, 12
@@ -63,8 +62,10 @@ class Column(NamedTuple):
 def _since(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
     if text is None:
         return None
-    if age := re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text):
-        return SystemClock().now() - float(age[1]) * _UNITS[age[2]]
+    try:
+        return SystemClock().now() - read_seconds(text)
+    except ValueError:
+        pass
     try:
         return from_shown(text)
     except ValueError:

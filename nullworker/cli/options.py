@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import click
 
 from nullworker.control_client import ControlClient
-from nullworker.settings import read_age
+from nullworker.settings import read_seconds
 
 
 class Seconds(click.FloatRange):
@@ -29,13 +29,10 @@ class Seconds(click.FloatRange):
             click.BadParameter: it is none.
         """
         try:
-            seconds = float(value)
+            seconds = read_seconds(str(value))
         except ValueError:
-            try:
-                seconds = read_age(value)
-            except ValueError:
-                seconds = math.nan
-        if not (math.isfinite(seconds) and seconds >= 0) or (self.min_open and seconds == 0):
+            seconds = math.nan
+        if math.isnan(seconds) or (self.min_open and seconds == 0):
             least = "more than 0" if self.min_open else "0 or more"
             self.fail(f"{value!r} is not a number of seconds, {least}, as 90, 15m, 6h or 30d", param, ctx)
         return seconds

@@ -20,14 +20,14 @@ from nullworker.errors import CannotStart
 from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.opening import open_for_reading, open_log
 from nullworker.eventlog.retention import ended_before, expendable
-from nullworker.settings import read_age, read_settings
+from nullworker.settings import read_seconds, read_settings
 
 
 def _age(_: click.Context, __: click.Parameter, text: str) -> float:
     try:
-        return read_age(text)
+        return read_seconds(text)
     except ValueError:
-        raise click.BadParameter(f"{text!r} must be an age as 90s, 15m, 6h or 30d") from None
+        raise click.BadParameter(f"{text!r} must be seconds, as 90, 15m, 6h or 30d") from None
 
 
 @click.command()

@@ -74,10 +74,10 @@ async def test_the_command_makes_nothing_and_sets_nothing_aside(tmp_path: Path) 
     assert os.listdir(tmp_path) == ["damaged.db"]
 
 
-@pytest.mark.parametrize("keep", ["", "30", "d", "-1d", "1.d", "1e9d", "1w", "9" * 400 + "d", "½d"])
+@pytest.mark.parametrize("keep", ["", "d", "-1d", "1e9d", "1w", "9" * 400 + "d", "½d"])
 async def test_ages_that_are_none(path: Path, keep: str) -> None:
     long_history(path, 1)
-    assert "must be an age as 90s" in await nullworker("prune", "--keep", keep, "--log", str(path), code=2)
+    assert "must be seconds, as 90" in await nullworker("prune", "--keep", keep, "--log", str(path), code=2)
 
 
 # -- the worker --------------------------------------------------------------------------------------------------------

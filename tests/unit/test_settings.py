@@ -12,19 +12,19 @@ import pytest
 
 from nullworker.cli import commands as cli
 from nullworker.errors import BadSettings
-from nullworker.settings import Settings, read_settings, unknown_names, variable, without_secrets
+from nullworker.settings import Settings, read_seconds, read_settings, unknown_names, variable, without_secrets
 
 STANDALONE = {"UNSECURED": "true"}
 
 #: For every setting that can be wrong: what is. The others take any text.
 BAD: dict[str, tuple[str, ...]] = {
-    "MAX_RESERVATION_SECONDS": ("0", "-1", "nan", "inf", "1h", "1e12"),
+    "MAX_RESERVATION_SECONDS": ("0", "-1", "nan", "inf", "1w", "1e12"),
     "BACKEND_HEALTH_URL": ("/health", "localhost:8000/health", "ftp://example.com", "http://", "http://a b/"),
     "NULL_CONTROL_PORT": ("-1", "65536", "18999.5", "control"),
     "NULL_MAX_QUEUE_SECONDS": ("-0.1", "nan", "inf", "soon"),
     "NULL_MAX_QUEUED": ("-1", "1.5", "many"),
     "NULL_LOG_SYNC": ("off", "fast"),
-    "NULL_LOG_KEEP": ("0", "30", "d", "-1d", "1w", "1e9d", "nan"),
+    "NULL_LOG_KEEP": ("0", "d", "-1d", "1w", "1e9d", "nan"),
     "NULL_MAX_PERF": ("0", "-1", "nan", "inf", "fast"),
     "NULL_HEALTH_INTERVAL": ("0", "-1", "nan", "often"),
     "NULL_HEALTH_TIMEOUT": ("0", "-1", "inf", "long"),
@@ -33,7 +33,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "NULL_MAX_HOLD_SECONDS": ("-1", "nan", "inf", "long"),
     "NULL_CONSUMER_GRACE_SECONDS": ("-1", "61", "nan", "short"),
     "NULL_ATTACH_TIMEOUT": ("0", "-1", "nan", "inf", "soon"),
-    "NULL_DRAIN_SECONDS": ("-1", "nan", "inf", "5s"),
+    "NULL_DRAIN_SECONDS": ("-1", "nan", "inf", "5w"),
     "NULL_GRANT_URL": ("true", "strict"),
     "NULL_SINK": (
         "events",
@@ -303,3 +303,20 @@ def test_a_sink_takes_one_kind_of_credentials() -> None:
     with pytest.raises(BadSettings, match="unset one") as refusal:
         read_settings({**STANDALONE, "NULL_SINK": "https://user:passw0rd@example.com", "NULL_SINK_TOKEN": "t0ken"})
     assert "passw0rd" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("0", 0), ("1.5", 1.5), ("15m", 900), ("6h", 21_600), ("2s", 2), ("30d", 2_592_000)],
+)
+def test_seconds_are_a_number_or_have_a_unit(text: str, seconds: float) -> None:
+    assert read_seconds(text) == seconds
+    if 0 < seconds <= 86_400:
+        read = read_settings({"UNSECURED": "true", "MAX_RESERVATION_SECONDS": text, "NULL_DRAIN_SECONDS": text})
+        assert (read.max_reservation_seconds, read.null_drain_seconds) == (seconds, seconds)
+
+
+@pytest.mark.parametrize("text", ["", "m", "-1", "nan", "inf", "1w", "1e9d", "6 hours", "½h"])
+def test_what_is_no_seconds(text: str) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  # float's own words
+        read_seconds(text)
