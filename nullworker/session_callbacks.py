@@ -28,8 +28,11 @@ FIRST_PAUSE_SECONDS: Final = 1.0
 LONGEST_PAUSE_SECONDS: Final = 300.0
 #: Seconds between two tries to store the outcome of a callback.
 SETTLE_SECONDS: Final = 5.0
-#: The maximum number of concurrent calls.
-AT_ONCE: Final = 8
+#: First tries under way at once: one that hangs takes its place for 10 s, and must not hold up those of other owners.
+#: With the repeats they stay below the 100 connections that aiohttp opens at most.
+FIRST_TRIES_AT_ONCE: Final = 90
+#: Repeats under way at once, in a lane of their own: who has failed waits behind nobody who has not.
+REPEATS_AT_ONCE: Final = 8
 
 NAME: Final = "callbacks"
 
@@ -47,7 +50,8 @@ class Callbacks:
         self._count = count
         self._wakeup = AutoResetEvent()
         self._wakeup.set()
-        self._at_once = asyncio.Semaphore(AT_ONCE)
+        self._first_tries = asyncio.Semaphore(FIRST_TRIES_AT_ONCE)
+        self._repeats = asyncio.Semaphore(REPEATS_AT_ONCE)
         self._under_way: dict[int, asyncio.Task[None]] = {}
 
     def observe(self, commit: Commit) -> None:
@@ -88,8 +92,9 @@ class Callbacks:
     async def _deliver(self, callback: queries.Callback) -> None:
         pause = FIRST_PAUSE_SECONDS
         session_id = callback.session_id
+        lane = self._first_tries
         while True:
-            async with self._at_once:
+            async with lane:
                 trouble = await self._call(callback.seq)
             if trouble is None:
                 self._count("delivered")
@@ -105,6 +110,7 @@ class Callbacks:
             log.warning("callback_failed", reservation_id=session_id, seq=callback.seq, why=trouble, again_in=pause)
             await asyncio.sleep(pause)
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
+            lane = self._repeats
 
     async def _call(self, seq: int) -> str | None:
         """POST a callback; None when it was accepted, else the reason."""

@@ -332,6 +332,8 @@ class Worker:
     async def _probe(self) -> None:
         while True:
             self.service.probe()
+            if self.autoscaler is None and self.log.cursor(OUTCOMES) < self.log.last_seq:
+                self._skip_reports()  # also for a start after a kill, which reads what is owed
             await asyncio.sleep(PROBE_SECONDS)
 
     async def _prune(self, keep: float) -> None:

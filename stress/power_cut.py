@@ -101,7 +101,7 @@ class Machine:
         with contextlib.suppress(LogUnavailable, IllegalMove):
             fate = random.random()
             if fate < 0.4 or held is None:
-                session = SessionTerms(30.0, "hash", "http://owner/") if random.random() < 0.4 else None
+                session = SessionTerms(30.0, "http://owner/") if random.random() < 0.4 else None
                 service.claim(Claim("session" if session else "request", random.choice((0.0, 30.0)), session=session))
             elif fate < 0.6:
                 service.extend(held.id, random.uniform(1.0, 60.0))

@@ -23,7 +23,7 @@ from nullworker.http.bodies import decode, number, read_body, unfit
 from nullworker.http.page import add_page
 from nullworker.http.reservations import final_status, find, newest, reservation_json
 from nullworker.http.responses import HELD, Handler, json_response, make_app
-from nullworker.http.sse import Watchers, stream_attachment, stream_events
+from nullworker.http.sse import EventFeed, Watchers, stream_attachment, stream_events
 from nullworker.http.status import ReadyJson, Status
 from nullworker.logs import get_log
 from nullworker.metrics.exporter import Exporter
@@ -64,6 +64,7 @@ class ControlHandlers:
         self._exporter = exporter
         self._status = status
         self.watchers = Watchers()
+        self._feed = EventFeed(event_log)
 
     async def release(self, request: web.Request) -> web.Response:
         """POST /release: the consumer is done."""
@@ -183,7 +184,7 @@ class ControlHandlers:
         resume = request.headers.get("Last-Event-ID") or request.query.get("after") or "0"
         if not resume.isascii() or not resume.isdigit() or len(resume) > 18:
             raise Invalid("after is wrong", after=f"must be a seq, a whole number from 0, not {resume!r}")
-        return await stream_events(request, self._log, int(resume), self.watchers)
+        return await stream_events(request, self._feed, int(resume), self.watchers)
 
     def _not_held(self, reservation_id: str) -> web.Response:
         known = find(self._service, self._log, reservation_id)

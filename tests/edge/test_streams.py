@@ -67,7 +67,7 @@ async def test_what_waited_for_the_log_comes_into_the_streams_when_it_is_written
         assert held is not None
         worker.log.conn.execute("PRAGMA query_only = ON")
         worker.service.release(held.id)
-        await asyncio.wait_for(own.reader.readuntil(b'"queued"'), PATIENCE)
+        assert worker.service.book.held is None, "nobody is held before that is in the log"
         worker.log.conn.execute("PRAGMA query_only = OFF")
         await asyncio.wait_for(everything.reader.readuntil(b'"released"'), PATIENCE)
         await asyncio.wait_for(own.reader.readuntil(b'"held"'), PATIENCE)

@@ -10,7 +10,8 @@ from typing import Any
 
 import aiohttp
 import pytest
-from harness import Answer, WorkerProcess, leave_session, post, secured, signed
+from harness import Answer, WorkerProcess, changed, leave_session, post, secured, signed
+from programs import until
 
 from nullworker.clock import SystemClock, stopwatch
 from nullworker.testing import FakeAutoscaler
@@ -292,3 +293,17 @@ async def test_a_drain_keeps_a_held_session_open_for_the_next_start(
     assert (await worker.get("/reservation"))["id"] == session_id
     ended = await post(worker.url + "/session/end", {"session_id": session_id, "session_auth": auth})
     assert ended.status == 200
+
+
+async def test_a_standalone_worker_that_is_killed_has_nothing_to_read_at_its_next_start(tmp_path: Path) -> None:
+    """It reports to nobody, so nothing is owed; not even what has ended since its start."""
+    worker = WorkerProcess(tmp_path, module=changed(nullworker__worker__PROBE_SECONDS=0.1))
+    async with worker:
+        for _ in range(3):
+            await post(worker.url + "/reserve", {"duration": 0})
+        await until(lambda: worker.sql("SELECT min(seq) FROM cursors") == [(9,)])
+        await worker.kill()
+        assert worker.sql("SELECT name, seq FROM cursors ORDER BY name") == [
+            ("delete_requests", 9),
+            ("worker_status", 9),
+        ]
