@@ -22,8 +22,8 @@ demo: install  ## run the demo: a fleet of workers on this machine, without an a
 test: tools install  ## run all tests; installs the servers they need first, unless TOOLS=no
 	$(BIN)/python -m pytest -n 3 --dist loadfile
 
-quick: install  ## run the tests that need no servers and no browser
-	$(BIN)/python -m pytest -n 3 --dist loadfile -q tests/unit tests/eventlog
+quick: install  ## run the tests that start no other programs, in seconds
+	$(BIN)/python -m pytest -n 3 --dist loadfile -q -m "not process and not slow" tests/unit tests/eventlog
 
 lint: install  ## run ruff and mypy
 	$(BIN)/ruff check .

@@ -288,6 +288,7 @@ async def datasette(db: Path) -> AsyncIterator[str]:
         await process.communicate()
 
 
+@pytest.mark.process
 async def test_datasette_serves_a_live_log(tmp_path: Path) -> None:
     async with WorkerProcess(tmp_path) as worker, aiohttp.ClientSession() as http, datasette(worker.db) as address:
 

@@ -55,6 +55,7 @@ def contradictory(db: Path) -> None:
     conn.close()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("damage", [garbage, truncated, flipped, emptied_of_its_tables, contradictory])
 async def test_a_damaged_log_is_set_aside_and_the_worker_starts(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     worker = WorkerProcess(tmp_path)
@@ -73,6 +74,7 @@ async def test_a_damaged_log_is_set_aside_and_the_worker_starts(tmp_path: Path, 
         assert (await held).status == 200
 
 
+@pytest.mark.process
 async def test_damage_that_only_a_write_meets_is_found_at_the_next_start(tmp_path: Path) -> None:
     worker = WorkerProcess(tmp_path)
     with contextlib.closing(open_log(worker.db)) as log:
@@ -121,6 +123,7 @@ async def refuses_to_start(folder: Path, *words: str) -> None:
     assert worker.db.read_bytes() == before
 
 
+@pytest.mark.process
 async def test_a_log_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     db = tmp_path / "nullworker.db"
     leave_session(db, begun=SystemClock().now())
@@ -130,6 +133,7 @@ async def test_a_log_of_a_newer_version_is_refused(tmp_path: Path) -> None:
     await refuses_to_start(tmp_path, "newer", "99", "NULL_EVENT_LOG")
 
 
+@pytest.mark.process
 async def test_a_database_of_another_program_is_refused(tmp_path: Path, strange: Path) -> None:
     await refuses_to_start(tmp_path, "another program", "NULL_EVENT_LOG")
     assert sqlite3.connect(strange).execute("SELECT count(*) FROM theirs").fetchall() == [(0,)]

@@ -60,6 +60,7 @@ async def ready(worker: WorkerProcess) -> tuple[bool, str]:
     return checks["ready"], checks["checks"]["log"]["why"]
 
 
+@pytest.mark.process
 async def test_what_is_held_can_be_released_and_all_is_written_when_the_disk_is_back(
     trouble: Trouble, worker: WorkerProcess, vast: FakeAutoscaler
 ) -> None:
@@ -95,6 +96,7 @@ async def test_what_is_held_can_be_released_and_all_is_written_when_the_disk_is_
     assert worker.sql("PRAGMA integrity_check") == [("ok",)]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("trouble", ANY, indirect=True)
 async def test_everybody_is_told_that_the_log_cannot_be_written_and_that_it_can_again(
     trouble: Trouble, worker: WorkerProcess, vast: FakeAutoscaler
@@ -122,6 +124,7 @@ async def test_everybody_is_told_that_the_log_cannot_be_written_and_that_it_can_
     assert (await held).status == 200
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("trouble", ANY, indirect=True)
 async def test_what_ends_without_a_log_is_told_as_ended_everywhere(
     trouble: Trouble, worker: WorkerProcess, vast: FakeAutoscaler
@@ -153,6 +156,7 @@ async def test_what_ends_without_a_log_is_told_as_ended_everywhere(
     assert (await worker.get("/reservations"))["reservations"] == listed[::-1], "the same, in the order of the claims"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("trouble", ANY, indirect=True)
 async def test_what_is_held_expires_on_time_without_a_log(
     trouble: Trouble, worker: WorkerProcess, vast: FakeAutoscaler
@@ -171,6 +175,7 @@ async def test_what_is_held_expires_on_time_without_a_log(
     assert held_at + 1 <= expired_at < held_at + 2
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("trouble", ANY, indirect=True)
 async def test_outcomes_that_waited_for_the_disk_reach_the_autoscaler_when_it_is_back(
     trouble: Trouble, worker: WorkerProcess, vast: FakeAutoscaler
@@ -189,6 +194,7 @@ async def test_outcomes_that_waited_for_the_disk_reach_the_autoscaler_when_it_is
     await vast.wait_for(lambda: vast.totals() == (100, 100, 100))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("trouble", ANY, indirect=True)
 async def test_a_session_without_a_log_can_be_ended_but_not_renewed(
     trouble: Trouble, worker: WorkerProcess, vast: FakeAutoscaler
@@ -206,6 +212,7 @@ async def test_a_session_without_a_log_can_be_ended_but_not_renewed(
     assert worker.story() == [("queued", None), ("held", None), ("released", "session_end")]
 
 
+@pytest.mark.process
 async def test_a_kill_without_a_log_leaves_a_log_that_replays(
     trouble: Trouble, worker: WorkerProcess, vast: FakeAutoscaler
 ) -> None:
@@ -224,6 +231,7 @@ async def test_a_kill_without_a_log_leaves_a_log_that_replays(
     assert worker.sql("PRAGMA integrity_check") == [("ok",)]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("trouble", [*STARTS_WITH], indirect=True)
 async def test_a_worker_that_starts_without_a_log_still_lets_go_what_is_held(
     trouble: Trouble, worker: WorkerProcess, vast: FakeAutoscaler

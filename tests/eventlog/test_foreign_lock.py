@@ -57,6 +57,7 @@ def test_after_a_lock_that_lasts_writes_do_not_wait_until_one_has_worked(path: P
             queue(log, "b")
 
 
+@pytest.mark.process
 async def test_a_lock_of_a_moment_and_a_vacuum_are_told_to_nobody(tmp_path: Path, vast: FakeAutoscaler) -> None:
     async with secured(tmp_path, vast) as worker:
         await worker.line("key_loaded")
@@ -74,6 +75,7 @@ async def test_a_lock_of_a_moment_and_a_vacuum_are_told_to_nobody(tmp_path: Path
         assert worker.sql("PRAGMA auto_vacuum") == [(2,)]
 
 
+@pytest.mark.process
 async def test_a_lock_that_lasts_refuses_claims_at_once_and_is_told_when_it_has_lasted(
     tmp_path: Path, vast: FakeAutoscaler
 ) -> None:

@@ -62,6 +62,7 @@ def story(log: EventLog) -> None:
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("statement", "why"),
     [

@@ -169,6 +169,7 @@ def test_a_wal_that_is_removed_under_a_log_is_noticed_and_nothing_is_lost(
         assert log.last_seq == 2
 
 
+@pytest.mark.process
 async def test_a_worker_whose_wal_is_removed_says_so_and_a_kill_loses_nothing(tmp_path: Path) -> None:
     async with WorkerProcess(tmp_path) as worker:
         held = asyncio.ensure_future(post(worker.url + "/reserve", {}))
@@ -188,6 +189,7 @@ def lose(db: Path) -> None:
     lock.write_bytes(lock.read_bytes().replace(f"event {2:020}".encode(), f"event {9:020}".encode()))
 
 
+@pytest.mark.process
 async def test_a_worker_says_that_its_newest_part_is_gone(tmp_path: Path) -> None:
     worker = WorkerProcess(tmp_path)
     leave_session(worker.db, begun=SystemClock().now())
@@ -259,6 +261,7 @@ def test_a_log_is_synced_as_before_when_something_was_taken_back(path: Path, dis
         assert not log.conn.in_transaction
 
 
+@pytest.mark.process
 @pytest.mark.skipif(Injected not in TROUBLES, reason="needs strace")
 async def test_an_extension_that_got_503_is_not_true_after_a_kill(tmp_path: Path) -> None:
     trouble = Injected(tmp_path)

@@ -9,6 +9,8 @@ import harness
 import pytest
 from programs import Program
 
+pytestmark = pytest.mark.process
+
 SCRIPT = """
 import sys
 print('{"event": "begun"}', file=sys.stderr)

@@ -135,6 +135,7 @@ def test_time_is_asked_in_one_file() -> None:
                 assert name.split(".")[0] != "time", f"{file}: the time comes from clock.py"
 
 
+@pytest.mark.process
 def test_a_new_log_does_not_pay_for_migrations(tmp_path: Path) -> None:
     script = """
 import pathlib, sys
@@ -150,6 +151,7 @@ print(*sys.modules)
     assert "sqlite_utils" not in loaded.stdout.split()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("module", "heavy"),
     [

@@ -228,6 +228,7 @@ async def end_of(process: Process) -> int:
     return await asyncio.wait_for(process.wait(), PATIENCE)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("redirected", ["2>&-", "2>/dev/full"])
 async def test_a_worker_whose_stderr_is_closed_or_full_works_and_ends_as_it_should(
     tmp_path: Path, redirected: str
@@ -237,6 +238,7 @@ async def test_a_worker_whose_stderr_is_closed_or_full_works_and_ends_as_it_shou
         assert await end_of(process) == 0
 
 
+@pytest.mark.process
 async def test_a_file_is_written_where_others_have_come_to(tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb", buffering=0) as file:
         file.write(b"theirs\n")
@@ -246,6 +248,7 @@ async def test_a_file_is_written_where_others_have_come_to(tmp_path: Path) -> No
     assert re.fullmatch(r'theirs\n.*"ours".*\ntheirs\n', (tmp_path / "log").read_text())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("opened", [os.pipe, socketpair, pty.openpty])
 @pytest.mark.parametrize(("lines", "size"), [(20_000, 100), (1, 3_000_000)], ids=["many", "long"])
 async def test_a_reader_that_stalls_stops_neither_a_line_nor_a_traceback_nor_the_end(
@@ -263,6 +266,7 @@ raise RuntimeError("lost " * 10_000)
         assert os.get_blocking(stderr)  # it is not the process's alone
 
 
+@pytest.mark.process
 async def test_a_line_that_was_begun_comes_whole_and_those_dropped_meanwhile_are_counted(tmp_path: Path) -> None:
     code = """
 for dropped in 3, 2:
@@ -287,6 +291,7 @@ log.info("last")
     assert [line.get("lines", line["event"]) for line in lines] == ["long", 3, "long", 2, "last"]
 
 
+@pytest.mark.process
 async def test_a_worker_whose_reader_stalls_works_and_ends_and_tells_what_it_dropped(tmp_path: Path) -> None:
     async def reserve(times: int) -> None:
         for _ in range(times):

@@ -179,6 +179,7 @@ print(json.dumps([VERSION, [f.name for f in dataclasses.fields(WorkerStatusData)
 """
 
 
+@pytest.mark.process
 def test_a_status_has_the_fields_of_the_official_worker() -> None:
     ran = subprocess.run([sys.executable, "-c", SDK], capture_output=True, text=True, check=True)
     version, fields = json.loads(ran.stdout)
@@ -213,6 +214,7 @@ print(json.dumps(sent[0]))
 """
 
 
+@pytest.mark.process
 def test_outcomes_have_the_fields_and_flags_of_the_official_worker() -> None:
     ran = subprocess.run([sys.executable, "-c", OUTCOME], capture_output=True, text=True, check=True)
     theirs = json.loads(ran.stdout)

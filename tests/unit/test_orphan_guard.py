@@ -11,6 +11,8 @@ import pytest
 
 from nullworker.processes import OrphanGuard
 
+pytestmark = pytest.mark.process
+
 
 @contextlib.contextmanager
 def groups(*commands: str) -> Iterator[list[subprocess.Popen[bytes]]]:

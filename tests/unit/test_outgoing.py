@@ -311,6 +311,7 @@ async def test_redirects_without_end_are_not_followed_without_end() -> None:
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 def test_a_dead_dns_does_not_delay_the_end_of_a_process() -> None:
     script = """
 import asyncio, socket, time
