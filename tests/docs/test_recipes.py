@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shlex
+import sqlite3
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 from harness import ROOT, WorkerProcess
 from pages import DOCS, blocks, rows
-from programs import Program, nullworker_work, run
+from programs import Program, free_port, listens, nullworker_work, run, until
 from queues import RedisQueue
 
 from nullworker.cli.commands import COMMANDS, cli
@@ -111,3 +113,28 @@ async def test_a_handler_of_runpod_is_called_with_a_job_and_its_result_is_kept(t
     said = await run(sys.executable, consumer, REDIS_URL=redis, code=1)
     assert said == ""
     assert json.loads((await told(redis, "get", "result:b"))[0])["status"] == "FAILED"
+
+
+@pytest.mark.slow
+async def test_a_redis_queue_is_worked_off_by_workers_of_the_stand_in(tmp_path: Path, redis: str) -> None:
+    program(tmp_path, "job.sh", CODE["sh job"])
+    port = free_port()
+    here = {"8080": str(port), "--max-workers": f"--worker-port 0 --control-port 0 --folder {tmp_path} --max-workers"}
+    scripts = {}
+    for name in ("dev", "jobs"):
+        text = CODE[f"sh {name}"].replace("nullworker dispatch", "exec nullworker dispatch --port 0 --interval 1")
+        for shown, mine in here.items():
+            text = text.replace(shown, mine)
+        scripts[name] = program(tmp_path, name, f"#!/bin/sh\n{text.replace('nullworker dev', 'exec nullworker dev')}")
+    env = {"PATH": PATH, "REDIS_URL": redis, "HOME": str(tmp_path)}
+    async with Program(tmp_path, scripts["dev"], **env) as dev:
+        await until(lambda: listens(port))
+        async with Program(tmp_path, scripts["jobs"], **env) as jobs:
+            await until((tmp_path / "nullworker-dispatch.db").exists)
+            await until(lambda: str(jobs.lines).count("claim_ended") >= 3)
+            with contextlib.closing(sqlite3.connect(tmp_path / "nullworker-dispatch.db")) as ledger:
+                done = "SELECT count(*) FROM claims WHERE reason = 'consumer_exit' AND result ->> 'exit_code' = 0"
+                await until(lambda: ledger.execute(done).fetchone() == (3,))
+            assert await jobs.terminate() == 0
+        assert await told(redis, "llen", "jobs") == await told(redis, "llen", "jobs:busy") == ["0"]
+        await dev.terminate()
