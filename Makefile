@@ -64,6 +64,7 @@ soak: install  ## run a worker for MINUTES under mixed load, and check that noth
 
 bench: install  ## compare speed and memory with a worker on the official SDK
 	$(BIN)/python -m bench
+	$(BIN)/python -m bench.fleet
 
 tools:  # servers and programs that the tests start: Debian's packages, which are named before they are installed
 	@.ci/tools

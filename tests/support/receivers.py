@@ -38,6 +38,7 @@ class Receiver:
     def __init__(self, answer: Answer = lambda events: 200) -> None:
         self.answer = answer
         self.got: list[Got] = []
+        self.location = "http://127.0.0.1:9/"  # to which an answer of 3xx leads
 
     async def __aenter__(self) -> Receiver:
         app = web.Application(client_max_size=1 << 24)
@@ -60,7 +61,7 @@ class Receiver:
             await asyncio.sleep(answer)
             answer = 200
         self.got.append(got._replace(status=answer))
-        return web.Response(status=answer, headers={"Location": "http://127.0.0.1:9/"} if 300 <= answer < 400 else {})
+        return web.Response(status=answer, headers={"Location": self.location} if 300 <= answer < 400 else {})
 
     @property
     def accepted(self) -> list[dict[str, Any]]:
