@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from nullworker.autoscaler.keys import KeyRing
 from nullworker.errors import Invalid, Unauthorized
-from nullworker.http.bodies import MAX_BODY_BYTES, MAX_DEPTH, T, decode, explain, is_deeper, unfit
+from nullworker.http.bodies import MAX_DEPTH, T, decode, explain, is_deeper
 from nullworker.logs import get_log
 
 log = get_log(__name__)
@@ -101,8 +101,8 @@ class Grant(msgspec.Struct):
             auth = json.loads(bytes(self.auth_data))
         except (ValueError, RecursionError):
             raise Invalid("auth_data cannot be compared: it has a number too long, or nests too deep") from None
-        if why := unfit(auth, MAX_BODY_BYTES):
-            raise Invalid(f"auth_data cannot be compared: it {why}")
+        if is_deeper(auth, MAX_DEPTH):
+            raise Invalid(f"auth_data cannot be compared: it must nest at most {MAX_DEPTH} deep")
         return auth
 
     def read(self, shape: type[T]) -> T:

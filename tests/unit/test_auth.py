@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -213,6 +214,28 @@ def test_the_same_auth_is_the_same_however_it_is_written() -> None:
         deep = [deep]
     with pytest.raises(Invalid, match="nests too deep"):
         fingerprint(deep)
+
+
+@pytest.mark.parametrize("limit", [None, 20_000])
+def test_how_deep_an_auth_may_nest_does_not_depend_on_the_interpreter(limit: int | None) -> None:
+    """Python 3.13 takes a depth that 3.11 does not: a higher limit of recursion stands for it."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit or before)
+    try:
+        for levels in (99, 100, 101, 500, 3000):
+            raw = msgspec.Raw(b'{"more": ' + b"[" * (levels - 1) + b"]" * (levels - 1) + b"}")
+            if levels < 101:
+                assert len(Grant(None, raw, raw, None).auth_sha256) == 64
+                continue
+            with pytest.raises(Invalid, match="cannot be compared"):
+                _ = Grant(None, raw, raw, None).auth_sha256
+    finally:
+        sys.setrecursionlimit(before)
+
+
+def test_half_a_surrogate_pair_can_be_compared() -> None:
+    raw = msgspec.Raw(b'{"more": "\\ud800"}')
+    assert Grant(None, raw, raw, None).auth_sha256 == fingerprint({"more": "\ud800"})
 
 
 def test_a_number_is_the_same_however_it_is_written() -> None:
