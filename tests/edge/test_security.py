@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import importlib
 import json
 import re
@@ -16,16 +17,18 @@ import aiohttp
 import pytest
 import trustme
 from claims import reserve
-from harness import WorkerProcess, post, secured, signed
+from harness import ROOT, WorkerProcess, post, secured, signed
 from instances import consumer
 from pages import DOCS, rows
 from programs import dead_address
 
 from nullworker.http.auth import EXPLAINED_BYTES
 from nullworker.http.sockets import tls
+from nullworker.settings import Settings, variable
 from nullworker.testing import FakeAutoscaler
 
 BOUNDS = list(rows(DOCS / "security.md", "| what | at most |"))
+ATTACKS = list(rows(DOCS / "security.md", "| attack | bound |"))
 
 
 @pytest.mark.parametrize("row", BOUNDS, ids=lambda row: row[2].strip("`"))
@@ -41,6 +44,15 @@ def test_every_bound_of_the_http_edge_is_told() -> None:
         names = [name for name in vars(importlib.import_module(module)) if re.match(r"MAX_|\w+_CONNECTIONS", name)]
         assert len(names) >= 3
         assert {f"{module}.{name}" for name in names} <= told
+
+
+@pytest.mark.parametrize("row", ATTACKS, ids=lambda row: row[2].strip("`"))
+def test_every_attack_has_a_bound_and_a_test(row: list[str]) -> None:
+    constants = {told[2].strip("`").rpartition(".")[2] for told in BOUNDS}
+    settings = {variable(field.name) for field in dataclasses.fields(Settings)}
+    assert set(re.findall(r"`([A-Z_]{5,})`", row[1])) <= constants | settings
+    tests = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert f"def {row[2].strip('`')}(" in tests
 
 
 def test_tls_is_what_it_says(tmp_path: Path) -> None:
