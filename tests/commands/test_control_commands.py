@@ -33,7 +33,7 @@ async def as_json(worker: WorkerProcess, *arguments: str) -> list[Any]:
     return [json.loads(line) for line in (await command(worker, *arguments, "--json")).splitlines()]
 
 
-async def test_status_is_a_table_for_people_and_what_the_worker_says_for_scripts(tmp_path: Path) -> None:
+async def test_status_is_a_table_or_the_workers_json(tmp_path: Path) -> None:
     async with WorkerProcess(tmp_path) as worker, caller(worker):
         await worker.line("reservation_held")
         (told,) = await as_json(worker, "status")
@@ -194,7 +194,7 @@ STRANGE = {
 @pytest.mark.parametrize(
     "arguments", [("status",), ("release",), ("extend", "1"), ("wait", "--timeout", "0")], ids=lambda words: words[0]
 )
-async def test_what_is_no_worker_is_called_so(
+async def test_another_program_on_the_control_port_is_recognized(
     arguments: tuple[str, ...], options: tuple[str, ...], told: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -242,14 +242,14 @@ async def test_no_command_at_all_shows_the_help_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "soon", ""])
-async def test_what_is_no_number_of_seconds_is_wrong_use(seconds: str) -> None:
+async def test_invalid_seconds_are_wrong_use(seconds: str) -> None:
     said = await nullworker("extend", "--seconds", seconds, code=2)
     assert said == f"nullworker: Invalid value for '--seconds': {seconds!r} is not a number of seconds, 0 or more" + (
         " (see nullworker extend --help)\n"
     )
 
 
-async def test_a_deadline_is_said_once() -> None:
+async def test_giving_the_seconds_twice_is_wrong_use() -> None:
     assert "say it once" in await nullworker("extend", "5", "--seconds", "90", code=2)
 
 

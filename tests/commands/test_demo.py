@@ -72,7 +72,7 @@ def in_order(out: str, who: str, *what: str) -> None:
     assert moments == sorted(moments)
 
 
-async def test_it_tells_the_story_and_leaves_nothing(demo: Demo) -> None:
+async def test_it_runs_through_and_leaves_no_files(demo: Demo) -> None:
     # settings that somebody has set for a worker of their own must not get into it
     await demo.start(NULL_MAX_PERF="7", BACKEND_HEALTH_URL="http://127.0.0.1:9/", CONTAINER_ID="4")
     code, out, err = await demo.end()

@@ -127,7 +127,7 @@ async def test_an_errored_worker_may_finish_what_it_holds(tmp_path: Path) -> Non
         await dev.line(re.escape("worker 1: stopping (errored, and replaced)"))
 
 
-async def test_a_worker_that_cannot_start_is_replaced_and_said_where_to_look(tmp_path: Path) -> None:
+async def test_a_worker_that_cannot_start_is_replaced_and_its_log_is_named(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
     with contextlib.closing(sqlite3.connect(tmp_path / "logs" / "nullworker-1.db")) as conn:
         conn.execute("CREATE TABLE somebody_elses (a)")
@@ -200,7 +200,7 @@ async def test_nothing_outlives_it_when_it_is_killed(tmp_path: Path) -> None:
         (("--port", "0", "--target-util", "0"), {}, 2, "target-util"),
     ],
 )
-async def test_a_start_that_cannot_be_is_one_line(
+async def test_a_failed_start_is_one_line(
     arguments: tuple[str, ...], env: dict[str, str], code: int, words: str
 ) -> None:
     server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)

@@ -40,7 +40,7 @@ def taken() -> Iterator[int]:
         yield int(sock.getsockname()[1])
 
 
-async def test_where_nothing_is_wrong_everything_is_looked_at_and_well(well: Well) -> None:
+async def test_every_check_of_a_healthy_instance_is_ok(well: Well) -> None:
     findings = await found(well.machine())
     assert [each for each in findings if each.level != "ok"] == []
     assert [each.check for each in findings] == [
@@ -90,7 +90,7 @@ async def test_a_backend_without_a_token(well: Well) -> None:
 # ---- settings ----
 
 
-async def test_a_setting_that_is_not_allowed_ends_the_looks_that_need_it(well: Well) -> None:
+async def test_a_bad_setting_skips_the_checks_that_need_it(well: Well) -> None:
     findings = await found(well.machine(NULL_MAX_PERF="0"))
     assert "NULL_MAX_PERF='0' is not allowed" in the_only(findings, "settings").what
     assert findings[-1].check == "settings"
@@ -111,7 +111,7 @@ async def test_no_master_token(well: Well) -> None:
 
 
 @pytest.mark.parametrize("unset", ["PUBLIC_IPADDR", "VAST_TCP_PORT"])
-async def test_an_address_that_leads_nowhere(well: Well, unset: str) -> None:
+async def test_a_public_address_that_is_not_set(well: Well, unset: str) -> None:
     name = unset if unset == "PUBLIC_IPADDR" else f"VAST_TCP_PORT_{well.port}"
     finding = the_only(await found(well.machine(**{name: ""})), "public address")
     assert finding.level == "error"
@@ -122,19 +122,19 @@ async def test_an_address_that_leads_nowhere(well: Well, unset: str) -> None:
 
 
 @pytest.mark.parametrize("variable", ["WORKER_PORT", "NULL_CONTROL_PORT", "WORKER_HTTP_PORT"])
-async def test_a_port_that_somebody_else_has(well: Well, taken: int, variable: str) -> None:
+async def test_a_port_taken_by_another_program(well: Well, taken: int, variable: str) -> None:
     finding = the_only(await found(well.machine(**{variable: str(taken), f"VAST_TCP_PORT_{taken}": "40123"})), "ports")
     assert finding.level == "error"
     assert finding.what.startswith(f"{variable}: ")
     assert f"ss -ltnp 'sport = :{taken}'" in finding.fix
 
 
-async def test_the_default_port_for_session_ends_is_worth_a_warning(well: Well, taken: int) -> None:
+async def test_a_taken_default_port_for_session_ends_is_a_warning(well: Well, taken: int) -> None:
     env = {"WORKER_PORT": str(taken - 1), f"VAST_TCP_PORT_{taken - 1}": "40123", "WORKER_HTTP_PORT": ""}
     assert the_only(await found(well.machine(**env)), "ports").level == "warning"
 
 
-async def test_a_worker_that_runs_has_its_ports(well: Well, vast: FakeAutoscaler, tmp_path: Path) -> None:
+async def test_a_running_worker_holds_its_ports(well: Well, vast: FakeAutoscaler, tmp_path: Path) -> None:
     async with secured(tmp_path, vast) as worker:
         await worker.line("key_loaded")
         port = str(worker.control_port)
@@ -219,7 +219,7 @@ async def test_a_certificate_that_the_base_image_has_signed_itself(well: Well) -
 
 
 @pytest.mark.parametrize(("days", "level"), [(-1, "error"), (3, "warning")])
-async def test_a_certificate_that_ends(well: Well, days: int, level: str) -> None:
+async def test_a_certificate_about_to_expire(well: Well, days: int, level: str) -> None:
     well.sign(timedelta(days=days))
     assert the_only(await found(well.machine()), "certificate").level == level
 
@@ -243,7 +243,7 @@ async def test_one_of_two_addresses_does_not_answer(well: Well, vast: FakeAutosc
     assert the_only(await found(well.machine(REPORT_ADDR=addresses)), "autoscaler").level == "warning"
 
 
-async def test_a_key_that_is_none(well: Well) -> None:
+async def test_an_autoscaler_key_that_is_no_key(well: Well) -> None:
     async def nonsense(_: web.Request) -> web.Response:
         return web.Response(text="no key")
 
@@ -276,5 +276,5 @@ async def test_a_consumer_that_answers_something_else(well: Well, status: int) -
         assert the_only(await found(well.machine(BACKEND_HEALTH_URL=url)), "consumer").level == "error"
 
 
-async def test_a_consumer_that_nobody_asks(well: Well) -> None:
+async def test_a_consumer_without_a_health_url(well: Well) -> None:
     assert the_only(await found(well.machine(BACKEND_HEALTH_URL="")), "consumer").level == "warning"

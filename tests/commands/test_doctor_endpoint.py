@@ -32,7 +32,7 @@ RIGHT = {
 READY = (1, "IDLE", 100.0)
 
 
-def test_the_parameters_for_one_reservation_workers_are_well() -> None:
+def test_the_recommended_parameters_are_ok() -> None:
     assert {each.level for each in judge(RIGHT, 42, [READY], cost=100)} == {"ok"}
 
 
@@ -53,13 +53,13 @@ def test_the_parameters_for_one_reservation_workers_are_well() -> None:
         ("endpoint_state", "stopped", "error", "vastai update endpoint 42 --endpoint_state active"),
     ],
 )
-def test_a_parameter_that_is_not_for_one_reservation_workers(name: str, value: Any, level: str, fix: str) -> None:
+def test_each_unsuitable_parameter_is_a_finding(name: str, value: Any, level: str, fix: str) -> None:
     finding = the_only(list(judge({**RIGHT, name: value}, 42, [READY], cost=100)), name)
     assert finding.level == level
     assert finding.fix.startswith(fix)
 
 
-def test_a_cost_that_is_not_max_perf() -> None:
+def test_a_cost_different_from_max_perf() -> None:
     finding = the_only(list(judge(RIGHT, 42, [(1, "IDLE", 250.0)], cost=100)), "cost")
     assert (finding.level, "NULL_MAX_PERF=100" in finding.fix, "cost=250" in finding.fix) == ("error", True, True)
 
@@ -95,14 +95,14 @@ def ports() -> dict[str, str]:
     return {name: str(free_port()) for name in ("WORKER_PORT", "WORKER_HTTP_PORT", "NULL_CONTROL_PORT")}
 
 
-async def test_it_exits_with_1_when_something_is_wrong(tmp_path: Path) -> None:
+async def test_it_exits_with_1_when_there_is_an_error(tmp_path: Path) -> None:
     env = {"UNSECURED": "true", "NULL_EVENT_LOG": str(tmp_path / "log.db"), **ports()}
     assert {each["level"] for each in (await doctor(code=0, **env))["findings"]} == {"ok", "warning"}
     answer = await doctor(code=1, **{**env, "BACKEND": "null"})
     assert [each["check"] for each in answer["findings"] if each["level"] == "error"] == ["template"]
 
 
-async def test_for_people_it_says_why_and_how_to_mend_it(tmp_path: Path) -> None:
+async def test_the_text_output_says_why_and_how_to_fix_it(tmp_path: Path) -> None:
     env = {"UNSECURED": "true", "NULL_EVENT_LOG": str(tmp_path / "log.db"), **ports()}
     said = (await nullworker("doctor", code=0, **env)).splitlines()
     at = next(number for number, line in enumerate(said) if line.startswith("warning  consumer"))
@@ -126,7 +126,7 @@ async def test_an_endpoint_is_asked_by_the_official_client(tmp_path: Path) -> No
         await doctor("--endpoint", "null", "--autoscaler", vast.url, "--cost", "50", code=0, **env)
 
 
-async def test_an_endpoint_that_is_not_there(tmp_path: Path, vast: FakeAutoscaler) -> None:
+async def test_an_unknown_endpoint(tmp_path: Path, vast: FakeAutoscaler) -> None:
     env = {"NULL_EVENT_LOG": str(tmp_path / "log.db"), **ports()}
     answer = await doctor("--endpoint", "nul", "--autoscaler", vast.url, code=1, **env)
     assert "no endpoint named 'nul'" in answer["findings"][-1]["what"]

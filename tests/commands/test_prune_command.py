@@ -75,7 +75,7 @@ async def test_the_command_makes_nothing_and_sets_nothing_aside(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("keep", ["", "d", "-1d", "1e9d", "1w", "9" * 400 + "d", "½d"])
-async def test_ages_that_are_none(path: Path, keep: str) -> None:
+async def test_invalid_ages_are_refused(path: Path, keep: str) -> None:
     long_history(path, 1)
     assert "must be seconds, as 90" in await nullworker("prune", "--keep", keep, "--log", str(path), code=2)
 
@@ -111,7 +111,9 @@ async def test_a_worker_prunes_its_own_log(tmp_path: Path, vast: FakeAutoscaler,
     assert size_of(worker.db) < size / 4
 
 
-async def test_a_worker_keeps_what_is_owed_and_prunes_it_when_it_is_told(tmp_path: Path, vast: FakeAutoscaler) -> None:
+async def test_a_worker_keeps_unacknowledged_reservations_until_they_are_acknowledged(
+    tmp_path: Path, vast: FakeAutoscaler
+) -> None:
     with contextlib.closing(open_log(tmp_path / "nullworker.db")) as log:
         for name in ("owed", "last"):
             add(log, name, 0)
@@ -129,7 +131,7 @@ async def test_a_worker_without_the_setting_keeps_everything(tmp_path: Path) -> 
         assert worker.sql("SELECT count(*) FROM reservations") == [(5,)]
 
 
-async def test_a_day_whose_pruning_fails_is_not_the_end(tmp_path: Path) -> None:
+async def test_pruning_is_tried_again_the_next_day(tmp_path: Path) -> None:
     long_history(tmp_path / "nullworker.db", 3)
     quick = AT_ONCE.replace("commands.main", "retention.DAY_SECONDS = 0.1; commands.main")
     worker = WorkerProcess(tmp_path, module=("-c", quick, "serve"), NULL_LOG_KEEP="30d")

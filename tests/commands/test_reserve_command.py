@@ -196,7 +196,7 @@ async def test_a_stream_that_ends_without_an_answer_fails_and_is_not_repeated(
     assert (first, set(again)) == (None, {0}), "asked for its last word, and for no further time"
 
 
-async def test_nobody_in_time_is_said_with_what_to_do(vast: FakeAutoscaler) -> None:
+async def test_no_worker_within_the_timeout_is_an_error_with_advice(vast: FakeAutoscaler) -> None:
     code, _, err = await run(*at(vast, "--timeout", "0.5"))
     assert code == 1
     assert err.splitlines()[-1] == (
@@ -204,7 +204,7 @@ async def test_nobody_in_time_is_said_with_what_to_do(vast: FakeAutoscaler) -> N
     )
 
 
-async def test_a_worker_that_never_says_that_it_holds_is_let_go_in_time(vast: FakeAutoscaler) -> None:
+async def test_a_worker_that_never_confirms_the_hold_times_out(vast: FakeAutoscaler) -> None:
     async with FakeWorker(vast.url, streams=False) as worker:
         with pytest.raises(HoldError, match=f"{worker.url} was asked, and did not say that it holds.*--no-stream"):
             await hold("null", autoscaler=vast.url, timeout=2)
@@ -220,7 +220,7 @@ async def test_a_connection_that_breaks_while_held_is_not_repeated(vast: FakeAut
     assert len(worker.bodies) == 1
 
 
-async def test_a_worker_that_is_gone_is_not_asked_in_a_spin(vast: FakeAutoscaler) -> None:
+async def test_a_dead_worker_is_asked_with_a_backoff(vast: FakeAutoscaler) -> None:
     async with FakeWorker(vast.url) as gone:
         pass
     with pytest.raises(HoldError, match=f"within 1.2 s .last: {gone.url} cannot be reached"):
@@ -229,7 +229,7 @@ async def test_a_worker_that_is_gone_is_not_asked_in_a_spin(vast: FakeAutoscaler
 
 
 @pytest.mark.parametrize("how", [500, 429, "down"])
-async def test_a_hiccup_of_the_autoscaler_is_survived(vast: FakeAutoscaler, worker: FakeWorker, how: How) -> None:
+async def test_a_failed_routing_call_is_tried_again(vast: FakeAutoscaler, worker: FakeWorker, how: How) -> None:
     vast.fail("route", how, times=2)
     said: list[str] = []
     holding = asyncio.create_task(hold("null", autoscaler=vast.url, say=said.append))
@@ -246,7 +246,7 @@ async def test_a_wrong_key_is_refused_at_once_and_never_shown() -> None:
     assert "wrong-secret" not in err
 
 
-async def test_straight_to_a_worker_needs_no_sdk(tmp_path: Path) -> None:
+async def test_a_url_needs_no_sdk(tmp_path: Path) -> None:
     (tmp_path / "vastai.py").write_text("raise ImportError('not here')")
     async with FakeWorker() as worker:
         command = await Command.start("--url", worker.url, "--duration", "9", env={"PYTHONPATH": str(tmp_path)})
@@ -258,7 +258,7 @@ async def test_straight_to_a_worker_needs_no_sdk(tmp_path: Path) -> None:
     assert worker.bodies == [{"duration": 9.0, "stream": True}]
 
 
-async def test_straight_to_a_busy_worker_fails_at_once(tmp_path: Path) -> None:
+async def test_a_url_of_a_busy_worker_fails_at_once(tmp_path: Path) -> None:
     async with FakeWorker() as worker:
         worker.refusals = [(429, {"error": "busy"})]
         code, out, err = await run("--url", worker.url, "--json")
@@ -266,7 +266,7 @@ async def test_straight_to_a_busy_worker_fails_at_once(tmp_path: Path) -> None:
     assert err.startswith(f"nullworker reserve: {worker.url} answered 429 busy; every worker is taken")
 
 
-async def test_straight_to_nobody_says_that_it_cannot_be_reached() -> None:
+async def test_a_url_where_nothing_listens_cannot_be_reached() -> None:
     async with FakeWorker() as gone:
         pass
     code, _, err = await run("--url", gone.url, "--json")

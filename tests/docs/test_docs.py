@@ -233,7 +233,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(file), target
 
 
-def test_both_lists_of_dependencies_are_alike() -> None:
+def test_requirements_txt_and_pyproject_list_the_same_dependencies() -> None:
     (listed,) = re.findall(
         r"^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL
     )
@@ -241,7 +241,7 @@ def test_both_lists_of_dependencies_are_alike() -> None:
     assert re.findall(r'^ +"([^"]+)"', listed, re.MULTILINE) == [line for line in lines if not line.startswith("#")]
 
 
-def test_nothing_names_the_machine_that_it_was_written_on() -> None:
+def test_no_file_contains_a_path_of_a_developers_machine() -> None:
     words = (
         re.escape(str(ROOT)),
         r"(?<![\w.$}])/(?:wo" + r"rk|op" + "t/pypi)/",

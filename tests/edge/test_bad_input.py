@@ -130,7 +130,7 @@ async def no_trace(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     assert (totals.rej_load, totals.new_load <= 100) == (0, True)
 
 
-async def test_bodies_of_reserve(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+async def test_invalid_bodies_of_reserve(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     good = signed(vast, worker.url)
     await check(worker.url + "/reserve", envelopes(good))
     wrong = {"duration": SECONDS, "metadata": METADATA, "stream": [1, "yes", []]}
@@ -139,7 +139,7 @@ async def test_bodies_of_reserve(worker: WorkerProcess, vast: FakeAutoscaler) ->
     await no_trace(worker, vast)
 
 
-async def test_bodies_of_session_create(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+async def test_invalid_bodies_of_session_create(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     good = signed(vast, worker.url)
     await check(worker.url + "/session/create", envelopes(good))
     routes: list[Any] = [5, "/release", "ftp://example.com/", "http://", worker.control + "/release"]
@@ -148,7 +148,7 @@ async def test_bodies_of_session_create(worker: WorkerProcess, vast: FakeAutosca
     await no_trace(worker, vast)
 
 
-async def test_bodies_of_the_routes_about_a_session(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+async def test_invalid_bodies_of_the_session_routes(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     good = signed(vast, worker.url)
     await check(worker.url + "/ping", envelopes(good))
     await check(worker.url + "/ping", (Case(json.dumps(good).encode(), 422, ("session_id",)),))
@@ -158,7 +158,7 @@ async def test_bodies_of_the_routes_about_a_session(worker: WorkerProcess, vast:
     await no_trace(worker, vast)
 
 
-async def test_bodies_of_the_control_port(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+async def test_invalid_bodies_of_the_control_port(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     not_json = tuple(case for case in NOT_JSON if case.body.strip())  # an empty body is a plain release
     cases = (
         Case(b'{"reservation_id": 5}', 422, ("reservation_id",)),
@@ -190,7 +190,7 @@ async def test_further_keys_and_numbers_as_text_are_fine(worker: WorkerProcess, 
         assert (await post(worker.url + "/reserve", body)).status == 200
 
 
-async def test_routes_and_methods_that_there_are_not(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+async def test_unknown_routes_and_methods(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     async def asked(method: str, url: str) -> Answer:
         async with aiohttp.ClientSession() as http, http.request(method, url) as answer:
             return Answer(answer.status, await answer.json(), answer.headers)
@@ -212,7 +212,7 @@ async def test_routes_and_methods_that_there_are_not(worker: WorkerProcess, vast
     await no_trace(worker, vast)
 
 
-async def test_a_body_that_is_not_what_its_headers_say(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+async def test_a_body_that_contradicts_its_headers(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     headers = {"Content-Encoding": "gzip"}
     async with (
         aiohttp.ClientSession() as http,
@@ -223,7 +223,7 @@ async def test_a_body_that_is_not_what_its_headers_say(worker: WorkerProcess, va
 
 
 @pytest.mark.parametrize(("port", "most"), [("external", MAX_EXTERNAL_BODY), ("control", MAX_BODY)])
-async def test_a_body_is_at_most_so_large(worker: WorkerProcess, port: str, most: int) -> None:
+async def test_a_body_over_the_limit_is_refused(worker: WorkerProcess, port: str, most: int) -> None:
     url = worker.url + "/reserve" if port == "external" else worker.control + "/release"
     async with aiohttp.ClientSession() as http:
         for size, status in ((most, 422), (most + 1, 413)):
@@ -244,7 +244,7 @@ async def test_a_body_that_grows_beyond_the_limit_without_saying_so(
     await no_trace(worker, vast)
 
 
-async def test_a_body_that_does_not_come(tmp_path: Path, vast: FakeAutoscaler) -> None:
+async def test_a_body_that_does_not_arrive_gets_408(tmp_path: Path, vast: FakeAutoscaler) -> None:
     async with secured(tmp_path, vast, module=changed(nullworker__http__bodies__BODY_SECONDS=0.2)) as worker:
         await worker.line("key_loaded")
         for port, route in ((worker.port, "/reserve"), (worker.control_port, "/release")):
@@ -257,7 +257,7 @@ async def test_a_body_that_does_not_come(tmp_path: Path, vast: FakeAutoscaler) -
         await no_trace(worker, vast)
 
 
-async def test_a_body_that_never_came_to_its_end_is_no_bug(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+async def test_a_truncated_body_is_not_logged_as_a_bug(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     _, writer = await asyncio.open_connection("127.0.0.1", worker.port)
     writer.write(b"POST /reserve HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
     await writer.drain()
@@ -306,7 +306,7 @@ async def test_the_update_route_takes_the_master_token_and_nothing_else(
     await no_trace(worker, vast)
 
 
-async def test_without_a_master_token_nobody_can_ask_for_an_update(tmp_path: Path) -> None:
+async def test_without_a_master_token_the_update_route_answers_401(tmp_path: Path) -> None:
     async with WorkerProcess(tmp_path) as worker, aiohttp.ClientSession() as http:
         for token in ("Bearer", "Bearer ", ""):
             async with http.post(worker.url + "/pyworker/update", headers={"Authorization": token}) as answer:

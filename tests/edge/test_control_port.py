@@ -95,7 +95,7 @@ async def test_no_extension_goes_beyond_the_cap_and_none_at_all_ends_it(
     assert (await claim.answer()).body["released"] == "duration_elapsed"
 
 
-async def test_an_extension_of_what_is_not_held_is_refused(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+async def test_an_extension_without_a_held_reservation_is_refused(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     nothing = await post(worker.control + "/extend", {"seconds": 5})
     over = await reserve(worker, vast, duration=0)
     await reserve(worker, vast)
@@ -111,7 +111,9 @@ async def test_an_extension_of_what_is_not_held_is_refused(worker: WorkerProcess
 # -- looking -----------------------------------------------------------------------------------------------------
 
 
-async def test_what_is_held_is_told_at_once_or_waited_for(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+async def test_the_held_reservation_is_returned_at_once_or_after_a_wait(
+    worker: WorkerProcess, vast: FakeAutoscaler
+) -> None:
     idle = await ask(worker, "GET", "/reservation")
     assert (idle.status, idle.body) == (204, "")
     in_vain = await ask(worker, "GET", "/reservation?wait=0.05")
@@ -172,7 +174,7 @@ async def test_the_history_comes_newest_first_by_pages_and_by_state(
     assert await ids("?state=released") == []
 
 
-async def test_a_query_that_means_nothing_is_named(worker: WorkerProcess) -> None:
+async def test_an_invalid_query_parameter_is_named(worker: WorkerProcess) -> None:
     for path, field in (
         ("/reservations?state=gone", "state"),
         ("/reservations?limit=-1", "limit"),
@@ -285,7 +287,7 @@ async def test_metrics_come_in_both_formats_complete_from_the_start(worker: Work
 # -- who may ask -------------------------------------------------------------------------------------------------
 
 
-async def test_only_this_machine_may_ask(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+async def test_requests_with_a_foreign_host_or_origin_get_403(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     claim = await reserve(worker, vast)
     allowed: list[dict[str, str]] = [
         {"Host": "127.0.0.1"},

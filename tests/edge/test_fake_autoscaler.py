@@ -161,7 +161,7 @@ async def test_a_report_with_another_mtoken_is_refused_and_not_counted() -> None
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"id": 1}', b'{"id": 1, "mtoken": "", "url": 5, "error_msg": ""}'])
-async def test_a_message_that_is_none_gets_400(vast: FakeAutoscaler, http: aiohttp.ClientSession, body: bytes) -> None:
+async def test_an_invalid_message_gets_400(vast: FakeAutoscaler, http: aiohttp.ClientSession, body: bytes) -> None:
     async with http.post(f"{vast.url}/worker_status/", data=body) as response:
         assert (response.status, list(await response.json())) == (400, ["error"])
     assert vast.statuses == []
@@ -176,7 +176,7 @@ async def test_a_failed_start_is_accepted_with_the_few_fields_it_has(
     assert vast.totals() == Totals(0, 0, 0)
 
 
-async def test_waiting_in_vain_says_what_has_been_seen(vast: FakeAutoscaler) -> None:
+async def test_a_timeout_of_wait_for_says_what_was_received(vast: FakeAutoscaler) -> None:
     async with FakeWorker(vast.url):
         with pytest.raises(TimeoutError, match="1 calls seen, 1 statuses and 0 outcomes accepted"):
             await vast.wait_for(lambda: vast.outcomes, timeout=0.01)

@@ -14,7 +14,7 @@ from nullworker.testing.faults import How
 
 
 @pytest.mark.parametrize(("how", "answer"), [("down", None), (500, 500), (400, 400)])
-async def test_what_is_refused_is_seen_and_not_delivered(vast: FakeAutoscaler, how: How, answer: int | None) -> None:
+async def test_a_refused_call_is_recorded_but_not_delivered(vast: FakeAutoscaler, how: How, answer: int | None) -> None:
     async with FakeWorker(vast.url) as worker:
         vast.fail("delete_requests", how, times=2)
         outcome = {"request_idx": 4, "status": "Success"}
@@ -47,7 +47,7 @@ async def test_a_late_answer_never_comes_though_the_message_is_delivered(vast: F
             await waiting
 
 
-async def test_a_late_answer_is_dropped_when_the_stand_in_closes() -> None:
+async def test_a_late_answer_is_dropped_at_the_end_of_the_block() -> None:
     async with FakeAutoscaler() as vast, FakeWorker(vast.url) as worker:
         vast.fail("worker_status", "late")
         waiting = asyncio.create_task(worker.report(cur_load=7))

@@ -38,14 +38,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("sent", [b"", b"POST /echo", HEAD, b"\r\n" * 50], ids=["nothing", "line", "headers", "blank"])
-async def test_a_request_that_does_not_come_is_not_waited_for(door: Door, sent: bytes) -> None:
+async def test_a_connection_without_a_request_is_closed(door: Door, sent: bytes) -> None:
     wire = await door.connect(sent)
     assert await wire.end() == b""
     await wire.close()
 
 
 @pytest.mark.usefixtures("quick")
-async def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for(door: Door) -> None:
+async def test_a_request_head_sent_byte_by_byte_is_closed(door: Door) -> None:
     wire = await door.connect(b"POST /echo HTTP/1.1\r\nX: ")
     ended = asyncio.ensure_future(wire.end())
     while not (await asyncio.wait({ended}, timeout=0.02))[0]:
@@ -55,7 +55,7 @@ async def test_a_head_that_comes_a_byte_at_a_time_is_not_waited_for(door: Door) 
 
 
 @pytest.mark.usefixtures("quick")
-async def test_a_second_request_that_does_not_come_to_its_end_is_not_waited_for(door: Door) -> None:
+async def test_an_incomplete_second_request_is_closed(door: Door) -> None:
     wire = await door.connect(EMPTY)
     assert (await wire.answer()).body == {"bytes": 0}
     await wire.send(HEAD)
@@ -64,7 +64,9 @@ async def test_a_second_request_that_does_not_come_to_its_end_is_not_waited_for(
 
 
 @pytest.mark.usefixtures("quick")
-async def test_who_has_been_answered_may_be_silent_for_longer(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_idle_connection_after_an_answer_has_a_longer_timeout(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
     idle = await door.connect(EMPTY)
     await idle.answer()
     silent = await door.connect()
@@ -81,7 +83,7 @@ async def test_who_has_been_answered_may_be_silent_for_longer(door: Door, monkey
 
 
 @pytest.mark.usefixtures("quick")
-async def test_a_request_that_is_under_way_is_waited_for(door: Door) -> None:
+async def test_a_request_under_way_is_never_closed(door: Door) -> None:
     held = await door.hold_one()
     for _ in range(3):
         silent = await door.connect()
@@ -108,14 +110,14 @@ async def test_who_sends_so_much_more_that_its_end_could_not_be_noticed_is_hung_
     await wire.close()
 
 
-async def test_who_closes_only_its_own_half_has_left(door: Door) -> None:
+async def test_closing_one_half_of_the_connection_is_a_hang_up(door: Door) -> None:
     wire = await door.hold_one()
     wire.writer.write_eof()
     await asyncio.wait_for(door.left.wait(), 20)
     await wire.close()
 
 
-async def test_who_vanishes_is_noticed_by_the_kernel(door: Door) -> None:
+async def test_tcp_keepalive_notices_a_vanished_peer(door: Door) -> None:
     wire = await door.hold_one()
     (accepted,) = door.sockets
     assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
@@ -127,7 +129,9 @@ async def test_who_vanishes_is_noticed_by_the_kernel(door: Door) -> None:
 # -- what is too much --------------------------------------------------------------------------------------------------
 
 
-async def test_a_full_port_keeps_whom_it_has_and_takes_nobody(logged: Callable[[], list[str]]) -> None:
+async def test_a_full_port_keeps_requests_under_way_and_refuses_new_connections(
+    logged: Callable[[], list[str]],
+) -> None:
     async with Door().opened(max_connections=3) as door:
         held = [await door.hold_one() for _ in range(3)]
         for _ in range(5):
@@ -144,7 +148,7 @@ async def test_a_full_port_keeps_whom_it_has_and_takes_nobody(logged: Callable[[
     assert logged() == ["port_full"]  # not a line for each
 
 
-async def test_the_oldest_who_only_connects_makes_room(door: Door) -> None:
+async def test_a_full_port_closes_the_oldest_connection_without_a_request(door: Door) -> None:
     async with Door().opened(max_connections=4) as door:
         held = await door.hold_one()
         silent = [await door.connect(b"P") for _ in range(3)]
@@ -159,7 +163,7 @@ async def test_the_oldest_who_only_connects_makes_room(door: Door) -> None:
             await wire.close()
 
 
-async def test_the_oldest_who_has_been_answered_makes_room() -> None:
+async def test_a_full_port_closes_the_oldest_idle_connection() -> None:
     async with Door().opened(max_connections=3) as door:
         idle = [await door.connect(EMPTY) for _ in range(3)]
         for wire in idle:
@@ -173,7 +177,7 @@ async def test_the_oldest_who_has_been_answered_makes_room() -> None:
             await wire.close()
 
 
-async def test_the_largest_crowd_makes_room() -> None:
+async def test_a_full_port_closes_a_connection_of_the_largest_group() -> None:
     async with Door().opened(max_connections=4) as door:
         silent = await door.connect(b"P")
         idle = [await door.connect(EMPTY) for _ in range(3)]
@@ -263,7 +267,7 @@ def tls() -> tuple[ssl.SSLContext, ssl.SSLContext]:
 
 
 @pytest.mark.usefixtures("quick")
-async def test_the_same_holds_with_tls(tls: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
+async def test_the_limits_hold_with_tls(tls: tuple[ssl.SSLContext, ssl.SSLContext]) -> None:
     ours, theirs = tls
     secure = {"ssl": theirs, "server_hostname": "localhost"}
     async with Door().opened(max_connections=3, tls=ours) as door:
@@ -305,7 +309,7 @@ async def test_a_machine_without_descriptors_accepts_again_when_it_has_some(
     await wire.close()
 
 
-def test_a_worker_may_open_as_many_files_as_the_machine_lets_it() -> None:
+def test_a_worker_raises_its_limit_of_open_files() -> None:
     script = (
         "import resource as r; _, hard = r.getrlimit(r.RLIMIT_NOFILE); r.setrlimit(r.RLIMIT_NOFILE, (256, hard));"
         "from nullworker.http.sockets import raise_fd_limit; "

@@ -59,7 +59,7 @@ NO_HTTP: dict[str, tuple[int, bytes]] = {
 
 
 @pytest.mark.parametrize("case", NO_HTTP)
-async def test_what_is_no_http_gets_json_and_is_hung_up_on(door: Door, case: str) -> None:
+async def test_malformed_http_gets_json_and_is_closed(door: Door, case: str) -> None:
     status, sent = NO_HTTP[case]
     wire = await door.connect(sent)
     answer = await wire.answer()
@@ -78,7 +78,7 @@ async def test_a_hundred_thousand_headers_are_not_read(door: Door, before: bytes
     await wire.close()
 
 
-async def test_what_is_hidden_behind_a_request_is_not_a_second_one(door: Door) -> None:
+async def test_a_smuggled_request_is_not_answered(door: Door) -> None:
     wire = await door.connect(HEAD + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n" + EMPTY)
     assert (await wire.answer()).status == 400
     assert await wire.end() == b""
@@ -92,7 +92,7 @@ async def test_no_answer_is_kept_by_a_cache(door: Door) -> None:
     await wire.close()
 
 
-async def test_an_expectation_that_is_none_is_answered_in_json(door: Door) -> None:
+async def test_an_invalid_expect_header_is_answered_in_json(door: Door) -> None:
     wire = await door.connect(HEAD + b"Expect: nothing\r\nContent-Length: 0\r\n\r\n")
     answer = await wire.answer()
     assert (answer.status, list(answer.body)) == (417, ["error"])
@@ -161,7 +161,7 @@ async def test_who_is_answered_before_his_body_is_there_is_hung_up_on(door: Door
 
 
 @pytest.mark.parametrize(("size", "status"), [(MAX_BODY_BYTES, 200), (MAX_BODY_BYTES + 1, 413)])
-async def test_a_body_whose_size_nobody_has_told_has_the_same_bound(door: Door, size: int, status: int) -> None:
+async def test_a_chunked_body_has_the_same_limit(door: Door, size: int, status: int) -> None:
     wire = await door.connect(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
     for part in (bytes(1000), bytes(size - 1000)):
         await wire.send(b"%x\r\n%s\r\n" % (len(part), part))

@@ -29,9 +29,7 @@ async def opened(worker: WorkerProcess, sends: bytes) -> ClaimTrace:
     return wire
 
 
-async def test_nobody_has_the_slot_before_its_whole_request_is_there(
-    worker: WorkerProcess, vast: FakeAutoscaler
-) -> None:
+async def test_a_partial_request_does_not_get_the_slot(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     body = json.dumps(signed(vast, worker.url)).encode()
     length, chunked = b"Content-Length: %d" % len(body), b"Transfer-Encoding: chunked"
     crowd = [
@@ -57,9 +55,7 @@ async def test_nobody_has_the_slot_before_its_whole_request_is_there(
     assert not [line for line in worker.lines if line["level"] == "error"]
 
 
-async def test_requests_behind_one_another_are_claims_one_after_the_other(
-    worker: WorkerProcess, vast: FakeAutoscaler
-) -> None:
+async def test_pipelined_requests_are_claims_in_order(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     bodies = [json.dumps(signed(vast, worker.url, {"metadata": {"n": n}})).encode() for n in range(3)]
     wire = await opened(worker, b"".join(raw(body, b"Content-Length: %d" % len(body)) for body in bodies))
     for n in range(2):
@@ -73,7 +69,7 @@ async def test_requests_behind_one_another_are_claims_one_after_the_other(
     assert worker.sql("SELECT state, reason FROM reservations")[2] == ("cancelled", "client_disconnect")
 
 
-async def test_a_caller_that_floods_its_own_line_loses_the_slot(tmp_path: Path, vast: FakeAutoscaler) -> None:
+async def test_a_caller_that_floods_its_connection_loses_the_slot(tmp_path: Path, vast: FakeAutoscaler) -> None:
     async with secured(tmp_path, vast, module=changed(nullworker__http__server__PATIENCE_SECONDS=0.2)) as worker:
         await worker.line("key_loaded")
         body = json.dumps(signed(vast, worker.url)).encode()
@@ -121,7 +117,7 @@ async def test_a_crowd_that_sends_half_a_request_neither_fills_the_memory_nor_ke
         assert [line["event"] for line in worker.lines if line["level"] == "error"] == []
 
 
-async def test_no_answer_tells_versions(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+async def test_no_answer_contains_a_version(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     paths = ("/", "/status", "/metrics", "/health", "/nothing", "/reservation", "/events")
     async with aiohttp.ClientSession() as http:
         for url in (*(worker.control + path for path in paths), worker.url + "/reserve"):

@@ -127,7 +127,7 @@ async def test_page_recovers_when_the_worker_was_killed_and_comes_back(browser: 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [WIDE, NARROW], ids=["wide", "narrow"])
-async def test_axe_finds_nothing_to_stumble_over(
+async def test_axe_finds_no_accessibility_problem(
     browser: Browser, worker: WorkerProcess, scheme: str, size: dict[str, int]
 ) -> None:
     page = await opened(browser, worker.control, color_scheme=scheme, viewport=size)
@@ -185,7 +185,7 @@ async def test_page_says_why_the_worker_is_not_ready(browser: Browser, tmp_path:
         await expect(page.locator('#checks li:has-text("Consumer")')).to_have_attribute("data-level", "wait")
 
 
-async def test_page_works_over_a_forwarded_port_and_asks_nobody_else(browser: Browser, worker: WorkerProcess) -> None:
+async def test_page_works_over_a_forwarded_port_and_loads_nothing_else(browser: Browser, worker: WorkerProcess) -> None:
     async with forwarded(worker.control_port) as port:  # as `ssh -L` does
         page = await browser.new_page()
         asked: list[str] = []

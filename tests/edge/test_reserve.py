@@ -72,9 +72,7 @@ async def test_a_duration_that_passes_ends_it_with_exactly_two_keys(
         ({"NULL_MAX_QUEUED": "0"}, "queue_full"),
     ],
 )
-async def test_who_cannot_be_served_in_time_is_sent_to_another_worker(
-    tmp_path: Path, vast: FakeAutoscaler, env: dict[str, Any], reason: str
-) -> None:
+async def test_a_queue_timeout_gets_429(tmp_path: Path, vast: FakeAutoscaler, env: dict[str, Any], reason: str) -> None:
     async with secured(tmp_path, vast, **env) as worker:
         await worker.line("key_loaded")
         await reserve(worker, vast)
@@ -156,7 +154,7 @@ async def test_metadata_reach_the_consumer_and_its_result_reaches_the_caller(
     assert (kept["metadata"], kept["result"], kept["request_idx"]) == (metadata, result, claim.idx)
 
 
-async def test_a_result_of_nothing_much_is_still_a_result(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+async def test_falsy_results_are_returned_as_results(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     results: list[Any] = [None, 0, False, "", [], {}]
     for result in results:
         claim = await reserve(worker, vast)

@@ -39,7 +39,7 @@ async def metrics(worker: WorkerProcess) -> str:
         return await answer.text()
 
 
-async def test_who_reserves_with_a_session_waits_for_its_end(
+async def test_reserve_with_a_session_id_waits_for_its_end(
     vast: FakeAutoscaler, worker: WorkerProcess, session: Session
 ) -> None:
     session_id = session.id
@@ -80,7 +80,7 @@ class Waiting:
         return head.splitlines(), body
 
 
-async def test_who_waits_for_a_session_and_hangs_up_does_not_end_it(
+async def test_hanging_up_while_waiting_for_a_session_does_not_end_it(
     vast: FakeAutoscaler, worker: WorkerProcess, session: Session
 ) -> None:
     waiting = await Waiting.begin(vast, worker, session.id)

@@ -124,7 +124,7 @@ async def test_a_request_waits_for_the_end_of_a_session(
 
 
 @pytest.mark.parametrize("lifetime", [0, -1, "60", True, float("nan"), float("inf"), [1]])
-async def test_a_lifetime_that_is_none_is_named(vast: FakeAutoscaler, worker: WorkerProcess, lifetime: Any) -> None:
+async def test_an_invalid_lifetime_is_named(vast: FakeAutoscaler, worker: WorkerProcess, lifetime: Any) -> None:
     answer = await Owner(vast, worker).create(lifetime=lifetime)
     assert answer.status == 422
     assert "lifetime" in answer.body["payload"]
@@ -168,7 +168,7 @@ async def test_the_http_port_knows_nothing_but_the_end_of_sessions(vast: FakeAut
 
 
 @pytest.mark.parametrize("path", ["/session/end", "/session/get", "/session/health"])
-async def test_who_cannot_show_the_whole_auth_of_a_session_gets_401(
+async def test_an_incomplete_session_auth_gets_401(
     vast: FakeAutoscaler, worker: WorkerProcess, owner: Owner, path: str
 ) -> None:
     for wrong in (None, {}, {**owner.auth, "reqnum": -1}, vast.grant(worker.url), {**owner.auth, "more": 1}):

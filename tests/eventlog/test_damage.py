@@ -152,7 +152,7 @@ DAMAGE = b"no database at all" * 100
         ("application_id", "is a database of another program; set NULL_EVENT_LOG"),
     ],
 )
-def test_a_log_that_is_not_opened_stays_as_it_is_and_nobodys(path: Path, trouble: str, says: str) -> None:
+def test_a_log_that_cannot_be_opened_is_not_changed_or_locked(path: Path, trouble: str, says: str) -> None:
     """A command that only looks, or an older version, costs nobody his log."""
     with contextlib.closing(open_log(path)) as log:
         queue(log, "a")
@@ -201,7 +201,7 @@ def test_what_a_killed_worker_left_beside_a_damaged_log_is_set_aside_with_it(pat
     assert Path(f"{aside}-shm").exists(), "what is in it can be made again"
 
 
-def test_a_suspicion_that_was_wrong_is_dropped(path: Path) -> None:
+def test_a_suspect_file_beside_a_sound_log_is_removed(path: Path) -> None:
     with contextlib.closing(open_log(path)) as log:
         queue(log, "a")
     Path(f"{path}.suspect").touch()

@@ -126,7 +126,7 @@ async def test_everybody_is_told_that_the_log_cannot_be_written_and_that_it_can_
 
 @pytest.mark.process
 @pytest.mark.parametrize("trouble", ANY, indirect=True)
-async def test_what_ends_without_a_log_is_told_as_ended_everywhere(
+async def test_an_end_that_is_not_logged_yet_is_visible_everywhere(
     trouble: Trouble, worker: WorkerProcess, vast: FakeAutoscaler
 ) -> None:
     held = await hold(vast, worker)

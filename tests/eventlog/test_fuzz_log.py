@@ -144,7 +144,7 @@ def begin(db: Path) -> None:
     wal_keeps=st.just(1.0) | st.floats(0, 1),
     pages=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=2),
 )
-def test_a_log_that_was_touched_is_gone_on_with_or_set_aside(
+def test_a_modified_log_is_read_or_set_aside(
     history: Path,
     touches: list[tuple[float, bytes]],
     wal_touches: list[tuple[float, bytes]],
@@ -198,7 +198,7 @@ def unreadable_word(data: bytearray, root: int) -> None:
 
 
 @pytest.mark.parametrize("touch", [undecodable_schema, unreadable_debts, debts_in_a_circle, unreadable_word])
-def test_what_touching_a_log_has_found(history: Path, tmp_path: Path, touch: Callable[[bytearray, int], None]) -> None:
+def test_known_modifications_of_a_log(history: Path, tmp_path: Path, touch: Callable[[bytearray, int], None]) -> None:
     db = tmp_path / "nullworker.db"
     with contextlib.closing(sqlite3.connect(shutil.copy(history, db))) as conn:
         ((root,),) = conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events'")
@@ -209,7 +209,7 @@ def test_what_touching_a_log_has_found(history: Path, tmp_path: Path, touch: Cal
     assert list(tmp_path.glob("*.damaged-*"))
 
 
-def test_a_clock_that_makes_no_sense_is_damage(history: Path, tmp_path: Path) -> None:
+def test_an_invalid_clock_anchor_is_damage(history: Path, tmp_path: Path) -> None:
     db = tmp_path / "nullworker.db"
     for suffix in ("", "-wal"):
         shutil.copy(f"{history}{suffix}", f"{db}{suffix}")

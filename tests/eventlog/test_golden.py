@@ -94,7 +94,7 @@ def test_the_newest_golden_log_has_every_event_and_reason() -> None:
         (1, {5: '{"ends_at": "soon"}'}),
     ],
 )
-def test_the_check_bites_on_a_history_that_cannot_be(number: int, change: dict[int, str]) -> None:
+def test_the_check_fails_for_an_impossible_history(number: int, change: dict[int, str]) -> None:
     history_of_lies = rows(GOLDEN[0])
     for column, value in change.items():
         history_of_lies[number][column] = value

@@ -91,7 +91,7 @@ def test_an_empty_log_has_no_history(tmp_path: Path) -> None:
         assert ids(empty.conn) == []
 
 
-def test_others_have_their_turn_while_the_history_is_searched(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_of_the_history_does_not_block_the_event_loop(log: EventLog, monkeypatch: pytest.MonkeyPatch) -> None:
     service = Service(log, FakeClock(), Limits(), Readiness())
     monkeypatch.setattr(queries, "STEP", 1)
     search = newest(service, log, state="expired", limit=1000, before=None)

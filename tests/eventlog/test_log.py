@@ -56,7 +56,7 @@ def test_each_append_is_told_with_its_events_and_its_seconds(log: EventLog) -> N
     assert all(0 < seconds < 10 for _, seconds in told)
 
 
-def test_who_hears_of_an_append_cannot_undo_it(log: EventLog) -> None:
+def test_a_failing_append_listener_does_not_undo_the_append(log: EventLog) -> None:
     heard: list[int] = []
 
     def fails(*_: object) -> None:
@@ -76,7 +76,7 @@ def test_a_batch_that_is_refused_leaves_the_log_as_it_was(log: EventLog) -> None
     assert [event.reservation_id for _, event in log.live()] == ["a", "c"]
 
 
-def test_what_a_stranger_locks_is_written_when_it_lets_go(log: EventLog, path: Path) -> None:
+def test_an_append_waits_for_another_programs_lock(log: EventLog, path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as stranger:
         stranger.execute("BEGIN IMMEDIATE")
         with pytest.raises(LogUnavailable, match="cannot be written: database is locked"):
@@ -229,7 +229,7 @@ def test_a_write_that_can_not_even_be_undone_is_told_like_any_other(
     log.conn = whole
 
 
-def test_a_link_to_a_log_is_that_log_and_a_folder_is_none(log: EventLog, path: Path) -> None:
+def test_a_symlink_shares_the_lock_and_a_folder_is_refused(log: EventLog, path: Path) -> None:
     link = path.with_name("link")
     link.symlink_to(path)
     with pytest.raises(CannotStart, match="belongs to a worker that is running"):

@@ -81,7 +81,7 @@ def test_a_clock_that_was_set_back_keeps_what_it_must(log: EventLog) -> None:
     assert names(log) == {"future": 4, "last": 4}
 
 
-def test_more_than_one_step(log: EventLog) -> None:
+def test_pruning_takes_more_than_one_step(log: EventLog) -> None:
     for number in range(STEP):
         add(log, f"n{number}", float(number))
     told_all(log)

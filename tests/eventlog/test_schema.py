@@ -69,7 +69,7 @@ def begin(name: str, seq: int) -> list[tuple[int, Event]]:
         "meta VALUES ('name', 'a'), ('name', 'b')",
     ],
 )
-def test_no_table_takes_what_makes_no_sense(log: EventLog, row: str) -> None:
+def test_tables_refuse_invalid_rows(log: EventLog, row: str) -> None:
     log.append(begin("open", 0))
     with contextlib.closing(sqlite3.connect(log.path)) as shell, pytest.raises(sqlite3.IntegrityError):
         shell.execute(f"INSERT INTO {row}")

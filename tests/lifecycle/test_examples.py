@@ -121,7 +121,7 @@ async def check(queue: Queue, pages: Pages, worker: WorkerProcess, consumer: Pro
     assert await queue.left() == 0
 
 
-async def test_jobs_in_jobs_done(vast: FakeAutoscaler, queue: Queue, pages: Pages, tmp_path: Path) -> None:
+async def test_every_job_is_done_once(vast: FakeAutoscaler, queue: Queue, pages: Pages, tmp_path: Path) -> None:
     async with both(vast, queue, tmp_path) as (worker, consumer):
         await put(queue, pages, "a", "b")
         results = await asyncio.wait_for(reserve_until_done(vast, 2), 3 * PATIENCE)

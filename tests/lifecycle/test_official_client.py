@@ -149,7 +149,9 @@ async def test_a_request_in_a_session_waits_for_its_end(endpoint: Any, worker: W
     )
 
 
-async def test_who_finds_the_slot_taken_is_told_so(endpoint: Any, worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+async def test_a_session_on_a_busy_worker_is_refused(
+    endpoint: Any, worker: WorkerProcess, vast: FakeAutoscaler
+) -> None:
     held = asyncio.ensure_future(endpoint.request("/reserve", {}))
     line = await worker.line("reservation_held")
     refused = await within_patience(endpoint.request("/session/create", {"lifetime": 30}, retry=False))

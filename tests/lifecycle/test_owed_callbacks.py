@@ -69,7 +69,7 @@ class Owner:
         return await asyncio.wait_for(self._told.get(), PATIENCE)
 
 
-async def test_what_is_owed_waits_in_the_log_and_not_in_memory(path: Path) -> None:
+async def test_pending_callbacks_are_in_the_log_and_not_in_memory(path: Path) -> None:
     count, size = 200, 64 * 1024
     owe(path, *("x" * size for _ in range(count)))
     owner = Owner(lambda _: "down")

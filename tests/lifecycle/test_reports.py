@@ -195,7 +195,7 @@ async def test_a_standalone_worker_owes_nothing_to_a_later_autoscaler(tmp_path: 
         assert vast.totals() == (100, 0, 100)
 
 
-async def test_nobody_without_a_grant_is_ever_told_of(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+async def test_unauthenticated_requests_are_not_reported(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     forged = [signed(vast, worker.url, request_idx=999, signature="x" * 344) for _ in range(5)]
     answers = await asyncio.gather(*(post(worker.url + "/reserve", body) for body in forged))
     assert {answer.status for answer in answers} == {401}

@@ -100,7 +100,7 @@ def owed(worker: WorkerProcess) -> list[tuple[Any, ...]]:
         ("a sick consumer", "cancelled", "consumer_unhealthy"),
     ],
 )
-async def test_whatever_ends_a_session_its_owner_is_told(
+async def test_every_end_of_a_session_calls_its_route(
     tmp_path: Path, receiver: Receiver, how: str, state: str, reason: str
 ) -> None:
     env: dict[str, Any] = {
@@ -152,7 +152,7 @@ async def test_a_session_that_was_refused_is_no_end_to_tell_of(worker: WorkerPro
     assert owed(worker) == []
 
 
-async def test_without_a_route_nobody_is_told(worker: WorkerProcess) -> None:
+async def test_without_a_route_there_is_no_callback(worker: WorkerProcess) -> None:
     await end(worker, (await create(worker, None)).body["session_id"])
     assert owed(worker) == []
 
@@ -227,7 +227,7 @@ async def test_a_day_after_the_end_a_callback_is_given_up_loudly(tmp_path: Path,
         assert (await receiver.call())["session_id"] != "old"
 
 
-async def test_a_drain_keeps_what_is_owed(worker: WorkerProcess, receiver: Receiver) -> None:
+async def test_a_drain_keeps_pending_callbacks(worker: WorkerProcess, receiver: Receiver) -> None:
     receiver.answers = [None]
     session_id = (await create(worker, receiver.url)).body["session_id"]
     await end(worker, session_id)

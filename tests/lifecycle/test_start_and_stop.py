@@ -160,7 +160,9 @@ async def test_a_failed_start_waits_for_no_autoscaler(tmp_path: Path, vast: Fake
 @pytest.mark.parametrize(
     "door", [("-m", "nullworker", "serve"), ("-m", "workers.null.worker"), ("-m", "worker"), (str(ROOT / "worker.py"),)]
 )
-async def test_every_door_leads_to_the_same_worker(tmp_path: Path, vast: FakeAutoscaler, door: tuple[str, ...]) -> None:
+async def test_every_entry_point_starts_the_same_worker(
+    tmp_path: Path, vast: FakeAutoscaler, door: tuple[str, ...]
+) -> None:
     async with secured(tmp_path, vast, module=door) as worker:
         await worker.line("key_loaded")
         claim = await reserve(worker, vast)
@@ -169,7 +171,7 @@ async def test_every_door_leads_to_the_same_worker(tmp_path: Path, vast: FakeAut
         assert await worker.terminate() == 0
 
 
-async def test_a_door_hands_on_the_exit_code_of_bad_settings(tmp_path: Path) -> None:
+async def test_each_entry_point_exits_with_2_for_bad_settings(tmp_path: Path) -> None:
     worker = WorkerProcess(tmp_path, module=(str(ROOT / "worker.py"),), NULL_MAX_PERF="fast")
     await worker.spawn()
     assert await worker.exit_code() == 2
@@ -249,9 +251,7 @@ async def test_what_is_not_released_in_time_is_cancelled_and_told(
         assert await claim.outcome() == "Cancelled"
 
 
-async def test_those_who_wait_and_those_who_come_are_sent_away_at_once(
-    worker: WorkerProcess, vast: FakeAutoscaler
-) -> None:
+async def test_a_drain_cancels_the_queue_and_refuses_new_claims(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
     held, queued = [await reserve(worker, vast) for _ in range(2)]
     worker.process.send_signal(signal.SIGTERM)
     await worker.line("stopping")

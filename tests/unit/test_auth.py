@@ -72,7 +72,7 @@ class Desk:
         return str(refused.value)
 
 
-async def test_without_a_key_nobody_is_let_in_and_it_is_fetched_until_it_is_there(
+async def test_without_a_key_requests_get_503_until_it_is_fetched(
     monkeypatch: pytest.MonkeyPatch, logged: Callable[[], list[str]]
 ) -> None:
     desk = Desk(monkeypatch, None, None, OLD)
@@ -183,7 +183,7 @@ async def test_a_bug_in_a_fetch_is_not_the_end_of_all_fetches(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(("own", "theirs"), [(URL, URL + "/"), (URL + "/", URL), (URL, "https://203.0.113.7:1")])
-async def test_whose_grant_it_is_is_told_warned_of_or_not_asked(
+async def test_a_grant_for_another_url_is_refused_or_logged_or_accepted(
     monkeypatch: pytest.MonkeyPatch, logged: Callable[[], list[str]], own: str, theirs: str
 ) -> None:
     another = theirs.endswith(":1")
@@ -345,7 +345,7 @@ async def test_what_is_asked_for_is_read_once_it_is_granted(monkeypatch: pytest.
         (envelope().replace(b'"e"', b'"\xff"'), {}),
     ],
 )
-async def test_what_is_no_envelope_is_told_what_is_wrong(
+async def test_a_malformed_envelope_names_what_is_wrong(
     monkeypatch: pytest.MonkeyPatch, body: bytes, wrong: set[str]
 ) -> None:
     desk = Desk(monkeypatch, OLD)

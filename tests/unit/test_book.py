@@ -56,7 +56,7 @@ def test_a_wait_that_was_over_before_the_hold_is_over() -> None:
     assert desk.does(desk.book.due(NOW + 65)) == ["r2 expired/queue_timeout", "r1 expired/duration_elapsed", "r3 held"]
 
 
-def test_who_asks_for_no_time_is_held_and_over_in_one_batch() -> None:
+def test_a_duration_of_0_is_held_and_expires_in_one_batch() -> None:
     desk = Desk()
     desk.claim()
     desk.claim(0.0)
@@ -144,7 +144,7 @@ def test_who_asks_for_less_than_a_second_has_the_slot_alone() -> None:
 
 
 @pytest.mark.parametrize("name", ["r1", "nobody"])
-def test_who_has_ended_or_never_was_has_no_future(name: str) -> None:
+def test_ended_and_unknown_reservations_accept_no_event(name: str) -> None:
     desk = Desk()
     desk.claim()
     desk.does(desk.book.release("r1", "explicit", NOW))
@@ -163,7 +163,7 @@ def test_who_has_ended_or_never_was_has_no_future(name: str) -> None:
     assert [(reservation.id, reservation.state) for reservation in book.live()] == [("r2", "held")]
 
 
-def test_nobody_who_is_live_begins_again() -> None:
+def test_a_live_reservation_cannot_be_queued_again() -> None:
     desk = Desk()
     queued, held = desk.book.claim("r", Claim(), NOW)
     for event in (queued, held):

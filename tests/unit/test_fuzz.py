@@ -104,7 +104,7 @@ BODIES = st.binary(max_size=60) | VALUES.map(lambda value: json.dumps(value).enc
 @example(b'{"\\ud800": NaN}')
 @example(b"\xef\xbb\xbf{}")
 @example(b'{"auth_data": ' + b"9" * 5000 + b"}")
-def test_only_what_the_autoscaler_has_signed_for_this_worker_passes_the_gate(body: bytes) -> None:
+def test_only_grants_signed_by_the_autoscaler_are_accepted(body: bytes) -> None:
     grant = opened(GATE, body)
     if grant is not None:
         assert grant.auth is not None
@@ -112,7 +112,7 @@ def test_only_what_the_autoscaler_has_signed_for_this_worker_passes_the_gate(bod
         assert base64.b64decode(grant.auth.signature) == base64.b64decode(SIGNATURE)
 
 
-def test_what_it_has_signed_does_pass() -> None:
+def test_a_signed_grant_is_accepted() -> None:
     assert opened(GATE, GOOD) is not None
 
 
@@ -121,7 +121,7 @@ def test_what_it_has_signed_does_pass() -> None:
 @example(b'{"session_id": 5}')
 @example(b'{"session_id": "\\ud800"}')
 @example(b'{"payload": ' + nested(600) + b"}")
-def test_an_open_gate_takes_objects_and_refuses_the_rest(body: bytes) -> None:
+def test_an_unsecured_worker_accepts_objects_and_refuses_other_json(body: bytes) -> None:
     opened(OPEN_GATE, body)
 
 

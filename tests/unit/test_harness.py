@@ -19,7 +19,7 @@ sys.exit("there is no more to say")
 
 
 @pytest.mark.timeout(30)
-async def test_a_line_that_cannot_come_any_more_is_not_waited_for(
+async def test_waiting_for_a_line_ends_when_the_process_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(harness, "PATIENCE", 3600.0)

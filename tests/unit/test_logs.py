@@ -113,7 +113,7 @@ def test_a_library_speaks_in_the_same_form(said: Callable[[], str]) -> None:
     assert "KeyError: 'the cause'" in said()
 
 
-def test_a_library_whose_words_do_not_fit_is_heard_and_not_harmed(
+def test_a_librarys_wrong_format_string_is_still_logged(
     said: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = logging.getLogger()
@@ -239,7 +239,7 @@ async def test_a_worker_whose_stderr_is_closed_or_full_works_and_ends_as_it_shou
 
 
 @pytest.mark.process
-async def test_a_file_is_written_where_others_have_come_to(tmp_path: Path) -> None:
+async def test_a_log_file_shared_with_others_is_appended_to(tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb", buffering=0) as file:
         file.write(b"theirs\n")
         async with speaking(tmp_path, 'log.info("ours")', file.fileno()) as process:

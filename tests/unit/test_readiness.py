@@ -22,7 +22,7 @@ def test_a_part_that_has_died_is_told_also_after_the_consumers_next_good_answer(
     ("state", "refusal", "loaded"),
     [("draining", "draining", True), ("errored", "log_unavailable", True), ("starting", "not_ready", False)],
 )
-def test_the_gravest_cause_names_the_state(state: str, refusal: str, loaded: bool) -> None:
+def test_the_most_severe_cause_decides_the_state(state: str, refusal: str, loaded: bool) -> None:
     readiness = Readiness(key="it is fetched", consumer_starting="it has not answered yet")
     if loaded:
         readiness.key_is_loaded()

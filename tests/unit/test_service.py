@@ -151,7 +151,7 @@ def test_a_probe_says_nothing_of_a_log_for_which_events_wait(desk: Desk) -> None
     assert desk.readiness.log == "the disk is full", "until they are written"
 
 
-def test_what_waits_in_memory_has_an_end(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_events_in_memory_is_limited(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_UNWRITTEN", 4)
     desk.journal.failing = "the disk is full"
     for _ in range(2):
@@ -174,7 +174,7 @@ def test_a_deadline_that_cannot_be_logged_is_not_moved(desk: Desk) -> None:
     assert not desk.service.unwritten
 
 
-def test_who_comes_to_a_consumer_that_fails_or_a_worker_that_stops_is_told_so(desk: Desk) -> None:
+def test_claims_are_refused_while_errored_or_draining(desk: Desk) -> None:
     held = desk.service.claim(Claim())
     desk.service.consumer_unhealthy("it does not answer", cancel_held=False)
     assert (held.state, desk.readiness.consumer) == ("held", "it does not answer")
@@ -195,7 +195,7 @@ def test_a_session_whose_time_passed_while_nobody_ran_is_over_at_the_start(desk:
     assert again.service.book.held is None
 
 
-def test_an_observer_with_a_bug_is_told_of_and_hurts_nobody(desk: Desk, logged: Callable[[], list[str]]) -> None:
+def test_a_failing_observer_is_logged_and_ignored(desk: Desk, logged: Callable[[], list[str]]) -> None:
     def break_down(commit: Commit) -> None:
         raise RuntimeError("a bug")
 
@@ -207,7 +207,7 @@ def test_an_observer_with_a_bug_is_told_of_and_hurts_nobody(desk: Desk, logged: 
     assert not desk.service._watchers, "nobody watches what is over"
 
 
-async def test_who_waits_for_an_end_hears_of_that_one_alone_and_is_forgotten(desk: Desk) -> None:
+async def test_a_waiter_gets_its_own_end_and_is_removed(desk: Desk) -> None:
     first, second = desk.service.claim(Claim()), desk.service.claim(Claim())
     waiting = [asyncio.create_task(desk.service.ended(each)) for each in (first, first, second)]
     gone = asyncio.create_task(desk.service.ended(second))
@@ -227,7 +227,9 @@ async def test_who_waits_for_an_end_hears_of_that_one_alone_and_is_forgotten(des
     assert not desk.service._watchers
 
 
-async def test_who_leaves_in_the_moment_of_the_end_is_no_bug(desk: Desk, logged: Callable[[], list[str]]) -> None:
+async def test_a_cancelled_waiter_at_the_moment_of_the_end_is_no_error(
+    desk: Desk, logged: Callable[[], list[str]]
+) -> None:
     held = desk.service.claim(Claim())
     waiting = asyncio.create_task(desk.service.ended(held))
     await asyncio.sleep(0)
@@ -238,7 +240,7 @@ async def test_who_leaves_in_the_moment_of_the_end_is_no_bug(desk: Desk, logged:
     assert logged() == []
 
 
-def test_who_has_unwatched_hears_no_more(desk: Desk) -> None:
+def test_a_removed_watcher_is_not_called(desk: Desk) -> None:
     held = desk.service.claim(Claim())
     heard: list[Commit] = []
     desk.service.watch(held.id, heard.append)

@@ -137,13 +137,13 @@ def test_help_lists_every_setting_with_its_variable(run: Run) -> None:
         assert field.metadata["help"] in words, field.name
 
 
-def test_half_a_metrics_site_is_refused(run: Run) -> None:
+def test_a_metrics_host_without_a_port_is_refused(run: Run) -> None:
     assert "NULL_METRICS_PORT is unset" in run(NULL_METRICS_HOST="0.0.0.0", **STANDALONE)[2]
     assert "NULL_METRICS_HOST is unset" in run(NULL_METRICS_PORT="9100", **STANDALONE)[2]
 
 
 @pytest.mark.parametrize("name", ["WORKER_PORT", "WORKER_HTTP_PORT"])
-def test_two_ports_that_are_one_are_refused(run: Run, name: str) -> None:
+def test_two_settings_with_the_same_port_are_refused(run: Run, name: str) -> None:
     code, _, err = run(**{name: "18999"}, **STANDALONE)
     assert (code, err.count("\n")) == (2, 1)
     assert f"{name}=18999" in err

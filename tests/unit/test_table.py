@@ -58,12 +58,12 @@ def test_the_contract_has_these_ends_and_no_others() -> None:
         assert (edge.status, edge.outcome) == (status, outcome)
 
 
-def test_what_has_ended_stays_ended() -> None:
+def test_no_edge_leads_out_of_an_end_state() -> None:
     for edge in EDGES:
         assert edge.source in LIVE
 
 
-def test_the_machine_has_the_tables_edges_and_no_doors_past_them() -> None:
+def test_the_machine_has_exactly_the_edges_of_the_table() -> None:
     machine = {
         (t.source, name, t.dest)
         for name, event in RULES.events.items()
@@ -74,7 +74,7 @@ def test_the_machine_has_the_tables_edges_and_no_doors_past_them() -> None:
 
 
 @pytest.mark.parametrize("where", ["nullworker/fsm/table.py", "README.md", "docs/design.md"])
-def test_each_picture_of_the_states_is_the_table(where: str) -> None:
+def test_each_state_diagram_matches_the_table(where: str) -> None:
     text = (Path(table.__file__).parents[2] / where).read_text()
     picture = re.search(r"stateDiagram-v2\n(.*?)```", text, re.DOTALL)
     assert picture is not None, "there is a picture"
