@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import Callable
@@ -17,11 +16,13 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from nullworker import clock
 from nullworker.autoscaler.connection import AutoscalerClient, Delivery
 from nullworker.autoscaler.messages import OUTCOMES_PATH, STATUS_PATH
-from nullworker.clock import Anchor
+from nullworker.clock import Anchor, boot_id
 from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.opening import open_log
+from stress.faulty_disk import FaultyDisk
 
 #: Epoch seconds at which every simulation begins.
 BEGINNING = 1_800_000_000.0
@@ -73,102 +74,128 @@ class SimulatedClock:
         self._wall += seconds
 
     def moved(self) -> Anchor | None:
-        return None if self._wall == self._offset else Anchor("simulated", self._wall)
+        return None if self._wall == self._offset else Anchor(boot_id(), self._wall)
 
     def follow(self, anchor: Anchor) -> None:
         self._offset = anchor.offset
 
     @property
     def anchor(self) -> Anchor:
-        return Anchor("simulated", self._offset)
+        return Anchor(boot_id(), self._offset)
 
-    def restarted(self, stored: Anchor | None) -> None:
-        """A new process: it goes on with the stored anchor, or takes the wall clock."""
-        self._offset = self._wall if stored is None else stored.offset
+    def restarted(self, stored: Anchor | None, *, not_before: float) -> None:
+        """A new process: it goes on with the stored anchor, or takes the wall clock, as SystemClock does."""
+        same_boot = stored is not None and stored.boot_id == boot_id()
+        self._offset = stored.offset if stored is not None and same_boot else self._wall
+        self._offset = max(self._offset, not_before - self._loop.time())
 
 
 class Disk:
-    """Where the log is. It can fail any write while `broken`, and forget what was not synced when the power is cut.
+    """Where the log is: a disk that fails while `broken`, and that has only what was synced when the power is cut.
 
-    With sync "full" each commit is synced. With "normal" a commit is safe only once `sync` has come by.
+    With sync "full" each commit is synced. With "normal" a commit is safe only once SQLite has come by.
     """
 
     def __init__(self, folder: Path, random: Random, *, sync: str) -> None:
-        self.folder = folder
         self.sync_mode = sync
-        self.broken = 0.0  # the probability that a write fails
-        self._random = random
-        self._path = folder / "log.db"
-        self._safe = folder / "safe"
+        self.path = folder / "log.db"
         self.log: EventLog
+        self._random = random
+        self._boots = 0
+        self._boot_id = folder / "boot_id"
+        self._faulty = FaultyDisk(folder, random)
+        self._real_boot_id = clock._BOOT_ID
+
+    def install(self) -> None:
+        """This is the machine from now on, until `remove`."""
+        self._faulty.install()
+        clock._BOOT_ID = self._boot_id
+        self._boot()
+
+    def remove(self) -> None:
+        """The real machine again."""
+        self._faulty.remove()
+        clock._BOOT_ID = self._real_boot_id
+
+    def breaks(self) -> None:
+        """From now on writes or syncs fail, some or all."""
+        rate = self._random.choice((0.2, 1.0))
+        kind = self._random.choice(("full", "deaf", "both"))
+        self._faulty.full = rate if kind != "deaf" else 0.0
+        self._faulty.deaf = rate if kind != "full" else 0.0
+
+    def mends(self) -> None:
+        """All is well again."""
+        self._faulty.full = self._faulty.deaf = 0.0
 
     def open(self) -> EventLog:
-        self.log = open_log(self._path, sync=self.sync_mode)
-        self.log.conn = _FaultyConnection(self.log.conn, self)  # type: ignore[assignment]
-        if self.sync_mode == "normal" and not self._safe.exists():
-            self.sync()
+        self.log = open_log(self.path, sync=self.sync_mode)
         return self.log
 
     def crash(self, *, power_cut: bool) -> int:
         """The process is gone. Returns how many events are gone with the power; they were committed."""
         before = self.log.last_seq
-        if not (power_cut and self.sync_mode == "normal"):
-            self.log.close()
-            return 0
+        self._faulty.kill()
         self.log.close()
-        for suffix in ("", "-wal", "-shm", ".lock"):
-            Path(f"{self._path}{suffix}").unlink(missing_ok=True)
-        shutil.copy(self._safe, self._path)
-        conn = sqlite3.connect(self._path)
-        left: int = conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
-        conn.close()
-        return before - left
+        if power_cut:
+            self._faulty.cut()
+            self._boot()
+        self._faulty.start()
+        self.mends()
+        left = max((seq for (seq,) in self.ask("SELECT seq FROM events")), default=0)
+        return max(before - left, 0)
 
-    def sync(self) -> None:
-        """What was written so far survives a power cut."""
-        if self.sync_mode == "normal":
-            safe = sqlite3.connect(self._safe)
-            with safe:
-                self.log.conn.backup(safe)
-            safe.close()
+    def harm(self) -> bool:
+        """What no kill does to a -wal: it is removed, cut, or a bit of it is flipped. Whether there was one."""
+        wal = Path(f"{self.path}-wal")
+        content = bytearray(wal.read_bytes() if wal.exists() else b"")
+        if not content:
+            return False
+        self._faulty.forget()
+        kind = self._random.choice(("removed", "cut", "flipped"))
+        if kind == "removed":
+            wal.unlink()
+        elif kind == "cut":
+            wal.write_bytes(content[: self._random.randrange(len(content))])
+        else:
+            content[self._random.randrange(len(content))] ^= 1 << self._random.randrange(8)
+            wal.write_bytes(content)
+        return True
 
-    def fails(self) -> bool:
-        return self.broken > 0 and self._random.random() < self.broken
+    def set_aside(self) -> bool:
+        """Whether a start has set the log aside since this was asked."""
+        found = list(self.path.parent.glob("log.db.damaged-*"))
+        for file in found:
+            file.unlink()
+        return bool(found)
 
+    def ask(self, query: str) -> list[tuple[Any, ...]]:
+        """Ask the log, as a shell would that may not write."""
+        conn = sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True)
+        try:
+            return conn.execute(query).fetchall()
+        finally:
+            conn.close()
 
-class _FaultyConnection:
-    """A SQLite connection whose writes and commits may fail, before anything is done."""
-
-    def __init__(self, conn: sqlite3.Connection, disk: Disk) -> None:
-        self._conn = conn
-        self._disk = disk
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._conn, name)
-
-    def execute(self, statement: str, *values: Any) -> sqlite3.Cursor:
-        if statement == "COMMIT" and self._disk.fails():
-            raise sqlite3.OperationalError("database or disk is full")
-        return self._conn.execute(statement, *values)
-
-    def executemany(self, statement: str, rows: Any) -> sqlite3.Cursor:
-        if self._disk.fails():
-            raise sqlite3.OperationalError("disk I/O error")
-        return self._conn.executemany(statement, rows)
+    def _boot(self) -> None:
+        self._boots += 1
+        self._boot_id.write_text(f"boot-{self._boots}")
 
 
 class Autoscaler(AutoscalerClient):
-    """The autoscaler behind a network: down, slow, refusing, or taking a message without its answer arriving.
+    """The autoscaler at two addresses, behind a network: down, slow, or taking a message without its answer arriving.
 
     Attributes:
         heard: request_idx of the outcomes that arrived, in order of first arrival, and how each ended.
         served, rejected: sums of the figures in all reports that arrived.
+        modes: by address: up, down, hangs, refuses (whatever comes).
         contradicted: request_idx that arrived with two different ends.
         doubled: the part of those sums that the worker cannot know to have arrived, so may send again.
     """
 
     def __init__(self, random: Random, *, perf: float) -> None:
-        super().__init__(["simulated"])
+        super().__init__(["http://a", "http://b"])
+        self.modes: dict[str, str] = {}
         self.heard: dict[int, str] = {}
         self.served = self.rejected = 0.0
         self.doubled: Counter[str] = Counter()
@@ -179,24 +206,32 @@ class Autoscaler(AutoscalerClient):
         self._random = random
 
     async def post(self, path: str, body: dict[str, Any], *, seconds: float = 10.0) -> Delivery:
+        async def post(address: str) -> tuple[Delivery | None, str | None]:
+            return await asyncio.wait_for(self._arrive(address, path, body), seconds)
+
+        deliveries, self.trouble = await self._ask(post, path)
+        if self.trouble is None:
+            self._settle(path, body)
+            return "ok"
+        return "refused" if all(delivery == "refused" for delivery in deliveries) else "failed"
+
+    async def _arrive(self, address: str, path: str, body: dict[str, Any]) -> tuple[Delivery, str | None]:
+        mode = self.modes.get(address, "up")
+        if mode == "hangs":
+            await asyncio.sleep(1e6)
+        if mode == "refuses":
+            return "refused", "answered 400"
         fate = self._random.random() / self.trouble_rate if self.trouble_rate else 2.0
-        self.trouble = None
-        if fate < 0.4:  # down at once, or after the time-out
-            await asyncio.sleep(seconds if fate < 0.1 else 0.01)
-            self.trouble = "down"
-            return "failed"
+        if mode == "down" or fate < 0.4:  # down at once, or after the time-out
+            await asyncio.sleep(20.0 if fate < 0.1 else 0.01)
+            return "failed", "is down"
         await asyncio.sleep(self._random.uniform(0.001, 3.0 if fate < 0.7 else 0.02))
         if path == OUTCOMES_PATH and any(each["request_idx"] in self.poison for each in body["requests"]):
-            self.trouble = "it answered 400"
-            return "refused"
-        lost = 0.7 <= fate < 1.0
+            return "refused", "answered 400"
         self._take(path, body)  # until the worker knows: a crash in between sends it again
-        if lost:
-            await asyncio.sleep(seconds)
-            self.trouble = "no answer"
-            return "failed"
-        self._settle(path, body)
-        return "ok"
+        if 0.7 <= fate < 1.0:
+            await asyncio.sleep(1e6)
+        return "ok", None
 
     def _take(self, path: str, body: dict[str, Any]) -> None:
         if path == STATUS_PATH:

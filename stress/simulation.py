@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from nullworker.autoscaler.messages import Identity, outcome_of
 from nullworker.autoscaler.reporter import Reporter
-from nullworker.errors import IllegalMove, LogUnavailable
+from nullworker.errors import Conflict, IllegalMove, LogUnavailable
 from nullworker.fsm.book import Book, Claim, Limits, Reservation
 from nullworker.fsm.events import Event, SessionTerms, from_row
 from nullworker.fsm.table import ENDED
@@ -42,12 +42,16 @@ class World(NamedTuple):
     power_cuts: bool
     disk_trouble: bool
     network_trouble: bool
+    harm: bool  # to the -wal, by somebody
 
     @classmethod
     def of(cls, random: Random) -> World:
-        power_cuts = random.random() < 0.3
         return cls(
-            "normal" if power_cuts else "full", power_cuts, random.random() < 0.5, network_trouble=random.random() < 0.8
+            random.choice(("normal", "full", "full")),
+            power_cuts=random.random() < 0.5,
+            disk_trouble=random.random() < 0.5,
+            network_trouble=random.random() < 0.8,
+            harm=random.random() < 0.1,
         )
 
 
@@ -56,7 +60,7 @@ class Incarnation:
 
     def __init__(self, simulation: Simulation) -> None:
         self.log = simulation.disk.open()
-        simulation.clock.restarted(self.log.anchor())
+        simulation.clock.restarted(self.log.anchor(), not_before=self.log.latest())
         with contextlib.suppress(LogUnavailable):
             self.log.store_anchor(simulation.clock.anchor)
         readiness = Readiness()
@@ -67,8 +71,13 @@ class Incarnation:
         self.alarm = DeadlineTimer(self.service)
         self.service.observers += [self.reporter.observe, self.callbacks.observe, self.alarm.set, simulation.hear]
         readiness.listeners += [self.reporter.changed, self.alarm.set]
+        self.service.on_attachment.append(self.alarm.set)
+        self.service.on_retry.append(self.alarm.set)
+        simulation.found(self.service)
         self.service.resume()
         self.alarm.set()
+        self.service.listening()
+        simulation.restarted(self.service)
         self.tasks = [asyncio.ensure_future(self.reporter.run()), asyncio.ensure_future(self.callbacks.run())]
         self.connections: dict[asyncio.Task[None], None] = {}
 
@@ -96,6 +105,8 @@ class Simulation:
         self.owners = Owners(self.random)
         self.loop = loop
         self.answers: dict[str, tuple[str, str | None]] = {}
+        self.attached: str | None = None  # to which a consumer was attached when the worker went
+        self.before: tuple[str, float | None] | None = None  # what was held when the worker went, and until when
         self.excused: set[str] = set()  # their last events went with the memory or the power
         self.figures: Counter[str] = Counter()
         self.numbers = 0
@@ -126,6 +137,50 @@ class Simulation:
         self.check()
         self.figures["reservations"] = len(self.loggeds)
         return self.figures
+
+    def found(self, service: Service) -> None:
+        """A start has read the log: what was held when the worker went is held, with the deadline that it had."""
+        held, before, self.before = service.book.held, self.before, None
+        if before is not None:
+            found = None if held is None else (held.id, held.ends_at)
+            assert found == before, "what was refused stays refused, what was granted is there"
+
+    def restarted(self, service: Service) -> None:
+        """A start has found a session: its deadline is no further away than it was, and its consumer may be dead."""
+        held = service.book.held
+        if held is None:
+            self.attached = None
+            return
+        ((at, ends_at),) = self.disk.ask(
+            "SELECT at, data ->> 'ends_at' FROM events WHERE kind IN ('held', 'extended') ORDER BY seq DESC LIMIT 1"
+        )
+        assert held.ends_at is not None
+        assert held.ends_at - service.now() <= ends_at - at + 0.002, "no deadline is further away than when it was set"
+        self.figures["sessions_resumed"] += 1
+        if held.id == self.attached:
+            if self.random.random() < 0.5:
+                self.loop.call_later(self.random.uniform(0.0, 20.0), self.consumer_attaches, service, held.id)
+            else:
+                self.loop.call_later(31.0, self.dead_consumer_is_noticed, service, held)
+
+    def consumer_attaches(self, service: Service, reservation_id: str) -> None:
+        if self.up is None or service is not self.up.service:
+            return
+        with contextlib.suppress(IllegalMove, Conflict, LogUnavailable):
+            service.attach(reservation_id, self.random.choice(("", "1", "all")))
+            self.attached = reservation_id
+            self.figures["attached"] += 1
+
+    def consumer_detaches(self, service: Service, reservation_id: str) -> None:
+        if self.up is not None and service is self.up.service:
+            service.detach(reservation_id)
+            self.attached = None
+
+    def dead_consumer_is_noticed(self, service: Service, held: Reservation) -> None:
+        if self.up is None or service is not self.up.service or service.log_is_down:
+            return
+        assert held.state in ENDED, "a consumer that is dead over a restart is noticed"
+        self.figures["dead_consumers"] += held.reason == "consumer_lost"
 
     def nothing_is_late(self, service: Service) -> None:
         deadline = service.next_deadline()
@@ -189,6 +244,7 @@ class Simulation:
         """An observer: the consumer, which pulls a job when it holds the worker."""
         if commit.event.kind != "held" or self.up is None:
             return
+        assert not self.up.service.log_is_down, "nobody is held before that is in the log"
         random, held = self.random, commit.reservation
         fate = random.random()
         if fate < 0.75:
@@ -196,6 +252,10 @@ class Simulation:
             self.loop.call_later(work, self.consumer_done, self.up, held.id if fate < 0.6 else self.previous)
         if fate < 0.1:
             self.loop.call_later(random.uniform(0.0, 3.0), self.consumer_needs_more, self.up, held.id)
+        if 0.2 < fate < 0.4:
+            self.loop.call_later(random.uniform(0.0, 2.0), self.consumer_attaches, self.up.service, held.id)
+            if fate < 0.25:
+                self.loop.call_later(random.uniform(2.0, 9.0), self.consumer_detaches, self.up.service, held.id)
         self.previous = held.id
 
     def consumer_done(self, at: Incarnation, reservation_id: str) -> None:
@@ -224,29 +284,47 @@ class Simulation:
             troubles += [self.disk_breaks, self.disk_mends]
         if self.world.power_cuts:
             troubles += [self.power_cut]
+        if self.world.harm:
+            troubles += [self.harm]
         while True:
             await asyncio.sleep(self.random.uniform(1.0, 60.0))
             if self.over:
                 return
-            if self.random.random() < 0.3:
-                self.disk.sync()
             await self.random.choice(troubles)()
 
-    async def kill(self, *, power_cut: bool = False) -> None:
+    async def kill(self, *, power_cut: bool = False, harm: bool = False) -> None:
         """kill -9, and a start some time later."""
         assert self.up is not None
         down, self.up = self.up, None
-        self.figures["kills"] += 1
+        self.figures["power_cuts" if power_cut else "kills"] += 1
         self.excused |= {each.reservation.id for each in down.service.unwritten}
+        unsure, held = down.service.log_is_down, down.service.book.held
         await down.end()
-        self.disk.broken = 0.0
-        rows = self.rows() if power_cut else []
+        rows = self.rows() if power_cut or harm else []
         lost = self.disk.crash(power_cut=power_cut)
+        assert not lost or self.disk.sync_mode == "normal", "what was synced is not lost"
         self.figures["events_lost_with_the_power"] += lost
         if lost:
             self.excused |= {event.reservation_id for event in rows[-lost:]}
+        if power_cut and unsure:  # stress/power_cut.py says why nothing can be said of what was refused
+            self.excused |= {event.reservation_id for event in self.rows()[-10:]}
+        if power_cut:
+            self.clock.step_wall(self.random.choice((0.0, 0.0, -28_800.0, 7_200.0)))
         await asyncio.sleep(self.random.choice((0.1, 1.0, 30.0)))
+        harmed = harm and self.disk.harm()
+        if held is not None and not (lost or harmed or (power_cut and unsure) or down.service.unwritten):
+            self.before = held.id, held.ends_at
         self.up = Incarnation(self)
+        if self.disk.set_aside():
+            assert harmed, "nothing is set aside that is whole"
+            self.figures["logs_set_aside"] += 1
+            self.excused |= {event.reservation_id for event in rows}
+        elif harmed:
+            assert len(self.rows()) >= len(rows), "a loss is said"
+
+    async def harm(self) -> None:
+        """Somebody removes or damages the -wal of a worker that was killed."""
+        await self.kill(harm=True)
 
     async def power_cut(self) -> None:
         """Everything that was not synced is gone."""
@@ -270,7 +348,7 @@ class Simulation:
         await stopping.end()
         with contextlib.suppress(sqlite3.Error):
             await stopping.reporter.flush(2.0)
-        self.disk.broken = 0.0
+        self.disk.mends()
         stopping.log.close()
         await asyncio.sleep(1.0)
         self.up = Incarnation(self)
@@ -287,21 +365,26 @@ class Simulation:
 
     async def network(self) -> None:
         if self.world.network_trouble:
+            self.autoscaler.modes = {"http://a": self.random.choice(("up", "up", "down", "hangs", "refuses"))}
+            if self.random.random() < 0.3:
+                self.autoscaler.modes["http://b"] = self.random.choice(("down", "hangs"))
             self.autoscaler.trouble_rate = self.random.choice((0.0, 0.0, 0.3, 1.0))
             self.owners.trouble_rate = self.random.choice((0.0, 0.5, 1.0))
 
     async def disk_breaks(self) -> None:
-        self.disk.broken = self.random.choice((0.2, 1.0))
+        self.disk.breaks()
         self.figures["disk_failures"] += 1
 
     async def disk_mends(self) -> None:
-        self.disk.broken = 0.0
+        self.disk.mends()
 
     # -- the accounts --------------------------------------------------------------------------------------------
 
     async def calm_down(self) -> None:
         """No more trouble: everything that is owed must arrive now."""
-        self.disk.broken = self.autoscaler.trouble_rate = self.owners.trouble_rate = 0.0
+        self.disk.mends()
+        self.autoscaler.trouble_rate = self.owners.trouble_rate = 0.0
+        self.autoscaler.modes.clear()
         if self.up is None:
             self.up = Incarnation(self)
         self.up.service.readiness.consumer_is_healthy()
@@ -323,10 +406,8 @@ class Simulation:
         self.up.log.close()
 
     def rows(self) -> list[Event]:
-        conn = sqlite3.connect(self.disk.folder / "log.db")
-        rows = conn.execute("SELECT at, reservation_id, kind, reason, data FROM events ORDER BY seq").fetchall()
-        conn.close()
-        return [from_row(row) for row in rows]
+        query = "SELECT at, reservation_id, kind, reason, data FROM events ORDER BY seq"
+        return [from_row((at, name, kind, reason, data)) for at, name, kind, reason, data in self.disk.ask(query)]
 
     def check(self) -> None:
         """The log is a legal history, and everybody was told what is in it."""
@@ -384,7 +465,9 @@ class Simulation:
         ):
             least = happened[outcome]  # type: ignore[index]
             assert told >= least, f"{name}: {told} were reported and {least} happened"
-            if not (self.world.disk_trouble or self.world.power_cuts):  # else a cursor may stand behind what arrived
+            if not (
+                self.world.disk_trouble or self.world.power_cuts or self.world.harm
+            ):  # else a cursor may stand behind what arrived
                 most = least + self.autoscaler.doubled[name]
                 assert told <= most, f"{name}: {told} were reported, and at most {most} are to be explained"
             self.figures[name] = least
@@ -397,7 +480,13 @@ def simulate(seed: int, steps: int) -> Counter[str]:
     memory = Path("/dev/shm")
     try:
         with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-            return loop.run_until_complete(Simulation(seed, steps, Path(folder), loop).run())
+            simulation = Simulation(seed, steps, Path(folder), loop)
+            simulation.disk.install()
+            try:
+                return loop.run_until_complete(simulation.run())
+            finally:
+                simulation.disk.log.close()
+                simulation.disk.remove()
     finally:
         loop.close()
         logging.disable(logging.NOTSET)

@@ -8,20 +8,20 @@ import pytest
 
 from stress import simulation
 
-SEEDS = (1, 2, 4, 5, 7, 8, 10, 11)
+SEEDS = (1, 2, 3, 6)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_all_accounts_are_right_after_a_history_of_crashes_and_faults(seed: int) -> None:
-    figures = simulation.simulate(seed, steps=500)
-    assert figures["kills"] > 3
+    figures = simulation.simulate(seed, steps=400)
+    assert figures["kills"] + figures["power_cuts"] > 2
     assert figures["served"] > 5
     assert figures["rejected"] > 20
 
 
 def test_the_seeds_above_have_every_kind_of_world() -> None:
     worlds = [simulation.World.of(Random(seed)) for seed in SEEDS]
-    for fault in ("power_cuts", "disk_trouble", "network_trouble"):
+    for fault in ("power_cuts", "disk_trouble", "network_trouble", "harm"):
         assert {getattr(world, fault) for world in worlds} == {True, False}
 
 

@@ -1,0 +1,308 @@
+"""What the reporter owes, when it sends it, and what it remembers of that: on a simulated clock."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nullworker.autoscaler.connection import AutoscalerClient, Delivery
+from nullworker.autoscaler.messages import OUTCOMES_PATH, STATUS_PATH, Identity
+from nullworker.autoscaler.reporter import BATCH, OUTCOMES, STATUS, Reporter
+from nullworker.errors import LogUnavailable
+from nullworker.eventlog.log import EventLog
+from nullworker.eventlog.opening import open_log
+from nullworker.fsm.book import Claim, Limits
+from nullworker.readiness import Readiness
+from nullworker.service import DeadlineTimer, Service
+from stress.simulated_world import SimulatedClock, SimulatedLoop
+
+PERF = 100.0
+
+
+class Autoscaler(AutoscalerClient):
+    """Answers as it is told to. `calls`: when, where, and what."""
+
+    def __init__(self, loop: SimulatedLoop) -> None:
+        super().__init__(["http://scripted"])
+        self.calls: list[tuple[float, str, Any]] = []
+        self.answers: dict[str, Delivery] = {}
+        self.refused: set[int] = set()
+        self.takes = 0.01
+        self.during: Callable[[], object] = lambda: None
+        self._loop = loop
+
+    async def post(self, path: str, body: dict[str, Any], *, seconds: float = 10.0) -> Delivery:
+        self.calls.append((self._loop.time(), path, body))
+        await asyncio.sleep(self.takes / 2)
+        during, self.during = self.during, lambda: None
+        during()
+        await asyncio.sleep(self.takes / 2)
+        self.trouble = "it answered 400"
+        if path == OUTCOMES_PATH and self.refused & {each["request_idx"] for each in body["requests"]}:
+            return "refused"
+        return self.answers.get(path, "ok")
+
+    def bodies(self, path: str) -> list[Any]:
+        return [body for _, called, body in self.calls if called == path]
+
+    def told(self) -> list[tuple[int, str]]:
+        """Outcomes that were sent, in order."""
+        return [
+            (each["request_idx"], each["status"]) for body in self.bodies(OUTCOMES_PATH) for each in body["requests"]
+        ]
+
+
+class Office:
+    """A worker and its reporter."""
+
+    def __init__(self, path: Path, loop: SimulatedLoop) -> None:
+        self.loop = loop
+        self.log: EventLog = open_log(path, sync="normal")
+        self.service = Service(self.log, SimulatedClock(loop), Limits(), Readiness())
+        self.autoscaler = Autoscaler(loop)
+        self.numbers = 0
+        self.restart()
+
+    def restart(self) -> None:
+        me = Identity(1, "token", "http://here", PERF)
+        self.reporter = Reporter(me, self.service, self.log, self.autoscaler, lambda *_: None)
+        self.service.observers = [self.reporter.observe]
+        self.service.readiness.listeners = [self.reporter.changed]
+
+    def serve(self) -> int:
+        """A request that is held and released. Its number."""
+        self.numbers += 1
+        held = self.service.claim(Claim(duration=60.0, request_idx=self.numbers))
+        self.service.release(held.id)
+        return self.numbers
+
+    def settled(self) -> list[int]:
+        return [seq for (seq,) in self.log.conn.execute("SELECT seq FROM settled WHERE name = 'delete_requests'")]
+
+    def live(self, story: Callable[[], Awaitable[None]]) -> None:
+        """Report while the story is told."""
+
+        async def both() -> None:
+            running = asyncio.ensure_future(self.reporter.run())
+            await story()
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+
+        self.loop.run_until_complete(both())
+
+
+@pytest.fixture
+def office(path: Path) -> Iterator[Office]:
+    loop = SimulatedLoop()
+    office = Office(path, loop)
+    with contextlib.closing(loop), contextlib.closing(office.log):
+        yield office
+
+
+def test_the_status_cursor_stands_at_what_was_sent_and_not_at_what_came_meanwhile(office: Office) -> None:
+    async def story() -> None:
+        office.serve()
+        sent = office.log.last_seq
+        office.autoscaler.during = office.serve
+        office.autoscaler.answers[OUTCOMES_PATH] = "failed"
+        await asyncio.sleep(0.5)
+        assert office.autoscaler.bodies(STATUS_PATH)[0]["cur_perf"] == PERF
+        assert office.log.last_seq > sent
+        assert office.log.cursor(STATUS) == sent
+
+    office.live(story)
+    office.restart()
+    office.autoscaler.calls.clear()
+
+    async def after_a_kill() -> None:
+        await asyncio.sleep(0.5)
+        assert office.autoscaler.bodies(STATUS_PATH)[0]["cur_perf"] == PERF, "what came meanwhile, and no more"
+
+    office.live(after_a_kill)
+
+
+def test_no_cursor_moves_when_nothing_was_delivered_and_all_is_sent_again(office: Office) -> None:
+    async def story() -> None:
+        office.autoscaler.answers = {STATUS_PATH: "failed", OUTCOMES_PATH: "failed"}
+        office.serve()
+        await asyncio.sleep(60.0)
+        assert (office.log.cursor(STATUS), office.log.cursor(OUTCOMES)) == (0, 0)
+        statuses = office.autoscaler.bodies(STATUS_PATH)
+        assert len(statuses) > 5
+        assert {status["cur_perf"] for status in statuses} == {PERF}
+        office.autoscaler.answers.clear()
+        await asyncio.sleep(60.0)
+        assert (office.log.cursor(STATUS), office.log.cursor(OUTCOMES)) == (3, 3)
+        assert sum(status["cur_perf"] for status in office.autoscaler.bodies(STATUS_PATH)[len(statuses) :]) == PERF
+
+    office.live(story)
+
+
+def test_a_cursor_never_goes_back(office: Office) -> None:
+    office.serve()
+    office.log.move_cursor(STATUS, 3)
+    office.reporter._move(STATUS, 1)
+    assert office.log.cursor(STATUS) == 3
+
+
+def test_an_outcome_that_is_refused_is_set_aside_by_itself_and_the_others_arrive(office: Office) -> None:
+    async def story() -> None:
+        office.autoscaler.refused = {3}
+        for _ in range(5):
+            office.serve()
+        await asyncio.sleep(30.0)
+        alone = [body["requests"] for body in office.autoscaler.bodies(OUTCOMES_PATH) if len(body["requests"]) == 1]
+        assert [each["request_idx"] for (each,) in alone[:3]] == [1, 2, 3]
+        assert office.settled() == [9]
+        assert {index for index, _ in office.autoscaler.told()} == {1, 2, 3, 4, 5}
+        assert office.log.cursor(OUTCOMES) == 15
+        assert office.reporter.backlog == 0
+
+    office.live(story)
+
+
+def test_a_refused_outcome_that_cannot_be_set_aside_is_not_passed_over(
+    office: Office, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise LogUnavailable("the disk is full")
+
+    async def story() -> None:
+        office.autoscaler.refused = {1}
+        monkeypatch.setattr(office.log, "settle", fails)
+        office.serve()
+        await asyncio.sleep(30.0)
+        assert office.log.cursor(OUTCOMES) == 0
+        assert office.reporter.backlog == 1
+        monkeypatch.undo()
+        await asyncio.sleep(30.0)
+        assert office.settled() == [3]
+        assert office.log.cursor(OUTCOMES) == 3
+
+    office.live(story)
+
+
+def test_a_backlog_goes_in_batches_in_order_and_at_once(office: Office) -> None:
+    for _ in range(2 * BATCH + 10):
+        office.serve()
+    office.restart()
+    assert office.reporter.backlog == 2 * BATCH + 10
+
+    async def story() -> None:
+        await asyncio.sleep(0.5)
+        sizes = [len(body["requests"]) for body in office.autoscaler.bodies(OUTCOMES_PATH)]
+        assert sizes == [BATCH, BATCH, 10]
+        assert [index for index, _ in office.autoscaler.told()] == list(range(1, 2 * BATCH + 11))
+        assert office.reporter.backlog == 0
+
+    office.live(story)
+
+
+def test_what_ends_is_told_within_a_second_and_a_status_each_second_or_ten(office: Office) -> None:
+    async def story() -> None:
+        await asyncio.sleep(35.0)
+        idle = [at for at, path, _ in office.autoscaler.calls if path == STATUS_PATH]
+        assert [round(at) for at in idle] == [0, 10, 20, 30]
+        for _ in range(5):
+            office.serve()
+            await asyncio.sleep(1.0)
+        busy = [at for at, path, _ in office.autoscaler.calls if path == STATUS_PATH and at >= 35.0]
+        assert len(busy) == 5
+        assert len(office.autoscaler.told()) == 5
+
+    office.live(story)
+
+
+def test_an_end_that_waits_for_the_log_is_told_when_it_is_in_it(office: Office) -> None:
+    async def story() -> None:
+        held = office.service.claim(Claim(request_idx=7))
+        office.log.conn.execute("PRAGMA query_only = ON")
+        office.service.release(held.id)
+        await asyncio.sleep(5.0)
+        assert office.autoscaler.told() == []
+        office.log.conn.execute("PRAGMA query_only = OFF")
+        office.service.tick()
+        await asyncio.sleep(3.0)
+        assert office.autoscaler.told() == [(7, "Success")]
+
+    office.live(story)
+
+
+def test_the_last_reports_are_the_outcomes_and_then_a_status(office: Office) -> None:
+    async def story() -> None:
+        await asyncio.sleep(0.5)
+        office.autoscaler.calls.clear()
+        office.serve()
+        await office.reporter.flush(2.0)
+        assert [path for _, path, _ in office.autoscaler.calls][-1] == STATUS_PATH
+        assert office.autoscaler.told() == [(1, "Success")]
+        assert sum(status["cur_perf"] for status in office.autoscaler.bodies(STATUS_PATH)) == PERF
+
+    office.live(story)
+
+
+def test_a_flush_ends_in_time_whatever_the_autoscaler_does(office: Office) -> None:
+    async def story() -> None:
+        office.autoscaler.takes = 100.0
+        office.serve()
+        before = office.loop.time()
+        await office.reporter.flush(2.0)
+        assert office.loop.time() - before <= 2.1
+        assert office.log.cursor(OUTCOMES) == 0
+
+    office.live(story)
+
+
+# -- the deadline timer ----------------------------------------------------------------------------------------------
+
+
+def test_a_tick_that_raises_is_not_the_last(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks: list[float] = []
+    tick = office.service.tick
+
+    def fails_once() -> None:
+        ticks.append(office.loop.time())
+        if len(ticks) == 1:
+            raise ValueError("a bug")
+        tick()
+
+    async def story() -> None:
+        timer = DeadlineTimer(office.service)
+        office.service.observers.append(timer.set)
+        office.loop.set_exception_handler(lambda *_: None)
+        monkeypatch.setattr(office.service, "tick", fails_once)
+        held = office.service.claim(Claim(duration=5.0))
+        await asyncio.sleep(6.0)
+        assert held.state == "expired"
+        assert len(ticks) == 2
+        timer.stop()
+
+    office.loop.run_until_complete(story())
+
+
+def test_a_deadline_that_is_brought_forward_comes_in_time_and_one_put_off_does_not_come_early(office: Office) -> None:
+    def open_ones() -> int:
+        return len(list(office.service.book.live()))
+
+    async def story() -> None:
+        timer = DeadlineTimer(office.service)
+        office.service.observers.append(timer.set)
+        office.service.extend(office.service.claim(Claim(duration=100.0)).id, 5.0)
+        await asyncio.sleep(5.01)
+        assert open_ones() == 0
+        office.service.extend(office.service.claim(Claim(duration=5.0)).id, 100.0)
+        await asyncio.sleep(99.9)
+        assert open_ones() == 1
+        await asyncio.sleep(0.2)
+        assert open_ones() == 0
+        office.service.claim(Claim(duration=5.0))
+        timer.stop()
+        await asyncio.sleep(10.0)
+        assert open_ones() == 1, "it was stopped"
+
+    office.loop.run_until_complete(story())
