@@ -1,7 +1,7 @@
-"""The bound: bare aiohttp that also commits the rows of each event, with plain INSERTs into a bare table.
+"""The lower bound for a durable worker: bare aiohttp that also commits the rows of each event, by plain INSERTs.
 
-What a durable worker cannot beat on this disk: no signature, no rules, no triggers, no metrics, no log lines, but the
-same rows in the same number of commits at the same `synchronous` as the worker's log.
+No signature, triggers, metrics or log lines, but the same rows in the same number of commits at the same `synchronous`
+as the worker's log.
 """
 
 from __future__ import annotations

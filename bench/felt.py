@@ -1,4 +1,4 @@
-"""What a user feels: how long until each side knows what has happened. Real processes, the defaults of the worker."""
+"""Latency as users notice it: how long until each side knows of an event. Real processes with default settings."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What a fleet costs: events a second into `nullworker collect`, and what a sink adds to a worker's cycle.
+"""Measures the fleet's log: events a second into `nullworker collect`, and what a sink adds to a worker's cycle.
 
     python -m bench.fleet [--workers 500] [--events 100000] [--cycles 500] [--rounds 5]
 
-The collector gets batches of many sources over 8 connections, as small as workers send them in the middle of work and
-as large as after an outage. A worker's cycle (a claim that ends at once, three events) is measured with and without a
-sink to a collector, in turns. CPU time is the measure that other programs on the machine disturb least.
+The collector gets batches of many sources over 8 connections, both small, as during normal work, and large, as after an
+outage. A worker's cycle (a claim that ends at once, three events) is measured with and without a sink, in turns. CPU
+time is the figure that other programs on the machine disturb least.
 """
 
 from __future__ import annotations

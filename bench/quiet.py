@@ -1,4 +1,4 @@
-"""Whether the machine is quiet: what other processes take of the CPU while nothing of the benchmark runs."""
+"""Measures how much CPU time other processes use while no benchmark runs, to tell whether the machine is quiet."""
 
 from __future__ import annotations
 

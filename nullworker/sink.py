@@ -1,14 +1,14 @@
 """POSTs every event of the log to NULL_SINK, in order and at least once, from a cursor in the log.
 
-The append of an event wakes it, and a hold never waits for it. After a quiet PACE_SECONDS an event is sent at once,
-else PACE_SECONDS after the last POST: a POST for each would cost more than the reservation. The cursor belongs to the
-URL and moves when the receiver says 2xx; a receiver tells a second delivery by `source` and `id`.
+Appends wake it; a hold never waits for it. An event is sent at once after a quiet PACE_SECONDS, else PACE_SECONDS after
+the last POST, because a POST for each event would cost more than the reservation. The cursor belongs to the URL and
+moves at each 2xx; a receiver recognizes a repetition by `source` and `id`.
 
-A batch that the receiver cannot take (400, 413, 422) is halved down to the one event that is wrong. That one is set
-aside in `settled` only when this receiver has accepted another since the start: a wrong path refuses everything, and
-loses nothing. Every other failure is tried again for as long as it takes.
+A batch that is refused (400, 413, 422) is halved until the refused event is found. That event is set aside in `settled`
+only if this receiver has accepted another one since the start, because a wrong path refuses everything. All other
+failures are retried without limit.
 
-What the worker tells of itself (started, alive, stopped) is in no log, so it is sent at most once.
+Events of the worker itself (started, alive, stopped) are not in the log and are sent at most once.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The dispatcher's decisions over whole days of a simulated queue: how many workers are held for each job.
+"""Simulates days of a queue against the dispatcher's decision: how many workers are held for each job.
 
     python -m stress.dispatch_simulation --patterns 1000
 
-prints the table of docs/dispatch.md: the same arrivals through this project's decision and through the two formulae of
-KEDA's ScaledJob (pkg/scaling/executor/scale_jobs.go, commit 023bc3a).
+Prints the table of docs/dispatch.md: the same arrivals with this project's decision and with the two formulae of KEDA's
+ScaledJob (pkg/scaling/executor/scale_jobs.go, commit 023bc3a).
 """
 
 from __future__ import annotations

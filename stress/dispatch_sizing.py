@@ -1,4 +1,4 @@
-"""What idle time and workers that are always there cost and save, from a model: the table of docs/dispatch.md.
+"""A model of what idle time and a minimum of workers cost and save: the table of docs/dispatch.md.
 
     python -m stress.dispatch_sizing --jobs-per-hour 6 --minutes 4 --start 180 --price 0.40
 

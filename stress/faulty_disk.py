@@ -1,8 +1,8 @@
-"""A disk for SQLite that fails, and that forgets what was not synced: a VFS over SQLite's own (sqlite.org/vfs.html).
+"""A SQLite VFS for tests that fails on demand and can lose what was not synced (sqlite.org/vfs.html).
 
-It is registered through ctypes in the library that Python's sqlite3 uses, so the code under test opens its files as it
-always does. Writes go to the real files, as they go to the page cache of a machine; what a sync has confirmed is kept
-beside, as the platter. `kill` leaves the files as they are, `cut` makes them what a power cut could have left.
+It is registered through ctypes in the library that Python's sqlite3 uses, so the code under test opens files as usual.
+Writes go to the real files, like the page cache of a machine; what a sync has confirmed is kept separately. `kill`
+leaves the files as they are, `cut` turns them into what a power cut could have left.
 """
 
 from __future__ import annotations

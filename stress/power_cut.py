@@ -1,14 +1,16 @@
-"""Kills and power cuts in the middle of a log's life, on a disk that forgets: python -m stress.power_cut --cuts 500
+"""Kills and power cuts during the life of a log, on a disk that loses unsynced writes.
 
-The service, on its real log, is used until the machine goes, and is started again on what a cut could have left of the
-file: of what was not synced, any sector may be there or not. Then:
+    python -m stress.power_cut --cuts 500
 
-    nothing acknowledged is lost    each event that was committed is there, word for word
-    nothing refused is true         each event that is there has become true before the cut
-    a loss is said                  when the -wal was removed, cut or damaged, all is there or the log is set aside
+The service, on its real log, is used until the machine stops, and started again on what a cut could have left of the
+file: any unsynced sector may or may not be there. Then these must hold:
 
-One thing no file can promise: between a sync that failed and the next that works, a refused event may be on the platter
-or not, whatever is written over it, since nothing that is written then is sure. A kill does not have that problem.
+    nothing acknowledged is lost    each committed event is there, unchanged
+    nothing refused is true         each event in the log had become true before the cut
+    a loss is reported              after the -wal was removed, cut or damaged, all is there or the log is set aside
+
+Between a failed sync and the next successful one, a refused event may or may not be on the disk, whatever is written
+over it. No file can avoid that; a kill does not have this problem.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Jobs from NATS JetStream, one for each reservation. A job: nats pub jobs '{"id": 1, "url": "https://example.com"}'
+"""A consumer for NATS JetStream: one job for each reservation. Add one: nats pub jobs '{"id": 1, "url": "https://..."}'
 
-A job goes back to the queue at once when its reservation is gone, and by itself when the consumer is silent for
-ACK_WAIT_SECONDS; while the work goes on, the consumer is not silent. After five tries the server gives it up.
+A job returns to the queue at once when its reservation has ended, and after ACK_WAIT_SECONDS when the consumer has
+died; while the work goes on, the consumer reports progress. After five deliveries the server gives it up.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Jobs from a RabbitMQ queue, one for each reservation. A job is a message in `jobs`: {"id": 1, "url": "https://..."}
+"""A consumer for RabbitMQ: one job for each reservation. A job is a message in `jobs`: {"id": 1, "url": "https://..."}
 
-RabbitMQ gives a job to another consumer as soon as the connection of the one that took it is gone. A job that fails
-goes to the queue `jobs.failed`.
+RabbitMQ redelivers a job as soon as the connection of the consumer that took it is closed. A job that fails goes to the
+queue `jobs.failed`.
 """
 
 from __future__ import annotations

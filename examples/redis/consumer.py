@@ -1,7 +1,7 @@
-"""Jobs from a Redis stream, one for each reservation. A job: XADD jobs * job '{"id": 1, "url": "https://example.com"}'
+"""A consumer for a Redis stream: one job for each reservation. Add one: XADD jobs * job '{"id": 1, "url": "https://..."}'
 
-A job that was begun stays with its consumer until it is acknowledged, after the work. What this consumer has begun and
-not done is what it takes first; what a consumer has begun that is no more, any other takes over after a minute.
+A job stays pending for its consumer until it is acknowledged, after the work. A consumer first takes its own pending
+jobs; those of a consumer that is gone are taken over by any other after a minute.
 """
 
 from __future__ import annotations

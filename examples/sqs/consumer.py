@@ -1,7 +1,7 @@
-"""Jobs from Amazon SQS, one for each reservation. A job is a message: {"id": 1, "url": "https://example.com"}
+"""A consumer for Amazon SQS: one job for each reservation. A job is a message: {"id": 1, "url": "https://example.com"}
 
-A job that was taken is hidden from the others for VISIBILITY_SECONDS, again and again while the work goes on, and is
-deleted after it. A job that fails is seen again; how often, and where it ends, is the queue's redrive policy.
+A job that was received is hidden from others for VISIBILITY_SECONDS, which is renewed during the work, and is deleted
+after it. A job that fails becomes visible again; the queue's redrive policy decides how often.
 """
 
 from __future__ import annotations

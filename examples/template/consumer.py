@@ -1,6 +1,6 @@
-"""One job from a Redis list, for `nullworker work`: run once for each reservation; its exit code is the job's.
+"""Processes one job from a Redis list, for `nullworker work`, which runs it for each reservation. Exit code 0: done.
 
-A job is moved to a list of its own while it is worked on, so that a job of a machine that has died is found there.
+A job is moved to a list of its own while it is processed, so that the job of a machine that has died is not lost.
 """
 
 from __future__ import annotations

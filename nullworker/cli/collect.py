@@ -1,4 +1,4 @@
-"""`nullworker collect`: the events of a whole fleet in one database, on a machine that stays."""
+"""`nullworker collect`: collects the events of all workers in one database, on a machine of yours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`nullworker dispatch`: its options, and one dispatcher from its start to its exit code."""
+"""`nullworker dispatch`: its options, and one dispatcher from start to exit code."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The file of `nullworker reserve --state`: one line of JSON, locked, readable by its owner alone.
+"""The state file of `nullworker reserve --state`: one line of JSON, locked, readable only by its owner.
 
-It is written in place by one call, since a new file under the same name would not be the one that is locked. A process
-that is killed leaves the old line or the new one; what may follow the line, of an older and longer one, is not read.
+It is overwritten in place with one call, because a new file under the same name would not be locked. After SIGKILL it
+has the old line or the new one; the rest of a longer old line is ignored.
 """
 
 from __future__ import annotations

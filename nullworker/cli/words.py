@@ -1,6 +1,6 @@
-"""What people read in a terminal: times, durations, and what a reservation is called.
+"""Terminal output for people: times, durations, names of reservations, and folding of lines.
 
-A terminal is taken to be 80 columns wide where nobody says otherwise.
+The width is 80 columns if the terminal does not say otherwise.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """WorkerSession: one session at one worker, from the claim to its final status, without the SDK.
 
-A session outlives its client: its url, auth_data and id are all that another process needs to renew, follow and end it.
-So `saved()` is stored before the first request, and a lost answer is asked for again with the same body, at the same
-worker. Its states: granted -> held (-> silent -> held) -> ended or lost.
+A session survives its client: another process can renew, follow and end it with its url, auth_data and id. `saved()` is
+therefore stored before the first request, and after a lost answer the same body is sent to the same worker again. Its
+states: granted -> held (-> silent -> held) -> ended or lost.
 """
 
 from __future__ import annotations

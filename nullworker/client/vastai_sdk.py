@@ -1,7 +1,7 @@
-"""Wraps the official `vastai` SDK (1.9.1): finds an endpoint, and asks the autoscaler for workers, with patience.
+"""Wraps the official `vastai` SDK (1.9.1): finds an endpoint, and asks the autoscaler for workers, with backoff.
 
 All use of the SDK's private attributes is in this file: `_session`, `_ssl_context` and `Endpoint._route`. Workers are
-not asked through the SDK, which would send them the endpoint's API key.
+not called through the SDK, which would send them the endpoint's API key.
 """
 
 from __future__ import annotations

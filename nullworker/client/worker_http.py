@@ -1,7 +1,7 @@
 """HTTP from a client to a worker's external port: one POST, one stream, and why either failed.
 
-Nothing here sends the endpoint's API key, which the SDK puts into the query of each request to a worker: whoever rents
-that machine next could read it in an access log.
+The endpoint's API key is never sent to a worker. The SDK puts it into the query of each request, where the next tenant
+of the machine could find it in an access log.
 """
 
 from __future__ import annotations

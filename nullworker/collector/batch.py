@@ -1,8 +1,7 @@
-"""What comes in at POST /events, checked and taken apart: CloudEvents in, `Received` out. No I/O.
+"""Parses and checks the body of POST /events: CloudEvents in, `Received` out. No I/O.
 
-An event needs the attributes that CloudEvents 1.0 requires (specversion, id, source, type), as texts. What nullworker
-does not know (a type, a field, a version, a kind) is kept as it came, and has no `kind`, so that the views pass it
-over.
+An event needs the attributes that CloudEvents 1.0 requires (specversion, id, source, type), as strings. Unknown types,
+fields, versions and kinds are stored unchanged, without a `kind`, and the views ignore them.
 """
 
 from __future__ import annotations

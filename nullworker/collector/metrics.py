@@ -1,5 +1,7 @@
-"""The fleet's metrics, prefix `nullworker_collect_`. Counters count what this process has done since its start; the
-figures of the fleet are read from the database at each scrape. No worker and no reservation is ever a label.
+"""The metrics of the fleet, with the prefix `nullworker_collect_`.
+
+Counters count since the start of this process; figures of the fleet are read from the database at each scrape. Workers
+and reservations are never labels.
 """
 
 from __future__ import annotations

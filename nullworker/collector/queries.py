@@ -1,4 +1,4 @@
-"""What the page and the metrics ask of the fleet's database. Plain SQL over a connection that only reads."""
+"""Queries of the page and the metrics on the fleet's database. Plain SQL over a read-only connection."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The shape of the fleet's database: tables, the trigger that keeps track of reservations, views for people.
+"""The tables, triggers and views of the fleet's database.
 
-`received` has every event as it came, once; it can only be appended to, but for retention, which removes a reservation
-whole by naming it in `pruning`. `holds` has a row for each reservation and says where its events are: the first
-`queued`, `held` and end of each win, so that a second content for one seq is kept and flagged and changes no view.
+`received` has every event once, unchanged. It is append-only, except that retention removes whole reservations by
+inserting them into `pruning`. `holds` has a row for each reservation with the seqs of its events. The first `queued`,
+`held` and end of a reservation count; a second content for one seq is kept and flagged, and changes no view.
 
-The views have the names and the columns of a worker's log, and before them `worker`, `instance` and `gpu`.
-Times are stored as epoch seconds and shown as ISO 8601 UTC with milliseconds; durations are seconds.
+The views have the names and columns of a worker's log, preceded by `worker`, `instance` and `gpu`. Times are stored as
+epoch seconds and shown as ISO 8601 UTC with milliseconds; durations are seconds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The collector's ports: POST /events for the workers, and the page, /metrics and the rest for people.
+"""The ports of the collector: POST /events for the workers, and page, /metrics, /status for people.
 
-Both may be one port on loopback. What is reachable from elsewhere, directly or by a proxy, serves POST /events alone.
-The token is checked before a body is read.
+On loopback both may be one port. A port that can be reached from elsewhere, directly or through a proxy, serves only
+POST /events. The token is checked before a body is read.
 """
 
 from __future__ import annotations

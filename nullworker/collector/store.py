@@ -1,7 +1,7 @@
-"""The collector's store: one SQLite file, written by one process.
+"""The store of the collector: one SQLite file, written by one process.
 
-`add` is one transaction: a batch is on disk when it returns, and when it raises nothing of it is there. Everything that
-writes runs on the caller's thread; `read` opens a connection of its own, so that a page never waits for a commit.
+`add` is one transaction: when it returns the batch is on disk, and when it raises none of it is stored. Writes run on
+the caller's thread; `read` opens its own connection, so that a page never waits for a commit.
 """
 
 from __future__ import annotations

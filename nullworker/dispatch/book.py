@@ -1,8 +1,8 @@
-"""The open claims of one dispatcher: each change is in the ledger first, then here, then told to the observers.
+"""The open claims of a dispatcher: each change goes to the ledger, then to this book, then to the observers.
 
-Two kinds of change differ when the ledger cannot be written. What this dispatcher decides (a claim, a grant that is
-about to be used) is refused, and nothing has changed. What has happened elsewhere (a session is held, a consumer has
-attached, a session has ended) is true all the same: it is applied, and written as soon as the ledger takes it.
+While the ledger cannot be written, decisions of this dispatcher (a claim, the use of a grant) are refused and change
+nothing. Facts reported by others (a session is held, a consumer has attached, a session has ended) are applied, and
+written as soon as the ledger accepts them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A claim on one worker as an explicit state machine: its states, events and edges as data, and the fold over events.
+"""A claim on a worker as an explicit state machine: states, events and edges as data, and the fold over events.
 
 ```mermaid
 stateDiagram-v2
@@ -13,8 +13,8 @@ stateDiagram-v2
     ended --> [*]
 ```
 
-An event is in the ledger before its effect can be seen: `pending` before the autoscaler is asked, `granted` before the
-worker is. What happens elsewhere is written down when it is heard of. Times are epoch seconds and are handed in.
+An event is in the ledger before its effect: `pending` before the autoscaler is asked, `granted` before the worker is
+asked. Events reported by others are written when they are received. Times are epoch seconds and are passed in.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""One step of the dispatcher, without a network: the queue's numbers in, claims opened and given up in the ledger.
+"""One step of the dispatcher, without network: the queue's numbers in, claims opened and given up in the ledger.
 
-It is what the simulation drives. The claims that are counted are those that were open when the read of the queue began:
-call `snapshot` before the read, and hand it to `step` after it.
+The simulation drives it. Claims are counted as of the moment when the read of the queue began: call `snapshot` before
+the read, and pass it to `step` after it.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""How many claims to open and to give up, as a pure function of one look at the queue.
+"""Decides how many claims to open and to give up, as a pure function.
 
 `decide` gets the time, the queue's numbers, the open claims, the holds that have ended since the last decision and the
-memory of that decision. It returns a `Decision` with every number that made it, and the memory for the next one. It
-never ends a hold: only consumers do.
+memory of that decision. It returns a `Decision` with all numbers that led to it, and the memory for the next one. It
+never ends a hold; only consumers do.
 
-The claims handed in must be those that were open when the read of the queue began. A hold that takes a job and ends
-while the queue is being read would otherwise be missing from both counts, and a worker too many would be opened.
+The claims must be those that were open when the read of the queue began. Otherwise a hold that takes a job and ends
+during the read would be missing from both counts, and one worker too many would be opened.
 """
 
 from __future__ import annotations

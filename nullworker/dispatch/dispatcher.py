@@ -1,7 +1,7 @@
-"""The dispatcher: looks at the queue, decides, and drives claims, until it is told to stop.
+"""The dispatcher: polls the queue, decides, and drives claims, until it is told to stop.
 
-A queue that cannot be read, an autoscaler that is down and a full disk are said once, and waited out: nothing is opened
-then, and what is held stays.
+While the queue cannot be read, the autoscaler is down or the disk is full, it opens nothing and ends nothing, and logs
+the trouble once.
 """
 
 from __future__ import annotations

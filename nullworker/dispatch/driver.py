@@ -1,8 +1,7 @@
-"""Drives one claim from `pending` to `ended`: asks for a worker, asks the worker, renews and follows the session.
+"""Drives one claim from `pending` to `ended`: asks for a worker, claims it, renews and follows the session.
 
-Each step is in the ledger before it goes out, so that a dispatcher which is killed at any moment can go on: a granted
-claim is asked for again with the same body, and a held one is followed and renewed. It ends a session only when it is
-told to.
+Each step is in the ledger before it is sent, so that a dispatcher can continue after SIGKILL: a granted claim is sent
+again with the same body, and a held one is followed and renewed. A session is only ended when that is requested.
 """
 
 from __future__ import annotations

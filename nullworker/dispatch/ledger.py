@@ -1,7 +1,7 @@
 """The ledger: one SQLite file, appended to by one dispatcher.
 
-An append is one transaction: it is durable when it returns, and when it raises nothing of it is there. The file and
-what SQLite puts beside it are 0600, for the grants in it renew and end sessions.
+An append is one transaction: when it returns the events are durable, and when it raises none is stored. The file and
+its -wal and -shm have mode 0600, because the grants in it can renew and end sessions.
 """
 
 from __future__ import annotations

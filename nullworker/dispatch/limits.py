@@ -1,8 +1,8 @@
 """Spending limits over the last 24 hours, as pure functions.
 
-What counts: the time for which workers were held in the last 24 hours, that of open holds included, and one lifetime
-for each claim that may still become a hold, since that is what a hold costs at least when nobody comes for it.
-Machines that start, load or idle are not in it: their time is not the dispatcher's to know.
+They count the time for which workers were held in the last 24 hours, including open holds, and one lifetime for each
+claim that may still be held, which is the least that such a hold costs. Machines that start, load or idle are not
+counted, because the dispatcher does not see them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The dispatcher's metrics: counters and a histogram of its events, and gauges that are read at scrape."""
+"""The metrics of the dispatcher: counters and a histogram of its events, and gauges that are read at each scrape."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""How many jobs wait in the user's queue, and how many are being worked on: one adapter for each kind of queue.
+"""Reads how many jobs wait in the user's queue and how many are in flight: one adapter for each kind of queue.
 
-Each adapter uses the kind's usual library (the extra `queues`), imported when it is opened. Our own parameters are
-taken out of the URL, and the rest is the library's. A read gives both numbers as of one moment where the queue can
-(a transaction, or one reply), else what is in flight first: a job that moves in between is then counted once, or for
-one look not at all, but never twice. No password is in an error's words.
+Each adapter uses the usual library of its queue (extra `queues`), imported when it is opened. Our own parameters are
+removed from the URL; the rest is passed on. Both numbers are read in one transaction or reply if possible, else those
+in flight first, so that a job which moves meanwhile is counted once or not at all, but never twice. Errors contain no
+password.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The shape of the ledger's file: tables, the triggers that keep its promises, the views for people.
+"""The tables, triggers and views of the ledger.
 
-The database itself refuses to change or remove an event, and an event that the claim's state does not allow, whatever
-writes to it. Credentials stand in a table of their own, for as long as a claim is granted or held, and the pages that
-held them are overwritten. Times are stored as epoch seconds and shown by the views as ISO 8601 UTC with milliseconds.
+Triggers refuse to change or remove an event, and refuse an event that the claim's state does not allow, whoever writes.
+Credentials are in a table of their own while a claim is granted or held, and their pages are overwritten afterwards.
+Times are stored as epoch seconds and shown by the views as ISO 8601 UTC with milliseconds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Something that goes wrong again and again, and is said once in a while."""
+"""Logs a repeated failure once, and again at intervals."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Vast's side of a dispatcher: grants, the endpoint's workers, and what its instances cost, through the official SDK.
+"""Vast's side of a dispatcher, through the official SDK: grants, the endpoint's workers, and prices of instances.
 
-Every private part of the SDK that is used is here: `Endpoint._route`, which names a worker without asking it, and the
-client's `_session`. The account's key goes to Vast alone, never to a worker.
+All use of the SDK's private attributes is in this file: `Endpoint._route`, which returns a worker without calling it,
+and the client's `_session`. The account's key is sent only to Vast, never to a worker.
 """
 
 from __future__ import annotations

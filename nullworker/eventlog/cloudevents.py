@@ -1,11 +1,11 @@
-"""An event of the log as a CloudEvent: what leaves the machine, and in which shape.
+"""Encodes events of the log as CloudEvents 1.0, for the sink.
 
-A reservation's event becomes one CloudEvents 1.0 object: `source` names the log, `id` the event in it, `type` its
-kind, `subject` the reservation, and `data` is the event itself (`EventData`). `batch` puts several into one body, as
-`application/cloudevents-batch+json` or as a line each. Beside them a worker tells of itself (`worker_event`).
+`source` names the log, `id` the event in it, `type` its kind, `subject` the reservation, and `data` is the event itself
+(`EventData`). `batch` encodes several as `application/cloudevents-batch+json` or as one line each. `worker_event`
+encodes events of the worker itself.
 
-Never sent: the hash of an auth, a session's on_close_route and on_close_payload. A result is sent only on request, and
-metadata unless that was forbidden.
+Auth hashes, on_close_route and on_close_payload are never sent. Results are sent only on request, and metadata unless
+that is disabled.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Locks of files that have one process each; for a log, also how far it had come.
+"""Locks for files that belong to one process; for an event log, also a record of its newest event.
 
-An flock on a file beside the log, and on the log itself, ends with the process. The file beside it says who holds it,
-and names the newest event that was committed. SQLite takes what it can read of a -wal for all there ever was: without
-that second line a removed -wal, or one flipped bit in it, would pass for a log that had never been written to.
+An flock on a file beside the log, and on the log itself, ends with the process. The file beside it says who holds the
+lock, and has the newest committed event: SQLite ignores the unreadable rest of a -wal, so without that record a removed
+or damaged -wal would look like a log that was never written to.
 
-The line is not synced, as that would double the cost of a commit: it outlives a killed process, and after a power cut
-it may be half a minute old. So it is never ahead of a log whose commits are synced.
+The record is not synced, which would double the cost of a commit. It survives a killed process, and may be half a
+minute old after a power cut, so it is never ahead of a log whose commits are synced.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""EndedClaims: how a claim has ended, for whoever shows the auth_data that it was made with.
+"""EndedClaims: finds the final status of an ended claim by the auth_data that it was made with.
 
-A caller whose last answer was lost sends the same body again, or asks by the session's id, and learns the end. What has
-ended is in the log; only the hashes of the newest are in memory, so that a claim costs no search.
+A caller whose answer was lost sends the same body again, or asks by the session's id. Ended reservations are in the
+log; only the hashes of the newest are in memory, so that a claim needs no search.
 """
 
 from __future__ import annotations

@@ -233,6 +233,14 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(file), target
 
 
+def test_no_page_and_no_docstring_has_a_ritual_heading() -> None:
+    """House style: the first line says what a file is for, then its invariant, and no headings such as these."""
+    headings = re.compile("|".join(("The one" + " rule", "One" + " rule", "What it leaves" + " out", "Left" + " out:")))
+    for path in files():
+        if path.suffix in (".py", ".md", ".js"):
+            assert headings.search(path.read_text()) is None, path
+
+
 def test_requirements_txt_and_pyproject_list_the_same_dependencies() -> None:
     (listed,) = re.findall(
         r"^dependencies = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL

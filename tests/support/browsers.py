@@ -1,8 +1,4 @@
-"""A real browser for tests of the pages.
-
-It is Debian's Chromium, driven by playwright, with a fresh profile;
-axe-core checks accessibility.
-"""
+"""A real browser for tests of the pages: Debian's Chromium, driven by playwright, and axe-core for accessibility."""
 
 from __future__ import annotations
 

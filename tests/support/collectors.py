@@ -1,4 +1,4 @@
-"""A real collector for tests, and senders that are no workers."""
+"""A real collector for tests, and senders that are not workers."""
 
 from __future__ import annotations
 

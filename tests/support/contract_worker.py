@@ -1,6 +1,6 @@
-"""A worker that plays its part of a session by the contract, and can be told to lose answers, to refuse, to be silent.
+"""A fake worker that follows the contract for sessions and can lose answers, refuse and be silent; for clients' tests.
 
-For the caller's side alone: real workers are in the lifecycle tests.
+Real workers are used in tests/lifecycle.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`nullworker dispatch` as a process, over a table of jobs that consumers beside real workers do."""
+"""`nullworker dispatch` as a process, on a table of jobs, with consumers beside real workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A receiver of a sink's POSTs that is no collector: it answers what the test says, and keeps all it got."""
+"""A receiver of a sink's POSTs for tests, which answers as told and keeps everything it got."""
 
 from __future__ import annotations
 
