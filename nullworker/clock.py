@@ -15,6 +15,8 @@ from typing import NamedTuple, Protocol
 
 #: Linux gives each boot an id; monotonic clocks can be compared only within one.
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+#: A container has its own process 1, on the kernel of its host.
+_FIRST_PROCESS = Path("/proc/1/stat")
 
 #: Seconds from an arbitrary start, to measure durations.
 stopwatch = time.perf_counter
@@ -144,3 +146,12 @@ def boot_id() -> str:
         return _BOOT_ID.read_text().strip()
     except OSError:
         return ""
+
+
+def machine_life() -> str:
+    """What stays the same until this machine or container starts anew: its boot, and the start of its process 1."""
+    try:
+        started = _FIRST_PROCESS.read_text().rpartition(")")[2].split()[19]  # proc(5): starttime, in clock ticks
+    except (OSError, IndexError):
+        started = ""
+    return f"{boot_id()} {started}"

@@ -32,6 +32,7 @@ class Readiness:
         self._key = key
         self._starting = consumer_starting
         self._asked = consumer_starting is not None
+        self._late: str | None = None
         self._unhealthy: str | None = None
         self._log: str | None = None
         self._draining: str | None = None
@@ -51,13 +52,17 @@ class Readiness:
         """The consumer has not been healthy even once. Owner: the health poll."""
         self._set(_starting=why)
 
+    def consumer_is_late(self, why: str) -> None:
+        """The consumer has not been healthy even once, for longer than a start should take. Owner: the health poll."""
+        self._set(_late=why)
+
     def consumer_is_unhealthy(self, why: str) -> None:
         """The consumer, once healthy, is not any more. Owner: the health poll, through the service."""
         self._set(_unhealthy=why)
 
     def consumer_is_healthy(self) -> None:
         """The consumer's last answer was good. Owner: the health poll."""
-        self._set(_starting=None, _unhealthy=None)
+        self._set(_starting=None, _late=None, _unhealthy=None)
 
     def log_has_failed(self, why: str) -> None:
         """The event log cannot be written. Owner: the service."""
@@ -103,6 +108,11 @@ class Readiness:
         return self.consumer is None if self._asked else None
 
     @property
+    def late(self) -> bool:
+        """Whether the consumer's start takes longer than it should."""
+        return self._late is not None
+
+    @property
     def starting(self) -> bool:
         """Whether the consumer has not been healthy even once."""
         return self._starting is not None
@@ -143,8 +153,8 @@ class Readiness:
 
     @property
     def error_msg(self) -> str:
-        """The causes as reported to the autoscaler, or "". A drain or a slow start is no error."""
-        return "; ".join(cause for cause in (self._dead_part, self._log, self._unhealthy) if cause)
+        """The causes as reported to the autoscaler, or "". A drain is no error, nor a start while it is not late."""
+        return "; ".join(cause for cause in (self._dead_part, self._log, self._unhealthy or self._late) if cause)
 
     def checks(self) -> dict[str, Check]:
         """The checks of /readyz by name."""

@@ -19,7 +19,7 @@ from nullworker.autoscaler.connection import AutoscalerClient
 from nullworker.autoscaler.keys import KeyRing
 from nullworker.autoscaler.messages import STATUS_PATH, Identity, failed_start
 from nullworker.autoscaler.reporter import OUTCOMES, STATUS, Reporter
-from nullworker.clock import SystemClock
+from nullworker.clock import SystemClock, machine_life
 from nullworker.consumer_health import HealthPoll
 from nullworker.errors import CannotStart, LogUnavailable
 from nullworker.eventlog import retention
@@ -168,6 +168,8 @@ class Worker:
                 timeout=settings.null_health_timeout,
                 failures=settings.null_health_failures,
                 cancel_held=settings.null_unhealthy_action == "cancel",
+                was_healthy=event_log.consumer_was_healthy == machine_life(),
+                on_healthy=self._remember_healthy_consumer,
             )
         self.timer = DeadlineTimer(service)
         if self.reporter is not None:
@@ -272,6 +274,10 @@ class Worker:
             log.info("worker_stopped")
 
     # -- private -------------------------------------------------------------------------------------------------
+
+    def _remember_healthy_consumer(self) -> None:
+        with contextlib.suppress(LogUnavailable):
+            self.log.set_consumer_was_healthy(machine_life())
 
     def _start_tasks(self) -> None:
         self._start("callbacks", self.callbacks.run())

@@ -139,6 +139,20 @@ class EventLog:
         if instance != self.instance:
             self._write("INSERT OR REPLACE INTO meta VALUES ('instance', ?)", [(instance,)])
 
+    @property
+    def consumer_was_healthy(self) -> str:
+        """In which life of this machine the consumer was last healthy, as `set_consumer_was_healthy` has it."""
+        return self._meta("consumer_was_healthy") or ""
+
+    def set_consumer_was_healthy(self, life: str) -> None:
+        """Store that the consumer was healthy, so that a restart of the worker does not take it for starting.
+
+        Raises:
+            LogUnavailable: it is not stored.
+        """
+        if life != self.consumer_was_healthy:
+            self._write("INSERT OR REPLACE INTO meta VALUES ('consumer_was_healthy', ?)", [(life,)])
+
     def set_sink(self, name: str | None) -> None:
         """Pruning waits for the cursor of this sink from now on, and for no other sink's; None: for no sink's.
 

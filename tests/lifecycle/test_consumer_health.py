@@ -12,9 +12,10 @@ import aiohttp
 import pytest
 from aiohttp import web
 from claims import reserve
-from harness import PATIENCE, WorkerProcess, secured
+from harness import PATIENCE, WorkerProcess, changed, leave_session, secured
 
 from nullworker import __version__
+from nullworker.clock import SystemClock
 from nullworker.testing import FakeAutoscaler
 
 
@@ -222,3 +223,49 @@ async def test_the_stub_of_a_health_endpoint_is_there_unless_a_real_one_is_named
     async with WorkerProcess(tmp_path, **env) as worker:
         assert await http_status(worker, "/health") == (404 if env else 200)
         assert await http_status(worker, "/readyz") == (503 if env else 200)
+
+
+async def test_after_a_restart_a_dead_consumer_that_was_healthy_is_unhealthy_and_not_starting(
+    begin: Begin, vast: FakeAutoscaler, consumer: Consumer
+) -> None:
+    async with begin() as worker:
+        await worker.kill()
+        consumer.status = 500
+        seen = len(vast.statuses)
+        await worker.start()
+        await worker.line("consumer_unhealthy")
+        errored = await vast.wait_for(lambda: [status for status in vast.statuses[seen:] if status["error_msg"]])
+        assert errored[0]["error_msg"] == f"the consumer is unhealthy: {consumer.url} answered 500"
+        assert (await worker.get("/readyz"))["state"] == "errored"
+        consumer.status = 200
+        await worker.line("consumer_healthy")
+        assert (await worker.get("/readyz"))["state"] == "ready"
+
+
+async def test_after_a_restart_a_held_session_of_a_dead_consumer_ends(tmp_path: Path, consumer: Consumer) -> None:
+    """Also when nobody knows whether the consumer was ever healthy."""
+    consumer.status = 503
+    leave_session(tmp_path / "nullworker.db", begun=SystemClock().now())
+    env = {"NULL_HEALTH_INTERVAL": "0.02", "NULL_UNHEALTHY_ACTION": "cancel", "BACKEND_HEALTH_URL": consumer.url}
+    async with WorkerProcess(tmp_path, module=("-m", "nullworker", "serve"), **env) as worker:
+        end = await worker.line("reservation_cancelled")
+        assert (end["reservation_id"], end["reason"]) == ("old", "consumer_unhealthy")
+
+
+async def test_a_start_that_takes_too_long_is_logged_and_told_to_the_autoscaler(
+    tmp_path: Path, vast: FakeAutoscaler, consumer: Consumer
+) -> None:
+    room = "nullworker__consumer_health__"
+    late = {f"{room}SLOW_START_SECONDS": 0.1, f"{room}LATE_START_SECONDS": 0.3}
+    env = {"BACKEND_HEALTH_URL": consumer.url, "NULL_HEALTH_INTERVAL": "0.02"}
+    async with secured(tmp_path, vast, module=changed(**late), **env) as worker:
+        assert (await worker.line("consumer_starts_slowly"))["why"] == f"{consumer.url} answered 503"
+        told = await vast.wait_for(lambda: [status for status in vast.statuses if status["error_msg"]])
+        assert told[0]["error_msg"].startswith(f"the consumer has not been healthy yet: {consumer.url} answered 503")
+        assert (await worker.get("/readyz"))["state"] == "starting"
+        for event in ("consumer_starts_slowly", "consumer_is_late"):
+            assert [line["event"] for line in worker.lines].count(event) == 1
+        seen = len(vast.statuses)
+        consumer.status = 200
+        await worker.line("consumer_healthy")
+        assert await vast.wait_for(lambda: [status for status in vast.statuses[seen:] if not status["error_msg"]])
