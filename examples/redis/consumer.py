@@ -1,15 +1,12 @@
-"""A consumer for a Redis stream: one job for each reservation. Add one: XADD jobs * job '{"id": 1, "url": "https://..."}'
+"""Jobs from a Redis stream, all of them in one reservation. A job: XADD jobs * job '{"id": 1, "url": "https://..."}'
 
-A job stays pending for its consumer until it is acknowledged, after the work. A consumer first takes its own pending
-jobs; those of a consumer that is gone are taken over by any other after a minute.
+An entry that was begun stays with its consumer until it is acknowledged, after the work. What this consumer has begun
+and not done is what it takes first; what another has not renewed for LEASE_SECONDS, any consumer takes over.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hashlib
-import json
 import os
 import socket
 from typing import Any
@@ -18,70 +15,89 @@ import aiohttp
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from nullworker.consumer.reservations import health_endpoint, reservations, run
+from nullworker.consumer import Job, Lost, drain, health_endpoint, reservations, run
 
 JOBS, FAILED, GROUP = "jobs", "jobs:failed", "workers"
-NAME = os.environ.get("CONTAINER_ID") or socket.gethostname()
-#: Milliseconds for which a new job is waited for, and after which a begun one counts as given up.
-WAIT, GIVEN_UP = 5_000, 60_000
+NAME = f"{os.environ.get('CONTAINER_ID') or socket.gethostname()}:{os.environ.get('NULL_CONTROL_PORT', 18999)}"
+LEASE = float(os.environ.get("LEASE_SECONDS", "60"))
+#: Seconds for which a new job is waited for.
+WAIT = float(os.environ.get("WAIT_SECONDS", "5"))
+#: Renew an entry (no third argument) or settle it, unless another consumer has claimed it: then 0.
+IF_MINE = """
+local pending = redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1)
+if pending[1] and pending[1][2] ~= ARGV[2] then return 0 end
+if not ARGV[4] then
+    redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], 'JUSTID')
+    return 1
+end
+if pending[1] and ARGV[4] ~= '' then redis.call('XADD', KEYS[2], '*', 'job', ARGV[5], 'error', ARGV[4]) end
+redis.call('XACK', KEYS[1], ARGV[1], ARGV[3])
+redis.call('XDEL', KEYS[1], ARGV[3])
+return 1
+"""
 
 
-async def work(job: dict[str, Any]) -> dict[str, Any]:
-    """Your work stands here. This one looks at what is behind job["url"]."""
+async def work(job: dict[str, Any]) -> None:
+    """Your work stands here; code that blocks belongs into reservation.run_process. This looks at job["url"]."""
     async with aiohttp.ClientSession(raise_for_status=True) as http, http.get(job["url"]) as answer:
-        body = await answer.read()
-    return {"job": job["id"], "bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+        print(job["id"], hashlib.sha256(await answer.read()).hexdigest(), flush=True)
 
 
-async def one_job(redis: Any) -> dict[str, Any]:
-    """Take a job, do it, acknowledge it. What the caller of /reserve gets."""
-    entry = await take(redis)
-    if entry is None:
-        return {"job": None}
-    entry_id, fields = entry
-    job = json.loads(fields["job"])
-    renewal = asyncio.ensure_future(renew(redis, entry_id))
-    try:
-        result = await work(job)
-    except Exception as error:
-        result = {"job": job["id"], "error": str(error)}
-        await redis.xadd(FAILED, {**fields, "error": str(error)})
-    finally:
-        renewal.cancel()
-    async with redis.pipeline(transaction=True) as both:
-        await both.xack(JOBS, GROUP, entry_id).xdel(JOBS, entry_id).execute()
-    return result
+class Entry(Job):
+    """One entry of the stream."""
+
+    lease = LEASE
+
+    def __init__(self, redis: Any, entry_id: str, fields: dict[str, str]) -> None:
+        self.redis, self.entry_id, self.body = redis, entry_id, fields.get("job", "")
+
+    async def renew(self) -> None:
+        await self._if_mine()
+
+    async def done(self) -> None:
+        await self._if_mine("", "")
+
+    async def failed(self, why: str) -> None:
+        await self._if_mine(why, str(self.body))
+
+    async def give_back(self) -> None:
+        idle = int(LEASE * 1000)  # as if it had not been renewed for so long
+        await self.redis.xclaim(JOBS, GROUP, NAME, 0, [self.entry_id], idle=idle, justid=True)
+
+    async def _if_mine(self, *more: str) -> None:
+        if not await self.redis.eval(IF_MINE, 2, JOBS, FAILED, GROUP, NAME, self.entry_id, *more):
+            raise Lost("another consumer has claimed it")
 
 
-async def take(redis: Any) -> Any:
+async def take(redis: Any) -> Entry | None:
     """My own unfinished job, else one that was given up, else a new one."""
-    for _, entries in await redis.xreadgroup(GROUP, NAME, {JOBS: "0"}, count=1):
-        if entries:
-            return entries[0]
-    _, given_up, _ = await redis.xautoclaim(JOBS, GROUP, NAME, GIVEN_UP, count=1)
-    if given_up:
-        return given_up[0]
-    for _, entries in await redis.xreadgroup(GROUP, NAME, {JOBS: ">"}, count=1, block=WAIT):
-        if entries:
-            return entries[0]
-    return None
-
-
-async def renew(redis: Any, entry_id: str) -> None:
-    """Show the others that the job is not given up."""
-    while True:
-        await asyncio.sleep(GIVEN_UP / 3000)
-        await redis.xclaim(JOBS, GROUP, NAME, 0, [entry_id], justid=True)
+    try:
+        while mine := (await redis.xreadgroup(GROUP, NAME, {JOBS: "0"}, count=1))[0][1]:
+            entry_id, fields = mine[0]
+            if fields:
+                return Entry(redis, entry_id, fields)
+            await redis.xack(JOBS, GROUP, entry_id)  # it was trimmed since
+        given_up = (await redis.xautoclaim(JOBS, GROUP, NAME, int(LEASE * 1000), count=1))[1]
+        new = given_up or await redis.xreadgroup(GROUP, NAME, {JOBS: ">"}, count=1, block=int(WAIT * 1000))
+    except ResponseError as error:
+        if "NOGROUP" not in str(error):
+            raise
+        await redis.xgroup_create(JOBS, GROUP, id="0", mkstream=True)
+        return await take(redis)
+    if not new:
+        return None
+    entry_id, fields = given_up[0] if given_up else new[0][1][0]
+    return Entry(redis, entry_id, fields)
 
 
 async def main() -> None:
-    redis = Redis.from_url(os.environ.get("REDIS_URL", "redis://127.0.0.1"), decode_responses=True, socket_timeout=30)
-    with contextlib.suppress(ResponseError):  # the group is there
-        await redis.xgroup_create(JOBS, GROUP, id="0", mkstream=True)
+    url = os.environ.get("REDIS_URL", "redis://127.0.0.1")
+    redis = Redis.from_url(url, decode_responses=True, socket_timeout=WAIT + 5, socket_connect_timeout=5)
     async with redis, health_endpoint(int(os.environ.get("HEALTH_PORT", "18998"))):
         async for reservation in reservations():
             async with reservation:
-                reservation.result = await one_job(redis)
+                reservation.result = await drain(reservation, lambda: take(redis), work)
 
 
-run(main())
+if __name__ == "__main__":
+    run(main())

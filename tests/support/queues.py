@@ -26,43 +26,86 @@ class Queue(Protocol):
     async def put(self, job: dict[str, Any]) -> None:
         """A job for the consumer."""
 
+    async def put_text(self, text: str) -> None:
+        """A message of any text."""
+
     async def left(self) -> int:
         """Jobs that are not done, those that somebody has begun included; ask it when no consumer runs."""
+
+    async def failed(self) -> int:
+        """Jobs in the failed list."""
+
+    #: Its server, if it can be restarted; and the port to which a proxy may lead.
+    server: Server | None
+    port: int | None
 
 
 def python(name: str) -> tuple[str, ...]:
     return (sys.executable, str(ROOT / "examples" / name / "consumer.py"))
 
 
-@contextlib.contextmanager
-def server(port: int, folder: Path, *command: str, **env: str) -> Iterator[None]:
-    """A server that listens on a port until the block ends."""
-    with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=folder, env={**os.environ, **env}, stdout=log, stderr=log)
-    try:
+class Server:
+    """A server that listens on a port."""
+
+    def __init__(self, port: int, folder: Path, *command: str, **env: str) -> None:
+        self.port, self._folder, self._command, self._env = port, folder, command, env
+        self._process: subprocess.Popen[bytes]
+
+    def start(self) -> None:
+        """Start it, and wait until it listens."""
+        with (self._folder / "server.log").open("ab") as log:
+            env = {**os.environ, **self._env}
+            self._process = subprocess.Popen(self._command, cwd=self._folder, env=env, stdout=log, stderr=log)
         end = time.monotonic() + 3 * PATIENCE
         while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            said = (folder / "server.log").read_text
-            assert process.poll() is None, said()
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port)):
+                return
+            said = (self._folder / "server.log").read_text
+            assert self._process.poll() is None, said()
             assert time.monotonic() < end, said()
             time.sleep(0.05)
-        yield
+
+    def stop(self) -> None:
+        """End it in order."""
+        self._process.terminate()
+        self._process.wait(PATIENCE)
+
+
+@contextlib.contextmanager
+def server(port: int, folder: Path, *command: str, **env: str) -> Iterator[Server]:
+    """A server that listens on a port until the block ends."""
+    running = Server(port, folder, *command, **env)
+    try:
+        running.start()
+        yield running
     finally:
-        process.terminate()
-        process.wait(PATIENCE)
+        running.stop()
 
 
 class RedisQueue:
     example = python("redis")
 
-    def __init__(self, port: int) -> None:
-        self.env = {"REDIS_URL": f"redis://127.0.0.1:{port}"}
+    def __init__(self, server: Server) -> None:
+        self.server: Server | None = server
+        self.port: int | None = server.port
+        self.env = {"REDIS_URL": f"redis://127.0.0.1:{server.port}", "LEASE_SECONDS": "10"}
 
     async def put(self, job: dict[str, Any]) -> None:
         async with self._open() as redis:
             await redis.xadd("jobs", {"job": json.dumps(job)})
+
+    async def put_text(self, text: str) -> None:
+        async with self._open() as redis:
+            await redis.xadd("jobs", {"job": text})
+
+    async def failed(self) -> int:
+        async with self._open() as redis:
+            return int(await redis.xlen("jobs:failed"))
+
+    async def lose_what_was_begun(self) -> None:
+        """Trim the stream, as MAXLEN does."""
+        async with self._open() as redis:
+            await redis.xtrim("jobs", maxlen=0, approximate=False)
 
     async def left(self) -> int:
         async with self._open() as redis:
@@ -77,19 +120,30 @@ class RedisQueue:
     @contextlib.contextmanager
     def run(folder: Path) -> Iterator[RedisQueue]:
         port = free_port()
-        with server(port, folder, "redis-server", "--bind", "127.0.0.1", "--port", str(port), "--save", ""):
-            yield RedisQueue(port)
+        options = ("--bind", "127.0.0.1", "--port", str(port), "--save", "", "--appendonly", "yes", "--timeout", "3")
+        with server(port, folder, "redis-server", *options, "--appendfsync", "always") as running:
+            yield RedisQueue(running)
 
 
 class NatsQueue:
     example = python("nats")
 
-    def __init__(self, port: int) -> None:
-        self.env = {"NATS_URL": f"nats://127.0.0.1:{port}", "ACK_WAIT_SECONDS": "1"}
+    def __init__(self, server: Server) -> None:
+        self.server: Server | None = server
+        self.port: int | None = server.port
+        self.env = {"NATS_URL": f"nats://127.0.0.1:{server.port}", "ACK_WAIT_SECONDS": "10"}
 
     async def put(self, job: dict[str, Any]) -> None:
         async with self._open() as stream:
             await stream.publish("jobs", json.dumps(job).encode())
+
+    async def put_text(self, text: str) -> None:
+        async with self._open() as stream:
+            await stream.publish("jobs", text.encode())
+
+    async def failed(self) -> int:
+        async with self._open() as stream:
+            return int((await stream.stream_info("FAILED")).state.messages)
 
     async def left(self) -> int:
         async with self._open() as stream:
@@ -110,21 +164,38 @@ class NatsQueue:
     @contextlib.contextmanager
     def run(folder: Path) -> Iterator[NatsQueue]:
         port = free_port()
-        with server(port, folder, "nats-server", "-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(folder)):
-            yield NatsQueue(port)
+        options = ("-a", "127.0.0.1", "-p", str(port), "-js", "-sd", str(folder))
+        with server(port, folder, "nats-server", *options) as running:
+            yield NatsQueue(running)
+
+
+def persistent(text: str) -> Any:
+    """A message that outlives its server."""
+    import aio_pika
+
+    return aio_pika.Message(text.encode(), delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
 
 
 class RabbitQueue:
     example = python("rabbitmq")
 
-    def __init__(self, port: int) -> None:
-        self.env = {"AMQP_URL": f"amqp://guest:guest@127.0.0.1:{port}/"}
+    def __init__(self, port: int, server: Server | None = None) -> None:
+        self.server = server
+        self.port: int | None = port
+        self.env = {"AMQP_URL": f"amqp://guest:guest@127.0.0.1:{port}/", "STOP_SECONDS": "3"}
 
     async def put(self, job: dict[str, Any]) -> None:
-        import aio_pika
-
         async with self._open() as channel:
-            await channel.default_exchange.publish(aio_pika.Message(json.dumps(job).encode()), "jobs")
+            await channel.default_exchange.publish(persistent(json.dumps(job)), "jobs")
+
+    async def put_text(self, text: str) -> None:
+        async with self._open() as channel:
+            await channel.default_exchange.publish(persistent(text), "jobs")
+
+    async def failed(self) -> int:
+        async with self._open() as channel:
+            queue = await channel.declare_queue("jobs.failed", durable=True, passive=True)
+            return int(queue.declaration_result.message_count or 0)
 
     async def left(self) -> int:
         async with self._open() as channel:
@@ -137,8 +208,7 @@ class RabbitQueue:
 
         async with await aio_pika.connect(self.env["AMQP_URL"]) as connection:
             channel = await connection.channel()
-            to_failed = {"x-dead-letter-exchange": "", "x-dead-letter-routing-key": "jobs.failed"}
-            await channel.declare_queue("jobs", durable=True, arguments=to_failed)
+            await channel.declare_queue("jobs", durable=True)
             yield channel
 
     @staticmethod
@@ -162,8 +232,8 @@ class RabbitQueue:
         }
         try:
             # the script in /usr/sbin would become the user rabbitmq, who may not write here
-            with server(port, folder, "/usr/lib/rabbitmq/bin/rabbitmq-server", **env):
-                yield RabbitQueue(port)
+            with server(port, folder, "/usr/lib/rabbitmq/bin/rabbitmq-server", **env) as running:
+                yield RabbitQueue(port, running)
         finally:
             subprocess.run(
                 ["epmd", "-port", str(epmd), "-kill"], capture_output=True, check=False
@@ -179,16 +249,28 @@ class SqsQueue:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
-            "VISIBILITY_SECONDS": "2",
+            "VISIBILITY_SECONDS": "10",
         }
+        self.server: Server | None = None  # moto forgets its queues with its process
+        self.port: int | None = port
         self.env["SQS_QUEUE_URL"] = self._open().create_queue(QueueName="jobs")["QueueUrl"]
+        self.env["SQS_FAILED_URL"] = self._open().create_queue(QueueName="jobs-failed")["QueueUrl"]
 
     async def put(self, job: dict[str, Any]) -> None:
-        self._open().send_message(QueueUrl=self.env["SQS_QUEUE_URL"], MessageBody=json.dumps(job))
+        await self.put_text(json.dumps(job))
+
+    async def put_text(self, text: str) -> None:
+        self._open().send_message(QueueUrl=self.env["SQS_QUEUE_URL"], MessageBody=text)
 
     async def left(self) -> int:
+        return self._count("SQS_QUEUE_URL")
+
+    async def failed(self) -> int:
+        return self._count("SQS_FAILED_URL")
+
+    def _count(self, queue: str) -> int:
         names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
-        found = self._open().get_queue_attributes(QueueUrl=self.env["SQS_QUEUE_URL"], AttributeNames=names)
+        found = self._open().get_queue_attributes(QueueUrl=self.env[queue], AttributeNames=names)
         return sum(int(found["Attributes"][name]) for name in names)
 
     def _open(self) -> Any:
@@ -218,13 +300,21 @@ class FolderQueue:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.env = {"JOB_FOLDER": str(folder)}
+        self.server: Server | None = None
+        self.port: int | None = None
         (folder / "new").mkdir()
 
     async def put(self, job: dict[str, Any]) -> None:
         (self._folder / "new" / str(job["id"])).write_text(f"curl -fsS {job['url']}\n")
 
+    async def put_text(self, text: str) -> None:
+        (self._folder / "new" / "a b\n'\"$(c).sh").write_text(text)
+
     async def left(self) -> int:
         return sum(len(os.listdir(self._folder / name)) for name in ("new", "current"))
+
+    async def failed(self) -> int:
+        return len(os.listdir(self._folder / "failed"))
 
     @staticmethod
     @contextlib.contextmanager
