@@ -15,6 +15,8 @@ from nullworker.errors import NullworkerError, WorkerUnreachable
 ANSWER_SECONDS: Final = 10.0
 #: The header `Server` of every answer of a worker; a port with another one belongs to another program.
 SERVER_NAME: Final = "nullworker"
+#: The header of an answer of /attach: seconds for which one reservation may be held, extensions included, if limited.
+MAX_HOLD_HEADER: Final = "Nullworker-Max-Hold"
 
 
 class Refused(NullworkerError):

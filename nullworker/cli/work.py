@@ -24,7 +24,17 @@ from nullworker.control_client import ControlClient
     show_default=True,
     help="Between SIGTERM and SIGKILL. Vast's supervisor kills after 10 s.",
 )
-@click.option("--extend", is_flag=True, help="Extend the reservation for as long as CMD runs.")
+@click.option("--extend", is_flag=True, help="Extend a request too, as a session, while CMD runs.")
+@click.option(
+    "--until",
+    metavar="CODE",
+    type=click.IntRange(1, 255),
+    help='Run CMD again in the same reservation until it exits with CODE, "the queue is empty".',
+)
+@click.option(
+    "--idle", metavar="SECONDS", type=SECONDS, default=0.0, help="With --until: how long an empty queue is asked again."
+)
+@click.option("--run-timeout", metavar="SECONDS", type=SECONDS, help="End a CMD that runs for longer: exit code 124.")
 @click.option("--health-port", type=click.IntRange(0, 65535), help="Serve GET /health here, for BACKEND_HEALTH_URL.")
 @click.option(
     "--patience",
@@ -44,6 +54,9 @@ def work(
     control: ControlClient,
     kill_after: float,
     extend: bool,
+    until: int | None,
+    idle: float,
+    run_timeout: float | None,
     health_port: int | None,
     patience: float,
     log_format: str,
@@ -57,9 +70,21 @@ def work(
     """
     if shutil.which(command[0]) is None:
         raise click.UsageError(f"there is no command {command[0]!r}: give a path, or set PATH")
+    if idle and until is None:
+        raise click.UsageError("--idle needs --until, the exit code with which CMD says that the queue is empty")
     logs.configure(log_format, log_level)
 
     async def start() -> None:
-        await run(Work(command, control.url, kill_after=kill_after, extend=extend, patience=patience), health_port)
+        runs = Work(
+            command,
+            control.url,
+            kill_after=kill_after,
+            extend=extend,
+            patience=patience,
+            until=until,
+            idle=idle,
+            run_timeout=run_timeout,
+        )
+        await run(runs, health_port)
 
     asyncio.run(start())

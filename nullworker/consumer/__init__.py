@@ -7,6 +7,20 @@ async for reservation in reservations():
         await job.acknowledge()
 """
 
-from nullworker.consumer.reservations import Reservation, ResultRefused, health_endpoint, reservations, run
+from nullworker.consumer.blocking import ChildDied
+from nullworker.consumer.health import health_endpoint
+from nullworker.consumer.jobs import Job, Lost, drain
+from nullworker.consumer.reservations import Reservation, ResultRefused, reservations
+from nullworker.consumer.stopping import run
 
-__all__ = ["Reservation", "ResultRefused", "health_endpoint", "reservations", "run"]
+__all__ = [
+    "ChildDied",
+    "Job",
+    "Lost",
+    "Reservation",
+    "ResultRefused",
+    "drain",
+    "health_endpoint",
+    "reservations",
+    "run",
+]

@@ -1,4 +1,4 @@
-"""An asyncio client of the control port, for a consumer: held reservation, release, and a wake-up at events.
+"""An asyncio client of the control port, for a consumer: the held reservation, and its release.
 
 A call returns the answer or raises `WorkerUnreachable`; waiting and trying again is up to the caller. Commands, which
 must start fast, use `nullworker.control_client` instead.
@@ -7,7 +7,6 @@ must start fast, use `nullworker.control_client` instead.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import logging
 import os
@@ -16,7 +15,6 @@ from urllib.parse import quote
 
 import aiohttp
 
-from nullworker.aio import AutoResetEvent
 from nullworker.errors import WorkerUnreachable
 
 log = logging.getLogger(__name__)
@@ -25,7 +23,7 @@ log = logging.getLogger(__name__)
 RETRY_SECONDS = 0.5
 #: Seconds of one long poll for the next reservation; the worker allows 60.
 POLL_SECONDS = 30.0
-#: Seconds for any other answer; two keepalives of the event stream (15 s each) fit into it.
+#: Seconds for any other answer; a long poll fits into it.
 ANSWER_SECONDS = 35.0
 
 
@@ -75,19 +73,6 @@ class AsyncControlClient:
     async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """Any command. Raises TypeError or ValueError when the body is no JSON."""
         return await self._ask("POST", path, json.dumps(body, allow_nan=False))
-
-    async def ring(self, wakeup: AutoResetEvent) -> None:
-        """Set `wakeup` at every event, and whenever the stream breaks or begins: something may have been missed."""
-        forever = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=ANSWER_SECONDS)
-        while True:
-            with contextlib.suppress(aiohttp.ClientError, OSError, asyncio.TimeoutError, WorkerUnreachable):
-                _, status = await self._ask("GET", "/status")
-                after = status["log"]["last_seq"]
-                async with self.http.get(f"{self.url}/events?after={after}", timeout=forever) as stream:
-                    async for _ in stream.content.iter_any():
-                        wakeup.set()
-            wakeup.set()
-            await asyncio.sleep(RETRY_SECONDS)
 
     async def _ask(self, method: str, path: str, body: str | None = None) -> tuple[int, Any]:
         try:

@@ -16,8 +16,10 @@ from collections.abc import Awaitable
 from typing import Any
 from urllib.parse import urlsplit
 
+from nullworker.aio import Backoff
 from nullworker.clock import stopwatch
-from nullworker.consumer.reservations import Reservation, health_endpoint, reservations
+from nullworker.consumer.health import health_endpoint
+from nullworker.consumer.reservations import Reservation, reservations
 from nullworker.errors import CannotStart
 from nullworker.logs import get_log
 from nullworker.processes import OrphanGuard, ProcessGroup
@@ -31,19 +33,42 @@ PATIENT_FAILURES = 2
 #: Seconds of the first pause, which doubles, and of the longest.
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
-#: What shells answer for a command that cannot be run, and for one that is not there.
-CANNOT_RUN, NOT_FOUND = 126, 127
+#: With --until: so many failures at once in a row, or so many at all, release the reservation.
+MAX_AT_ONCE, MAX_FAILURES = 2, 10
+#: What timeout(1) answers for a command that it has ended, and shells for one that cannot be run or is not there.
+TIMED_OUT, CANNOT_RUN, NOT_FOUND = 124, 126, 127
 
 
 class Work:
-    """Runs a command for each reservation, until told to stop."""
+    """Runs a command for each reservation, until told to stop.
 
-    def __init__(self, command: tuple[str, ...], url: str, *, kill_after: float, extend: bool, patience: float) -> None:
+    Args:
+        kill_after: seconds from SIGTERM to SIGKILL.
+        until: the exit code with which the command says that the queue is empty: it is run again and again in the same
+            reservation. None: once for each reservation.
+        idle: seconds for which an empty queue is asked again.
+        run_timeout: seconds after which a run is ended, with the exit code 124; None: no limit.
+    """
+
+    def __init__(
+        self,
+        command: tuple[str, ...],
+        url: str,
+        *,
+        kill_after: float,
+        extend: bool,
+        patience: float,
+        until: int | None = None,
+        idle: float = 0.0,
+        run_timeout: float | None = None,
+    ) -> None:
         self._command = command
         self._url = url
         self._kill_after = kill_after
         self._extend, self._patience = extend, patience
-        self._failures = 0
+        self._until, self._idle, self._run_timeout = until, idle, run_timeout
+        self._at_once = 0  # runs in a row that failed at once
+        self._released = 0  # reservations in a row that were released because of failures
         self._busy = False
         self._stop, self._hurry = asyncio.Event(), asyncio.Event()
         self._guard: OrphanGuard
@@ -53,8 +78,10 @@ class Work:
         """For the health endpoint: why it should get no reservation now."""
         if self._stop.is_set():
             return "it was told to stop"
-        if self._failures > PATIENT_FAILURES:
-            return f"{self._command[0]} failed at once {self._failures} times in a row"
+        if self._released:
+            return f"{self._command[0]} failed again and again"
+        if self._at_once > PATIENT_FAILURES:
+            return f"{self._command[0]} failed at once {self._at_once} times in a row"
         return None
 
     def told_to_stop(self) -> None:
@@ -88,9 +115,13 @@ class Work:
         async for reservation in found:
             self._busy = True
             async with reservation:
-                code = await self._one(reservation)
+                if self._until is None:
+                    result = {"exit_code": await self._one(reservation)}
+                else:
+                    result = await self._drain(reservation)
+                reservation.result = result
             self._busy = False
-            fields = {"reservation_id": reservation.id, "exit_code": code}
+            fields = {"reservation_id": reservation.id, **result}
             if reservation.released:
                 log.info("work_done", **fields)
             else:
@@ -99,8 +130,38 @@ class Work:
                 return
             await self._pause()
 
+    async def _drain(self, reservation: Reservation) -> dict[str, Any]:
+        """CMD again and again, until it says that the queue is empty or fails again and again. The result."""
+        loop, backoff = asyncio.get_running_loop(), Backoff(1.0, 10.0)
+        result = {"exit_code": 0, "runs": 0, "failed": 0}
+        in_a_row = self._at_once = 0
+        empty_since: float | None = None
+        while reservation.may_begin() and not self._stop.is_set():
+            code = await self._one(reservation)
+            if code == self._until:
+                self._released = 0
+                empty_since = empty_since or loop.time()
+                left = empty_since + self._idle - loop.time()
+                if left <= 0:
+                    break
+                await _first_of(asyncio.sleep(min(backoff.failed(), left)), reservation.gone.wait(), self._stop.wait())
+                continue
+            empty_since = None
+            backoff.worked()
+            result["runs"] += 1
+            in_a_row = 0 if code == 0 else in_a_row + 1
+            if code == 0:
+                self._released = 0
+            else:
+                result["failed"] += 1
+                result["exit_code"] = code
+            if not self._stop.is_set() and (self._at_once >= MAX_AT_ONCE or in_a_row >= MAX_FAILURES):
+                self._released += 1
+                break
+        return result
+
     async def _one(self, reservation: Reservation) -> int:
-        """CMD for one reservation, to the end of its last process. Its exit code."""
+        """One run of CMD, to the end of its last process. Its exit code."""
         started, by_itself = stopwatch(), True
         try:
             group = self._group = ProcessGroup(self._command, self._environment(reservation), self._guard)
@@ -109,21 +170,25 @@ class Work:
             code = NOT_FOUND if isinstance(error, FileNotFoundError) else CANNOT_RUN
         else:
             log.info("work_started", reservation_id=reservation.id, pid=group.pid, ends_at=reservation.ends_at)
-            await _first_of(group.ended.wait(), reservation.gone.wait(), self._stop.wait())
+            limit = asyncio.Event().wait() if self._run_timeout is None else asyncio.sleep(self._run_timeout)
+            await _first_of(group.ended.wait(), reservation.gone.wait(), self._stop.wait(), limit)
             by_itself = group.ended.is_set()
+            timed_out = not (by_itself or reservation.gone.is_set() or self._stop.is_set())
             if not by_itself:
-                log.warning("work_stops", reservation_id=reservation.id, why=reservation.gone_because or "told to stop")
+                why = f"it ran for {self._run_timeout:g} s" if timed_out else reservation.gone_because or "told to stop"
+                log.warning("work_stops", reservation_id=reservation.id, why=why, ends_at=reservation.ends_at)
             code = await group.end(self._kill_after, self._hurry)
-        reservation.result = {"exit_code": code}
-        at_once = by_itself and code != 0 and stopwatch() - started < AT_ONCE_SECONDS
-        self._failures = self._failures + 1 if at_once else 0
+            code = TIMED_OUT if timed_out else code
+        failed = code not in (0, self._until)
+        at_once = by_itself and failed and stopwatch() - started < AT_ONCE_SECONDS
+        self._at_once = self._at_once + 1 if at_once else 0
         return code
 
     async def _pause(self) -> None:
         """A command that cannot work should not burn reservation after reservation."""
-        if self._failures > PATIENT_FAILURES:
-            doublings = min(self._failures - PATIENT_FAILURES - 1, 10)
-            seconds = min(FIRST_PAUSE_SECONDS * 2**doublings, LONGEST_PAUSE_SECONDS)
+        times = self._released if self._until is not None else self._at_once - PATIENT_FAILURES
+        if times > 0:
+            seconds = min(FIRST_PAUSE_SECONDS * 2 ** min(times - 1, 10), LONGEST_PAUSE_SECONDS)
             log.error("work_fails", why=self.trouble(), pause_seconds=seconds)
             await asyncio.sleep(seconds)
 

@@ -17,6 +17,7 @@ import msgspec
 from aiohttp import web
 
 from nullworker.aio import AutoResetEvent
+from nullworker.control_client import MAX_HOLD_HEADER
 from nullworker.eventlog import queries
 from nullworker.eventlog.log import EventLog
 from nullworker.fsm.book import Reservation
@@ -89,7 +90,9 @@ async def stream_attachment(
     with watchers.wakeup() as wakeup, _cut_off_by_errors(request):
         service.watch(reservation.id, wakeup.set)
         try:
-            response = await _begin(request, {RESERVATION_HEADER: reservation.id}, close=True)
+            max_hold = service.book.limits.max_hold_seconds
+            limit = {} if max_hold is None else {MAX_HOLD_HEADER: f"{max_hold:g}"}
+            response = await _begin(request, {RESERVATION_HEADER: reservation.id, **limit}, close=True)
             await _follow_reservation(
                 response, event_log, wakeup, reservation.id, lambda: reservation.state in ENDED or watchers.dismissed
             )

@@ -14,6 +14,7 @@ import pytest
 from fleets import Dev
 from harness import PATIENCE, ROOT, WorkerProcess
 from pages import DOCS, blocks, rows
+from programs import answered, caller
 
 PAGE = DOCS / "python-api.md"
 EXAMPLES = dict(blocks(PAGE))
@@ -59,6 +60,12 @@ async def test_the_client_of_one_worker_runs_as_shown(tmp_path: Path) -> None:
         assert await output(tmp_path, "hold_at", _3000=worker.url) == EXAMPLES["text hold_at"]
 
 
+async def test_a_queue_is_drained_as_shown(tmp_path: Path) -> None:
+    async with WorkerProcess(tmp_path) as worker, caller(worker) as asked:
+        assert await output(tmp_path, "drain", _18999=worker.control) == EXAMPLES["text drain"]
+        assert (await answered(asked))["result"]["failed"] == 1
+
+
 async def test_the_fake_autoscaler_is_used_as_shown(tmp_path: Path) -> None:
     assert await output(tmp_path, "testing") == EXAMPLES["text testing"]
 
@@ -77,6 +84,6 @@ def test_the_page_has_each_public_name_with_a_sentence_and_in_an_example(package
 
 
 def test_every_example_of_the_page_is_run() -> None:
-    run = {"hold", "hold_session", "official", "hold_at", "testing", "consumer"}
+    run = {"hold", "hold_session", "official", "hold_at", "testing", "consumer", "drain"}
     assert {language.partition(" ")[2] for language in EXAMPLES if language.startswith("python")} == run
     assert next(rows(PAGE, "| name |"))

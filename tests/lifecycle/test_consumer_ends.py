@@ -14,8 +14,8 @@ import pytest
 from harness import PATIENCE, WorkerProcess
 from programs import Program, answered, caller, session
 
+from nullworker.consumer import reservations
 from nullworker.consumer.control_port import AsyncControlClient
-from nullworker.consumer.reservations import reservations
 
 #: The module: `nullworker.consumer.reservations` itself is the function of that name.
 loop_module = importlib.import_module("nullworker.consumer.reservations")
@@ -160,7 +160,7 @@ async def test_a_consumer_that_is_told_to_stop_releases_and_exits_0(
     script = tmp_path / "consumer.py"
     script.write_text(f"""
 import asyncio, os, sys
-from nullworker.consumer.reservations import reservations, run
+from nullworker.consumer import reservations, run
 async def main():
     async for reservation in reservations():
         async with reservation:

@@ -162,7 +162,7 @@ async def test_extend_keeps_the_reservation_for_as_long_as_the_command_runs(tmp_
             async with caller(worker, duration=duration) as asked:
                 await work.line("work_started", nth=number)
                 if duration == 2:
-                    await worker.line("reservation_extended", nth=3)
+                    await worker.line("reservation_extended")
                 (tmp_path / "gate").write_text("\n")
                 assert (await answered(asked))["released"] == "consumer_exit"
             await work.line("work_done", nth=number)

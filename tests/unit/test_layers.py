@@ -39,7 +39,10 @@ FACES = {
         *("HoldError", "NoAnswer", "Refused", "SessionEnded", "SessionLost", "WorkerSession"),
         *("hold", "hold_at", "hold_session"),
     },
-    "nullworker.consumer": {"Reservation", "ResultRefused", "health_endpoint", "reservations", "run"},
+    "nullworker.consumer": {
+        *("ChildDied", "Job", "Lost", "Reservation", "ResultRefused"),
+        *("drain", "health_endpoint", "reservations", "run"),
+    },
     "nullworker.testing": {"FakeAutoscaler", "Fault", "Parameters", "Seen", "Totals"},
 }
 

@@ -1,0 +1,104 @@
+"""`asyncio.run` for a consumer, which SIGTERM and SIGINT end in order, also when its body blocks the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Coroutine
+from typing import Any, Final
+
+from nullworker.consumer import current
+from nullworker.control_client import ControlClient
+from nullworker.errors import NullworkerError
+
+log = logging.getLogger(__name__)
+
+#: Seconds for which the event loop may be blocked after a signal: the worker's drain takes 5, the supervisor's stop 10.
+BLOCKED_SECONDS: Final = 3.0
+#: Seconds for the release that is then made in its place.
+RELEASE_SECONDS: Final = 1.0
+
+
+def _hold_back() -> None:
+    """A signal to a child that has just been forked, and has our handlers and our pipe still, would count as ours."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
+
+
+def _let_through() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _NUMBERS)
+
+
+def _reset_in_child() -> None:
+    for number in _NUMBERS:
+        if signal.getsignal(number) is _ignored:
+            signal.signal(number, signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
+    _let_through()
+
+
+def _ignored(*_: object) -> None:
+    """Without a handler of Python's own nothing is written to the pipe."""
+
+
+_NUMBERS: Final = (signal.SIGTERM, signal.SIGINT)
+os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_reset_in_child)
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run a consumer. SIGTERM and SIGINT cancel it: what it holds is released, and the process exits 0.
+
+    A body that blocks the event loop cannot be cancelled: after BLOCKED_SECONDS the reservation is released from
+    another thread, and the process exits 1 in the middle of the job.
+    """
+    asyncio.run(_until_told(main))
+
+
+async def _until_told(main: Coroutine[Any, Any, None]) -> None:
+    loop, task = asyncio.get_running_loop(), asyncio.ensure_future(main)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # C code that blocks the main thread keeps Python handlers from running, but not the write to this pipe
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    handlers = {number: signal.signal(number, _ignored) for number in _NUMBERS}
+
+    def listen() -> None:
+        while told := os.read(reader, 1):
+            if told[0] not in _NUMBERS:
+                continue
+            heard = threading.Event()
+
+            def stop(heard: threading.Event = heard) -> None:
+                heard.set()
+                task.cancel()
+
+            with contextlib.suppress(RuntimeError):  # the loop is closed: it is over
+                loop.call_soon_threadsafe(stop)
+                if not heard.wait(BLOCKED_SECONDS):
+                    _leave_blocked()
+        os.close(reader)
+
+    threading.Thread(target=listen, name="signals", daemon=True).start()
+    try:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.close(writer)
+
+
+def _leave_blocked() -> None:
+    for url, reservation_id in current.held():
+        log.error("reservation %s: its body blocks the event loop; it is released", reservation_id)
+        body = {
+            "reservation_id": reservation_id,
+            "result": {"error": "the consumer was stopped in the middle of a job"},
+        }
+        with contextlib.suppress(NullworkerError):
+            ControlClient(url).ask("POST", "/release", body, seconds=RELEASE_SECONDS)
+    os._exit(1)

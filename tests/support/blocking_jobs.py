@@ -1,0 +1,45 @@
+"""Functions that block, for processes and threads of a consumer: they must be importable there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+def raise_value_error() -> None:
+    raise ValueError("no such page")
+
+
+def die(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def unpicklable() -> Any:
+    return lambda: None
+
+
+def hang(file: Path) -> None:
+    """Writes its own pid and a child's, and goes on."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    file.write_text(f"{os.getpid()} {child.pid}")
+    time.sleep(1000)
+
+
+def ignore_sigterm(file: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    hang(file)
+
+
+def until_file(file: Path) -> None:
+    """Blocks until there is a file."""
+    while not file.exists():
+        time.sleep(0.01)
