@@ -192,6 +192,11 @@ class Settings:
     null_max_perf: float = _setting(
         100.0, _number(0, 1e9, above=True), "max_perf reported, and the workload of one reservation"
     )
+    null_report_perf: str = _setting(
+        "served",
+        _choice("served", "held"),
+        "cur_perf reported: the load served, as the SDK counts it; or max_perf for each second held, each second",
+    )
     null_health_interval: float = _setting(
         10.0, _number(0, 86400, unit="seconds", above=True), "time between two polls of BACKEND_HEALTH_URL"
     )

@@ -152,7 +152,14 @@ class Worker:
         self.autoscaler = None if me is None else AutoscalerClient(settings.report_addr)
         self.keys: KeyRing | None = None
         if me is not None and self.autoscaler is not None:
-            self.reporter = Reporter(me, service, event_log, self.autoscaler, exporter.count_report)
+            self.reporter = Reporter(
+                me,
+                service,
+                event_log,
+                self.autoscaler,
+                exporter.count_report,
+                report_held=settings.null_report_perf == "held",
+            )
             if not settings.unsecured:
                 self.keys = KeyRing(self.autoscaler, readiness, exporter.count_report)
         self.post = HttpPost(ports.own_ports)

@@ -79,6 +79,37 @@ class Load:
         self.served -= delivered.served
 
 
+class HeldTime:
+    """Seconds in which a reservation was held, since the last delivered report. Times are epoch seconds."""
+
+    def __init__(self, held_since: float | None) -> None:
+        self._since = held_since
+        self._before = 0.0  # of the holds that have ended
+        self._delivered = 0.0
+
+    def held(self, at: float) -> None:
+        """A hold has begun."""
+        self._since = at
+
+    def ended(self, at: float) -> None:
+        """It has ended."""
+        if self._since is not None:
+            self._before += at - self._since
+        self._since = None
+
+    def total(self, now: float) -> float:
+        """Seconds held up to now, delivered ones included."""
+        return self._before + (0.0 if self._since is None else now - self._since)
+
+    def undelivered(self, total: float) -> float:
+        """What of a total has not been reported yet."""
+        return total - self._delivered
+
+    def delivered(self, total: float) -> None:
+        """A report up to this total has arrived."""
+        self._delivered = total
+
+
 @dataclass(frozen=True)
 class Identity:
     """The reporting worker. `perf` is its max_perf and the workload of one request."""
@@ -96,6 +127,7 @@ def worker_status(
     me: Identity,
     *,
     load: Load,
+    served: float,
     live: Iterable[Reservation],
     requests_received: int,
     loaded: bool,
@@ -116,7 +148,7 @@ def worker_status(
         "new_load": round(max(load.received - load.cancelled, 0), LOAD_DIGITS),
         "error_msg": error_msg,
         "max_perf": me.perf if loaded else 0.0,
-        "cur_perf": round(load.served, LOAD_DIGITS),
+        "cur_perf": round(served, LOAD_DIGITS),
         "cur_capacity": 0,
         "max_capacity": 0,
         "num_requests_working": len(working),
@@ -133,6 +165,7 @@ def failed_start(me: Identity, error_msg: str) -> dict[str, Any]:
     return worker_status(
         me,
         load=Load(),
+        served=0.0,
         live=(),
         requests_received=0,
         loaded=False,

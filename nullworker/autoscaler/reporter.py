@@ -19,6 +19,7 @@ from nullworker.autoscaler.connection import CALL_SECONDS, AutoscalerClient, Del
 from nullworker.autoscaler.messages import (
     OUTCOMES_PATH,
     STATUS_PATH,
+    HeldTime,
     Identity,
     Load,
     delete_requests,
@@ -49,12 +50,21 @@ Count = Callable[[str, str], None]  # call, result
 class Reporter:
     """Reports on one worker. Add `observe` to the service's observers and `changed` to the readiness's listeners.
 
+    `report_held`: cur_perf is max_perf for each second in which something was held, in place of the load served.
+
     Attributes:
         backlog: outcomes that the autoscaler has not acknowledged.
     """
 
     def __init__(
-        self, me: Identity, service: Service, event_log: EventLog, autoscaler: AutoscalerClient, count: Count
+        self,
+        me: Identity,
+        service: Service,
+        event_log: EventLog,
+        autoscaler: AutoscalerClient,
+        count: Count,
+        *,
+        report_held: bool = False,
     ) -> None:
         self.backlog = 0
         self._me = me
@@ -63,6 +73,9 @@ class Reporter:
         self._autoscaler = autoscaler
         self._count = count
         self._load = Load()
+        held = service.book.held
+        # of the time before this start it is not known which seconds have been reported
+        self._held_time = HeldTime(None if held is None else service.now()) if report_held else None
         self._received = 0
         self._started_at = service.now()
         self._loaded_after: float | None = None
@@ -88,7 +101,12 @@ class Reporter:
         if commit.event.kind == "queued":
             self._load.begun(load)
             self._received += 1
+        elif commit.event.kind == "held":
+            if self._held_time is not None:
+                self._held_time.held(commit.event.at)
         elif commit.event.kind in ENDED:
+            if self._held_time is not None and reservation.held_at is not None:
+                self._held_time.ended(commit.event.at)
             at_once = refused_at_once(reservation.queued_at, reservation.held_at, reservation.terms.give_up_at)
             outcome = outcome_of(reservation)
             self._load.ended(outcome, load, at_once=at_once)
@@ -128,7 +146,8 @@ class Reporter:
             if await self._send_status(CALL_SECONDS) == "ok":
                 backoff.worked()
                 await self._urgent.wait(CHANGED_SECONDS)
-                await self._changed.wait(IDLE_SECONDS - CHANGED_SECONDS)
+                if self._held_time is None or self._service.book.held is None:
+                    await self._changed.wait(IDLE_SECONDS - CHANGED_SECONDS)
             else:
                 await asyncio.sleep(backoff.failed())
 
@@ -141,9 +160,14 @@ class Reporter:
         if self._loaded_after is None and readiness.loaded:
             self._loaded_after = self._service.now() - self._started_at
         self._disk_gb = _disk_gb()
+        held_seconds = 0.0 if self._held_time is None else self._held_time.total(self._service.now())
+        served = sent.served
+        if self._held_time is not None:
+            served = self._held_time.undelivered(held_seconds) * self._me.perf
         body = worker_status(
             self._me,
             load=sent,
+            served=served,
             live=self._service.book.live(),
             requests_received=self._received,
             loaded=self._loaded_after is not None,
@@ -156,6 +180,8 @@ class Reporter:
         self._count(STATUS, delivery)
         if delivery == "ok":
             self._load.set_back(sent)
+            if self._held_time is not None:
+                self._held_time.delivered(held_seconds)
             self._disk_reported_gb = self._disk_gb
             self._move(STATUS, seq)
         else:

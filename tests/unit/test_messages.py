@@ -93,6 +93,7 @@ def test_a_status_has_the_figures_of_the_reservations() -> None:
     status = worker_status(
         ME,
         load=load,
+        served=100.0,
         live=[reservation(7), reservation(None)],
         requests_received=9,
         loaded=True,
@@ -146,7 +147,7 @@ def test_figures_are_set_back_by_what_was_delivered_and_keep_what_came_in_the_me
 def test_new_load_is_never_negative() -> None:
     load = Load(received=0, cancelled=100)
     values: dict[str, Any] = {"requests_received": 1, "loaded": True, "load_seconds": 0.0, "error_msg": ""}
-    assert worker_status(ME, load=load, live=(), disk_gb=0.0, disk_added_gb=0.0, **values)["new_load"] == 0
+    assert worker_status(ME, load=load, served=0.0, live=(), disk_gb=0.0, disk_added_gb=0.0, **values)["new_load"] == 0
 
 
 def test_outcomes_have_the_sdks_words_and_zero_for_a_time_that_never_came() -> None:

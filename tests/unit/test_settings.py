@@ -26,6 +26,7 @@ BAD: dict[str, tuple[str, ...]] = {
     "NULL_LOG_SYNC": ("off", "fast"),
     "NULL_LOG_KEEP": ("0", "d", "-1d", "1w", "1e9d", "nan"),
     "NULL_MAX_PERF": ("0", "-1", "nan", "inf", "fast"),
+    "NULL_REPORT_PERF": ("both", "true"),
     "NULL_HEALTH_INTERVAL": ("0", "-1", "nan", "often"),
     "NULL_HEALTH_TIMEOUT": ("0", "-1", "inf", "long"),
     "NULL_HEALTH_FAILURES": ("0", "-1", "1.5", "few"),
