@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 #: What the job does: it notes that it was begun, works until it is told to end, and then fails in its own way.
 JOB = "echo begun >>runs; while [ ! -e finish ]; do sleep 0.1; done; exit 7"
 #: Seconds for which each caller lives: it takes most of a second to start.
-LEAST, MOST = 0.2, 2.5
+LEAST, MOST = 0.2, 4.0
 PATIENCE_SECONDS = 60.0
 
 
@@ -56,8 +56,13 @@ async def logged(folder: Path, event: str) -> dict[str, Any]:
     raise AssertionError(f"the worker has not said {event}")
 
 
+def has_granted(state: Path) -> bool:
+    """Whether the caller is about to ask a worker, or has asked it."""
+    return state.exists() and b"auth_data" in state.read_bytes()
+
+
 async def run(folder: Path, *, kills: int, seed: int) -> dict[str, Any]:
-    """One job. Its last caller's answer, and `caller_kills`.
+    """One job. Its last caller's answer, `kills`, and how many of them came while the job ran.
 
     Raises:
         AssertionError: there was another session, another result, or a second run of the job.
@@ -71,11 +76,29 @@ async def run(folder: Path, *, kills: int, seed: int) -> dict[str, Any]:
         await stack.enter_async_context(
             process(folder, "work", "work", "--", "/bin/sh", "-c", JOB, NULL_CONTROL_PORT=port)
         )
-        command = ("reserve", "--endpoint", "null", "--autoscaler", vast.url, "--json", "--state", "job.state")
+        command: tuple[str, ...] = (
+            "reserve",
+            "--endpoint",
+            "null",
+            "--autoscaler",
+            vast.url,
+            "--json",
+            "--state",
+            "job.state",
+        )
         command += ("--lifetime", "25", "--metadata", '{"job": 17}')
-        for _ in range(kills):
+        while_held = 0
+        for number in range(kills):
             async with process(folder, "caller", *command):
-                await asyncio.sleep(rng.uniform(LEAST, MOST))
+                if number and not has_granted(folder / "job.state"):  # the moment in which a session may be lost
+                    for _ in range(int(PATIENCE_SECONDS * 200)):
+                        if has_granted(folder / "job.state"):
+                            break
+                        await asyncio.sleep(0.005)
+                    await asyncio.sleep(rng.uniform(0, 0.1))
+                else:
+                    await asyncio.sleep(rng.uniform(LEAST, MOST))
+            while_held += (folder / "runs").exists()
         async with process(folder, "caller", *command) as last:
             while not (folder / "runs").exists():
                 await asyncio.sleep(0.05)
@@ -88,7 +111,8 @@ async def run(folder: Path, *, kills: int, seed: int) -> dict[str, Any]:
     assert (code, answer["result"]["exit_code"]) == (4, 7), (code, answer)
     assert (folder / "runs").read_text().split() == ["begun"], "the job was begun once"
     assert not (folder / "job.state").exists(), "the state is removed once the end was told"
-    return {**answer, "caller_kills": kills}
+    assert while_held or kills < 3, "no caller was killed while the job ran"
+    return {**answer, "kills": kills, "kills_while_held": while_held}
 
 
 def main() -> None:

@@ -36,6 +36,13 @@ from nullworker.testing import Parameters
 @click.option(
     "--inactivity-timeout", "--inactivity", type=float, default=10.0, help="Seconds until an idle worker is stopped."
 )
+@click.option(
+    "--engine",
+    type=click.Choice(["strict", "may-2026"]),
+    default="strict",
+    help="As Vast documents it; or with what its null worker met in May 2026: held workers are downgraded, and a third "
+    "one is not started while two are held at exactly 100 %.",
+)
 @click.option("--loading-timeout", type=SECONDS, default=60.0, help="Seconds that a worker may take to be ready.")
 @click.option("--worker-port", type=click.IntRange(0, 65535), default=3000, help="Of the first worker; 0: any.")
 @click.option("--control-port", type=click.IntRange(0, 65535), default=18999, help="Of the first worker; 0: any.")
@@ -56,6 +63,7 @@ def dev(
     max_queue_time: float,
     target_queue_time: float,
     inactivity_timeout: float,
+    engine: str,
     loading_timeout: float,
     worker_port: int,
     control_port: int,
@@ -97,4 +105,4 @@ def dev(
             first_control_port=control_port,
             loading=loading_timeout,
         )
-        asyncio.run(run(port, endpoint, parameters, plan))
+        asyncio.run(run(port, endpoint, parameters, plan, engine=engine))

@@ -7,7 +7,7 @@ in docs/deploying.md. `judge` is pure; each of its findings has the command that
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from nullworker.client.hold import STAND_IN_KEY
 from nullworker.client.vastai_sdk import Patience, connect
@@ -16,6 +16,8 @@ from nullworker.doctor.finding import Finding, failed, ok, warning
 
 #: Seconds for the autoscaler's answers.
 ANSWER_SECONDS: Final = 30.0
+#: States of a worker that is no machine at work.
+INACTIVE: Final = frozenset(("ERROR", "STOPPED", "INACTIVE", "UNKNOWN"))
 #: Vast's values for parameters that are not set (vastai 1.9.1, `vastai update endpoint --help`).
 DEFAULTS: Final[Mapping[str, float]] = {
     "target_util": 0.9,
@@ -33,17 +35,36 @@ async def look_at_endpoint(name: str, *, cost: float, autoscaler: str | None, ap
     try:
         async with connect(name, api_key or STAND_IN_KEY, autoscaler, patience) as found:
             config, number = vars(found.sdk.data.config), int(found.sdk.id)
-            workers = [(each.id, each.status, float(each.perf)) for each in await patience.within(found.workers())]
+            workers = [
+                EndpointWorker(each.id, each.status, each.perf, each.measured_perf, each.cur_perf, each.reqs_working)
+                for each in await patience.within(found.workers())
+            ]
     except HoldError as error:
         fix = "see what there is with: vastai show endpoints; for the client: pip install 'nullworker[client]'"
         return [failed("endpoint", str(error), why="its parameters cannot be looked at", fix=fix)]
     return list(judge(config, number, workers, cost=cost))
 
 
+class EndpointWorker(NamedTuple):
+    """A worker as the engine has it (vastai 1.9.1, client/worker.py)."""
+
+    id: int
+    status: str
+    perf: float  # what the engine takes it to be worth: max_perf, unless it was downgraded
+    measured_perf: float = 0.0
+    cur_perf: float = 0.0  # of its last report
+    reqs_working: int = 0  # requests and sessions that it has
+
+    @property
+    def figures(self) -> str:
+        """The figures that the engine has of it."""
+        return f"perf {self.perf:g}, measured_perf {self.measured_perf:g}, cur_perf {self.cur_perf:g}"
+
+
 def judge(
-    config: Mapping[str, Any], number: int, workers: Sequence[tuple[int, str, float]], *, cost: float
+    config: Mapping[str, Any], number: int, workers: Sequence[EndpointWorker], *, cost: float
 ) -> Iterator[Finding]:
-    """The findings. `workers`: id, status, max_perf; `cost`: what clients send with a request."""
+    """The findings. `cost`: what clients send with a request."""
     values = {name: default if config.get(name) is None else config[name] for name, default in DEFAULTS.items()}
 
     def update(name: str, value: float) -> str:
@@ -90,6 +111,7 @@ def judge(
         yield ok("min_load", f"{values['min_load']:g}: {values['min_load'] / cost:.0f} always ready")
     yield from _judge_rest(config, values, number, update)
     yield from _judge_workers(workers, number, cost)
+    yield from _judge_growth(workers, values["max_workers"], number, cost)
 
 
 def _judge_rest(config: Mapping[str, Any], values: Mapping[str, float], number: int, update: Any) -> Iterator[Finding]:
@@ -115,6 +137,14 @@ def _judge_rest(config: Mapping[str, Any], values: Mapping[str, float], number: 
             why="they start faster than new ones, and their storage is billed for as long as they are kept",
             fix=f"{update('cold_workers', 0)}  (if slow starts are worth less than that)",
         )
+    if config.get("auto_delete_in_seconds") is not None or config.get("auto_delete_due_24h"):
+        seconds = config.get("auto_delete_in_seconds")
+        yield warning(
+            "auto_delete",
+            "Vast will delete this endpoint" + ("" if seconds is None else f" in {seconds:g} s"),
+            why="auto_delete_in_seconds or auto_delete_due_24h is set; Vast documents neither",
+            fix="use it, and look again; ask Vast's support if it stays",
+        )
     state = config.get("endpoint_state")
     if state not in (None, "active"):
         yield failed(
@@ -125,14 +155,23 @@ def _judge_rest(config: Mapping[str, Any], values: Mapping[str, float], number: 
         )
 
 
-def _judge_workers(workers: Sequence[tuple[int, str, float]], number: int, cost: float) -> Iterator[Finding]:
-    for worker, status, perf in workers:
+def _judge_workers(workers: Sequence[EndpointWorker], number: int, cost: float) -> Iterator[Finding]:
+    for each in workers:
+        worker, status, perf = each.id, each.status, each.perf
         if status == "ERROR":
             yield failed(
                 "workers",
                 f"worker {worker} is errored",
                 why="it takes no requests until it is well again or replaced",
                 fix=f"vastai get endpt-logs {number}; on the instance: curl -s http://127.0.0.1:18999/readyz",
+            )
+        elif each.reqs_working and perf < cost and each.measured_perf in (0, cost):
+            yield failed(
+                "perf",
+                f"worker {worker} is held and downgraded: {each.figures}",
+                why="while it is held it reports cur_perf 0, so the engine takes it for one that cannot deliver, and "
+                "starts others late, as Vast's own null worker saw in May 2026",
+                fix="NULL_REPORT_PERF=held in the template's environment",
             )
         elif perf and perf != cost:
             yield failed(
@@ -142,4 +181,24 @@ def _judge_workers(workers: Sequence[tuple[int, str, float]], number: int, cost:
                 fix=f"NULL_MAX_PERF={cost:g} in the template's environment, or cost={perf:g} in every request",
             )
         else:
-            yield ok("workers", f"worker {worker} is {status}")
+            held = f", {each.reqs_working} at work" if each.reqs_working else ""
+            yield ok("workers", f"worker {worker} is {status}{held}; {each.figures}")
+
+
+def _judge_growth(workers: Sequence[EndpointWorker], most: float, number: int, cost: float) -> Iterator[Finding]:
+    """Whether claims that wait may wait for ever: the engine reads a load of exactly 100 % as being on target."""
+    active = [each for each in workers if each.status not in INACTIVE and not _starts(each)]
+    if len(active) < 2 or any(_starts(each) for each in workers) or len(active) >= most:
+        return
+    if all(each.reqs_working for each in active):
+        yield warning(
+            "growth",
+            f"all {len(active)} workers are held, max_workers is {most:g}, and nothing starts",
+            why="if a claim waits now, it waits for a release: the engine has been seen to take workers that are all "
+            "held, with a cost equal to max_perf, for being on target, from the second worker on",
+            fix=f"vastai update endpoint {number} --min_load {(len(active) + 1) * cost:g}; or send cost={2 * cost:g}",
+        )
+
+
+def _starts(worker: EndpointWorker) -> bool:
+    return any(word in worker.status.upper() for word in ("LOAD", "CREAT", "START"))

@@ -20,8 +20,10 @@ from nullworker.local.screen import Lines, Screen, Show
 from nullworker.testing import FakeAutoscaler, Parameters
 
 
-async def run(port: int, endpoint: str, parameters: Parameters, plan: Plan) -> None:
+async def run(port: int, endpoint: str, parameters: Parameters, plan: Plan, *, engine: str = "strict") -> None:
     """Run the fake autoscaler on `port` and a fleet of workers, until SIGINT, SIGTERM or SIGHUP.
+
+    `engine`: as that of the Router.
 
     Raises:
         CannotStart: the port is taken.
@@ -31,6 +33,7 @@ async def run(port: int, endpoint: str, parameters: Parameters, plan: Plan) -> N
     vast = FakeAutoscaler(
         port, endpoint=endpoint, parameters=parameters, mtoken=secrets.token_hex(8), tell=show.heard, clock=now
     )
+    vast.fleet.engine = engine
     fleet = Fleet(vast, plan, now, show.changed)
     stop = asyncio.Event()
 
@@ -67,6 +70,9 @@ def _introduce(vast: FakeAutoscaler, plan: Plan, show: Show) -> None:
     show.say("for tests: production scaling is done by Vast; Ctrl-C stops everything")
     show.say(f"reserve with: nullworker reserve --endpoint {vast.endpoint} --autoscaler {vast.url}")
     show.say(f'or with the official client: Serverless("any", autoscaler_url="{vast.url}", webserver_url="{vast.url}")')
+    show.say('answers are not wrapped: read answer["released"], not answer["result"]["released"]')
+    if vast.fleet.engine != "strict":
+        show.say(f"the engine is that of {vast.fleet.engine}: docs/deploying.md says what it does")
     if plan.consumer:
         show.say(f"beside each worker: {' '.join(plan.consumer)}")
     else:

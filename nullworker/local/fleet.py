@@ -171,8 +171,15 @@ class Fleet:
             if len(self.processes) < parameters.max_workers:
                 self._start(member)
         alive = [member for member in self.processes if member.state not in ("stopping", "errored")]
-        load = self._vast.waiting_load + sum(self._load(member) for member in self.processes)
-        target = wanted(parameters, load=load, perf=self._plan.perf, running=len(alive))
+        working = sum(self._load(member) for member in self.processes)
+        target = wanted(
+            parameters,
+            load=self._vast.waiting_load + working,
+            perf=self._plan.perf,
+            running=len(alive),
+            working=working,
+            stalls=self._vast.fleet.engine == "may-2026",
+        )
         room = parameters.max_workers - len(self.processes)
         if now >= self._not_before:
             for _ in range(min(target - len(alive), room)):

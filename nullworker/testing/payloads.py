@@ -64,7 +64,7 @@ def worker(reported: ReportedWorker, now: float) -> dict[str, Any]:
         "new_load": status["new_load"],
         "cur_load_rolling_avg": 0.0,
         "cur_perf": status["cur_perf"],
-        "perf": status["max_perf"],
+        "perf": reported.perf,
         "measured_perf": status["max_perf"],
         "dlperf": 0.0,
         "reliability": 1.0,

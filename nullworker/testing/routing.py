@@ -9,6 +9,7 @@ from typing import Any
 
 FRESH_SECONDS = 30.0  # three reports of an idle worker, which come every 10 s (vastai 1.9.1, server/lib/metrics.py)
 GRANT_SECONDS = 5.0  # after that, a grant that no report shows was not used; changes are reported within 1 s
+DOWNGRADE = 0.9  # a guess: that it happens is known, and not how fast
 
 
 @dataclass
@@ -37,6 +38,7 @@ class ReportedWorker:
     reported_at: float
     ended: set[int] = field(default_factory=set)  # request_idxs of outcomes that arrived after this report
     granted: dict[int, tuple[float, float]] = field(default_factory=dict)  # (cost, at) by request_idx, not reported yet
+    perf: float = 0.0  # what the engine takes it to be worth: max_perf, unless it was downgraded
 
     @property
     def ready(self) -> bool:
@@ -52,9 +54,14 @@ class ReportedWorker:
 
 @dataclass
 class Router:
-    """Routes requests to the workers that have reported."""
+    """Routes requests to the workers that have reported.
+
+    `engine`: "strict" follows what Vast documents. "may-2026" does what Vast's own null worker saw then: a worker that
+    reports load and a cur_perf of 0 is downgraded with each report, until it reports some.
+    """
 
     parameters: Parameters
+    engine: str = "strict"
     workers: dict[int | str, ReportedWorker] = field(default_factory=dict)
     retired: set[int | str] = field(default_factory=set)  # ids of workers that get no more requests
 
@@ -63,7 +70,10 @@ class Router:
         before = self.workers.get(status["id"])
         shown = set(status["working_request_idxs"])
         granted = {} if before is None else {i: grant for i, grant in before.granted.items() if i not in shown}
-        self.workers[status["id"]] = ReportedWorker(status, now, granted=granted)
+        perf = status["max_perf"]
+        if self.engine == "may-2026" and before is not None and status["cur_load"] and not status["cur_perf"]:
+            perf = min(perf, before.perf) * DOWNGRADE
+        self.workers[status["id"]] = ReportedWorker(status, now, granted=granted, perf=perf)
 
     def end(self, worker_id: int | str, request_idx: int) -> None:
         """Process an outcome: its request is no load any more, whatever the last report says."""

@@ -14,7 +14,7 @@ from harness import PATIENCE, ROOT, secured
 from instances import the_only
 from programs import free_port, nullworker
 
-from nullworker.doctor.endpoint import judge
+from nullworker.doctor.endpoint import EndpointWorker, judge
 from nullworker.testing import FakeAutoscaler, Parameters
 
 # ---- the endpoint ----
@@ -29,7 +29,7 @@ RIGHT = {
     "inactivity_timeout": 10.0,
     "endpoint_state": "active",
 }
-READY = (1, "IDLE", 100.0)
+READY = EndpointWorker(1, "IDLE", 100.0)
 
 
 def test_the_recommended_parameters_are_ok() -> None:
@@ -60,17 +60,46 @@ def test_each_unsuitable_parameter_is_a_finding(name: str, value: Any, level: st
 
 
 def test_a_cost_different_from_max_perf() -> None:
-    finding = the_only(list(judge(RIGHT, 42, [(1, "IDLE", 250.0)], cost=100)), "cost")
+    finding = the_only(list(judge(RIGHT, 42, [EndpointWorker(1, "IDLE", 250.0)], cost=100)), "cost")
     assert (finding.level, "NULL_MAX_PERF=100" in finding.fix, "cost=250" in finding.fix) == ("error", True, True)
 
 
 def test_a_worker_that_is_errored() -> None:
-    finding = the_only(list(judge(RIGHT, 42, [(1, "ERROR", 100.0)], cost=100)), "workers")
+    finding = the_only(list(judge(RIGHT, 42, [EndpointWorker(1, "ERROR", 100.0)], cost=100)), "workers")
     assert "vastai get endpt-logs 42" in finding.fix
 
 
 def test_a_worker_that_is_loading_has_no_max_perf_yet() -> None:
-    assert {each.level for each in judge(RIGHT, 42, [(1, "MODEL_LOADING", 0.0)], cost=100)} == {"ok"}
+    assert {each.level for each in judge(RIGHT, 42, [EndpointWorker(1, "MODEL_LOADING", 0.0)], cost=100)} == {"ok"}
+
+
+def test_a_held_worker_that_the_engine_has_downgraded() -> None:
+    held = EndpointWorker(1, "IDLE", perf=12.5, measured_perf=100, cur_perf=0, reqs_working=1)
+    finding = the_only(list(judge(RIGHT, 42, [held], cost=100)), "perf")
+    assert (finding.level, finding.fix) == ("error", "NULL_REPORT_PERF=held in the template's environment")
+    assert "perf 12.5, measured_perf 100, cur_perf 0" in finding.what
+    well = held._replace(perf=100)
+    assert not [each for each in judge(RIGHT, 42, [well], cost=100) if each.check == "perf"]
+
+
+def test_workers_that_are_all_held_while_nothing_starts() -> None:
+    held = [EndpointWorker(number, "IDLE", 100.0, reqs_working=1) for number in (1, 2)]
+    finding = the_only(list(judge(RIGHT, 42, held, cost=100)), "growth")
+    assert finding.level == "warning"
+    assert "--min_load 300" in finding.fix
+    assert "cost=200" in finding.fix
+    for others in (
+        [*held, READY],
+        [*held, EndpointWorker(3, "MODEL_LOADING", 0.0)],
+        [EndpointWorker(number, "IDLE", 100.0, reqs_working=1) for number in range(5)],
+    ):
+        assert not [each for each in judge(RIGHT, 42, others, cost=100) if each.check == "growth"]
+
+
+@pytest.mark.parametrize("field", [{"auto_delete_in_seconds": 3600.0}, {"auto_delete_due_24h": True}])
+def test_an_endpoint_that_is_going_to_be_deleted(field: dict[str, Any]) -> None:
+    finding = the_only(list(judge({**RIGHT, **field}, 42, [READY], cost=100)), "auto_delete")
+    assert finding.level == "warning"
 
 
 # ---- the command ----

@@ -92,3 +92,18 @@ async def test_a_worker_that_has_gone_silent_gets_nothing(route: Routing) -> Non
     async with FakeWorker(route.vast.url):
         route.now += 30.0
         assert (await route())[1] is None
+
+
+@pytest.mark.parametrize(
+    ("engine", "cur_perf", "kept"), [("may-2026", 0, False), ("may-2026", 100, True), ("strict", 0, True)]
+)
+async def test_the_engine_of_may_2026_downgrades_who_holds_and_reports_no_perf(
+    route: Routing, engine: str, cur_perf: float, kept: bool
+) -> None:
+    route.vast.fleet.engine = engine
+    async with FakeWorker(route.vast.url) as worker:
+        for _ in range(5):
+            await worker.report(cur_load=100, working_request_idxs=[7], cur_perf=cur_perf)
+        (known,) = route.vast.fleet.workers.values()
+        assert (known.perf == 100) == kept
+        assert known.perf > 0

@@ -39,6 +39,23 @@ def test_how_many_workers_the_parameters_ask_for(
     assert wanted(parameters, load=load, perf=100, running=running) == workers
 
 
+@pytest.mark.parametrize(
+    ("running", "working", "workers"),
+    [
+        (1, 100, 2),  # the first two came
+        (2, 200, 2),  # two held at exactly 100 %: a third did not
+        (2, 400, 3),  # with cost=200 it did
+        (2, 100, 2),
+    ],
+)
+def test_the_engine_of_may_2026_takes_exactly_100_percent_for_being_on_target(
+    running: int, working: float, workers: int
+) -> None:
+    parameters, load = Parameters(max_workers=3), working + 100
+    assert wanted(parameters, load=load, perf=100, running=running, working=working, stalls=True) == workers
+    assert wanted(parameters, load=load, perf=100, running=running, working=working) == min(round(load / 100), 3)
+
+
 def test_the_chart_shows_who_was_there_and_who_was_reserved() -> None:
     drawn = chart([Bar("worker 1", 0, 16, 64, [(32, 48)]), Bar("worker 2", 48, 56, 64, [])], 64)
     axis, one, two, count, _ = drawn.splitlines()
