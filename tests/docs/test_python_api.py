@@ -55,9 +55,10 @@ async def test_clients_of_an_endpoint_run_as_shown(dev: Dev, tmp_path: Path) -> 
         assert await output(tmp_path, example, _8080=dev.url) == EXAMPLES[f"text {example}"]
 
 
-async def test_the_client_of_one_worker_runs_as_shown(tmp_path: Path) -> None:
+async def test_clients_of_one_worker_run_as_shown(tmp_path: Path) -> None:
     async with WorkerProcess(tmp_path) as worker:
-        assert await output(tmp_path, "hold_at", _3000=worker.url) == EXAMPLES["text hold_at"]
+        for example in ("hold_at", "worker_session"):
+            assert await output(tmp_path, example, _3000=worker.url) == EXAMPLES[f"text {example}"]
 
 
 async def test_a_queue_is_drained_as_shown(tmp_path: Path) -> None:
@@ -84,6 +85,6 @@ def test_the_page_has_each_public_name_with_a_sentence_and_in_an_example(package
 
 
 def test_every_example_of_the_page_is_run() -> None:
-    run = {"hold", "hold_session", "official", "hold_at", "testing", "consumer", "drain"}
+    run = {"hold", "hold_session", "official", "hold_at", "worker_session", "testing", "consumer", "drain"}
     assert {language.partition(" ")[2] for language in EXAMPLES if language.startswith("python")} == run
     assert next(rows(PAGE, "| name |"))
