@@ -15,7 +15,7 @@ import nullworker.autoscaler.keys as key_ring
 from nullworker.autoscaler.keys import KeyRing
 from nullworker.autoscaler.signature import PublicKey
 from nullworker.errors import Invalid, Unauthorized, Unavailable
-from nullworker.http.auth import Auth, Authenticator, Grant, fingerprint, owns
+from nullworker.http.auth import EXPLAINED_BYTES, Auth, Authenticator, Grant, fingerprint, owns
 from nullworker.readiness import Readiness
 from nullworker.testing.keys import load_or_make, public_pem, sign
 
@@ -309,6 +309,31 @@ async def test_a_cost_is_finite_and_from_0_to_a_million(cost: Any, *, is_one: bo
         with pytest.raises(Invalid) as refused:
             await authenticator.authenticate(body)
         assert list(refused.value.fields["auth_data"]) == ["cost"]
+
+
+LARGE = "x" * EXPLAINED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("body", "wrong"),
+    [
+        ({"auth_data": {}, "payload": {"x": LARGE}}, {"auth_data"}),
+        ({"auth_data": {}, "payload": [LARGE]}, {"auth_data", "payload"}),
+        ({"auth_data": {}, "payload": LARGE}, {"auth_data", "payload"}),
+        ({"payload": {"x": LARGE}, "session_id": 5}, {"auth_data", "session_id"}),
+        ({"auth_data": {}, "more": LARGE}, {"auth_data", "payload"}),
+        ({"auth_data": {"x": LARGE}, "payload": {}}, set()),
+        ({"auth_data": {}, "payload": {}, "session_id": LARGE}, set()),
+        ([LARGE], set()),
+    ],
+    ids=range(8),
+)
+async def test_of_a_large_envelope_the_small_parts_are_explained(body: Any, wrong: set[str]) -> None:
+    authenticator = Authenticator(KeyRing(None, Readiness(), lambda *_: None), own_url=URL, url_policy="off")  # type: ignore[arg-type]  # it is not asked
+    with pytest.raises(Invalid) as refused:
+        await authenticator.authenticate(json.dumps(body).encode())
+    assert set(refused.value.fields) == wrong
+    assert len(str(refused.value)) < 200
 
 
 class Payload(msgspec.Struct):
