@@ -83,9 +83,11 @@ class Book:
         """The worker has surely not taken it."""
         return self._happened(claim_id, "refused", Refused(why, status))
 
-    def held(self, claim_id: str, session_id: str, lifetime: float, counts: Counts) -> Claim:
+    def held(
+        self, claim_id: str, session_id: str, lifetime: float, counts: Counts, instance: int | None = None
+    ) -> Claim:
         """The worker holds a session for it."""
-        return self._happened(claim_id, "held", Held(session_id, lifetime, counts.waiting, counts.in_flight))
+        return self._happened(claim_id, "held", Held(session_id, lifetime, *counts, instance))
 
     def priced(self, claim_id: str, price: float, instance: int | None = None) -> Claim:
         """What its instance costs is known: dollars an hour."""

@@ -96,6 +96,7 @@ class Held(msgspec.Struct, frozen=True, omit_defaults=True):
     lifetime: float  # seconds after each renewal, as the worker has it
     waiting: int
     in_flight: int | None = None
+    instance: int | None = None  # as the worker tells it
 
 
 class Priced(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -222,9 +223,9 @@ def apply(claim: Claim | None, event: Event) -> Claim:
         case Refused():
             changes.update(url=None, granted_at=None)
         case Held():
-            changes.update(held=data, held_at=event.at)
+            changes.update(held=data, held_at=event.at, instance=data.instance)
         case Priced():
-            changes.update(price=data.price, instance=data.instance)
+            changes.update(price=data.price, instance=data.instance or claim.instance)
         case Attached():
             changes.update(attached_at=claim.attached_at or event.at)
         case Ended():

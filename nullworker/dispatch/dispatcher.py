@@ -288,7 +288,7 @@ class Dispatcher:
         claim = self.book.claims.get(claim_id)
         if claim is None or claim.state != "held" or claim.price is not None:
             return
-        found = self.instances.get(address(claim.url or ""))
+        found = self.instances.get(str(claim.instance)) or self.instances.get(address(claim.url or ""))
         if self.plan.limits.price is not None:
             self.book.priced(claim_id, self.plan.limits.price, found.instance if found else None)
         elif found is not None:

@@ -9,20 +9,21 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple, Protocol
 
 import aiohttp
 
 from nullworker.aio import Backoff
+from nullworker.client.session import SessionEnded, SessionLost, WorkerSession
+from nullworker.client.worker_http import NoAnswer, Refused
 from nullworker.clock import Clock
 from nullworker.dispatch.book import Book
 from nullworker.dispatch.claims import Claim, Ended
 from nullworker.dispatch.decision import Counts
-from nullworker.dispatch.ledger import Ledger
+from nullworker.dispatch.ledger import Credential, Ledger
 from nullworker.dispatch.trouble import Trouble
 from nullworker.dispatch.vast import Routed, Unreachable
-from nullworker.dispatch.worker_session import Asked, WorkerSession
 from nullworker.errors import LogUnavailable
 from nullworker.logs import get_log
 
@@ -30,12 +31,12 @@ log = get_log(__name__)
 
 #: Seconds between two questions for a worker at most; the SDK's own figure (vastai 1.9.1, client/client.py).
 POLL_SECONDS: Final = 5.0
-#: Seconds between two questions to a worker that is silent while its consumer works.
-SILENT_SECONDS: Final = 60.0
-#: Seconds after which such a worker is given up.
-SILENT_LIMIT_SECONDS: Final = 86_400.0
 #: Seconds that a worker is asked for at least before a claim is lost, however short the lifetime is.
 LEAST_PATIENCE_SECONDS: Final = 10.0
+#: Seconds until a session is kept again whose worker has refused a question for good, as with a changed key.
+AGAIN_SECONDS: Final = 10.0
+#: The id of a session that may be held already: its worker is asked as after a lost answer.
+UNKNOWN: Final = "unknown"
 
 
 class Router(Protocol):
@@ -58,7 +59,6 @@ class Driver:
     """All claims of one dispatcher.
 
     Attributes:
-        silent: claims whose worker does not answer while a consumer works there, and since when (epoch seconds).
         listed: the instances that Vast lists, as of the last look; None before the first.
     """
 
@@ -72,7 +72,7 @@ class Driver:
         terms: Terms,
         counts: Callable[[], Counts],
     ) -> None:
-        self.silent: dict[str, float] = {}
+        self._sessions: dict[str, _Session] = {}  # those that are held, by claim
         self.listed: frozenset[int] | None = None
         self._book = book
         self._ledger = ledger
@@ -86,6 +86,11 @@ class Driver:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ending: dict[str, str] = {}  # claims that are to be ended, and why
         self._told_to_end: dict[str, asyncio.Event] = {}  # of the held ones
+
+    @property
+    def silent(self) -> list[str]:
+        """The claims whose worker does not answer while a consumer works there."""
+        return [claim_id for claim_id, session in self._sessions.items() if session.silent]
 
     def start(self, claim: Claim) -> None:
         """Drive a claim from the state in which it is."""
@@ -118,58 +123,55 @@ class Driver:
             await asyncio.wait(tasks)
 
     async def _drive(self, claim_id: str) -> None:
-        try:
-            claim: Claim | None = self._book.claims[claim_id]
-            assert claim is not None
-            if claim.state == "granted":
-                claim = await self._ask_again(claim)
-            elif claim.state == "pending":
-                claim = await self._acquire(claim)
-            if claim is not None and claim.state == "held":
-                await self._hold(claim)
-        except asyncio.CancelledError:
-            raise
-        except Exception:
-            log.exception("claim_failed", claim=claim_id, message="a bug; the next start goes on with this claim")
+        while (claim := self._book.claims.get(claim_id)) is not None:
+            try:
+                if claim.state == "granted":
+                    await self._ask_again(claim)
+                elif claim.state == "pending":
+                    await self._acquire(claim)
+                else:
+                    await self._hold(claim)
+            except Exception:
+                log.exception("claim_failed", claim=claim_id, message="a bug; it is gone on with")
+                await asyncio.sleep(AGAIN_SECONDS)
 
     # -- from pending to held --------------------------------------------------------------------------------------
 
-    async def _acquire(self, claim: Claim) -> Claim | None:
+    async def _acquire(self, claim: Claim) -> None:
         refusals = Backoff(1.0, 30.0)
         request_idx = 0
         while True:
             routed = await self._route(request_idx)
             assert routed.grant is not None
             request_idx = routed.request_idx
-            url = routed.grant.url
             payload = {"lifetime": self._terms.lifetime, "metadata": claim.opened.metadata}
             body = json.dumps({"auth_data": routed.grant.auth_data, "payload": payload, "session_id": None})
+            credential = Credential(routed.grant.url, body)
             try:
-                self._book.granted(claim.id, url, body)
+                self._book.granted(claim.id, *credential)
             except LogUnavailable as error:
                 log.error("ledger_unwritable", claim=claim.id, why=str(error), message="no worker is asked")
                 await asyncio.sleep(POLL_SECONDS)
                 continue
-            asked = await self._ask(WorkerSession(self._http, url, body), self._clock.now(), unsure=False)
-            if asked is not None and asked.outcome == "refused":
-                self._book.refused(claim.id, asked.why, asked.status)
-                log.info("claim_refused", claim=claim.id, url=url, status=asked.status, why=asked.why)
-                await asyncio.sleep(refusals.failed() * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
-                continue
-            return self._answered(claim.id, asked)
+            session = self._session(claim.id, credential)
+            why, status = await self._ask(claim.id, session)
+            if why is None:
+                return
+            self._book.refused(claim.id, why, status)
+            log.info("claim_refused", claim=claim.id, url=session.url, status=status, why=why)
+            await asyncio.sleep(refusals.failed() * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
 
-    async def _ask_again(self, claim: Claim) -> Claim | None:
+    async def _ask_again(self, claim: Claim) -> None:
         """After a restart: the worker may have been asked before, and may hold it."""
         credential = self._ledger.credential(claim.id)
         if credential is None:  # the ledger lost it to somebody's hand: it cannot be asked for any more
             self._book.ended(claim.id, "lost", Ended(why="its credentials are missing"))
-            return None
-        session = WorkerSession(self._http, credential.url, credential.body)
-        asked = await self._ask(session, claim.granted_at or self._started_at, unsure=True)
-        if asked is not None and asked.outcome == "refused":
-            self._book.ended(claim.id, "refused", Ended(why=asked.why))
-            return None
-        return self._answered(claim.id, asked)
+            return
+        session = self._session(claim.id, credential)
+        session.session_id = UNKNOWN
+        why, _ = await self._ask(claim.id, session)
+        if why is not None:
+            self._book.ended(claim.id, "refused", Ended(why=why))
 
     async def _route(self, request_idx: int) -> Routed:
         failures = Backoff(1.0, 10.0)
@@ -189,34 +191,27 @@ class Driver:
             longest = min(1.0 + len(self._book.in_state("pending")) / 10, POLL_SECONDS)
             await asyncio.sleep(random.uniform(0.5, 1.0) * longest)  # noqa: S311  # no secret
 
-    async def _ask(self, session: WorkerSession, since: float, *, unsure: bool) -> Asked | None:
-        """What came of it; None: a lifetime has passed, and nobody knows.
-
-        `unsure`: the worker may hold it already, so that a worker that cannot be reached has not refused.
-        """
-        failures = Backoff(0.5, 5.0)
-        patience = max(since, self._started_at) + max(self._terms.lifetime, LEAST_PATIENCE_SECONDS)
-        while True:
-            asked = await session.create()
-            if asked.outcome in ("held", "ended") or (asked.outcome == "refused" and asked.status is not None):
-                return asked
-            if asked.outcome == "refused" and not unsure:
-                return asked
-            unsure = True
-            if self._clock.now() > patience:
-                log.warning("claim_lost", why=asked.why)
-                return None
-            await asyncio.sleep(failures.failed())
-
-    def _answered(self, claim_id: str, asked: Asked | None) -> Claim | None:
-        if asked is None:
-            self._book.ended(claim_id, "lost", Ended(why="the worker that was asked did not answer for a lifetime"))
-            return None
-        lifetime = asked.lifetime or self._terms.lifetime
-        claim = self._book.held(claim_id, asked.session_id or "unknown", lifetime, self._counts())
-        if asked.outcome == "ended":
-            self._over(claim_id, asked.final, asked.why)
-            return None
+    async def _ask(self, claim_id: str, session: _Session) -> tuple[str | None, int | None]:
+        """Ask for the session, and write down what came of it; why it was refused, and the status, if it surely was."""
+        counts = self._counts()
+        try:
+            await session.create(self._http, patience=max(self._terms.lifetime, LEAST_PATIENCE_SECONDS))
+        except SessionEnded as error:
+            told = error.answer or {}
+            known_as = str(told.get("session_id") or told.get("reservation_id") or UNKNOWN)
+            self._book.held(claim_id, known_as, self._terms.lifetime, counts)
+            self._over(claim_id, error.final, str(error))
+            return None, None
+        except Refused as error:
+            return str(error), error.http_status
+        except NoAnswer as error:
+            if not error.sent:
+                return str(error), None
+            log.warning("claim_lost", claim=claim_id, why=str(error))
+            self._book.ended(claim_id, "lost", Ended(why=f"{error}, for a lifetime"))
+            return None, None
+        lifetime = session.lifetime or self._terms.lifetime
+        self._book.held(claim_id, str(session.session_id), lifetime, counts, number(session.instance))
         if lifetime < self._terms.lifetime:
             log.warning(
                 "lifetime_capped",
@@ -225,124 +220,136 @@ class Driver:
                 allowed=lifetime,
                 message="set MAX_RESERVATION_SECONDS on the worker, or a shorter --lifetime",
             )
-        return claim
+        return None, None
+
+    def _session(self, claim_id: str, credential: Credential) -> _Session:
+        body = json.loads(credential.body)
+        return _Session(credential.url, body["auth_data"], body["payload"], lambda: self._renewed(claim_id))
 
     # -- from held to ended ----------------------------------------------------------------------------------------
 
     async def _hold(self, claim: Claim) -> None:
+        assert claim.held is not None
         credential = self._ledger.credential(claim.id)
         if credential is None:
             self._book.ended(claim.id, "lost", Ended(why="its credentials are missing"))
             return
-        session = WorkerSession(self._http, credential.url, credential.body)
-        watchers = {
-            asyncio.ensure_future(each(claim, session)) for each in (self._follow, self._renew, self._end_when_told)
-        }
+        session = self._session(claim.id, credential)
+        session.session_id, session.lifetime = claim.held.session_id, claim.held.lifetime
+        session.attached = claim.attached_at is not None
+        self._sessions[claim.id] = session
+        told = self._told_to_end.setdefault(claim.id, asyncio.Event())
+        if claim.id in self._ending:
+            told.set()
+        keeping = asyncio.ensure_future(self._keep(claim, session))
+        ending = asyncio.ensure_future(told.wait())
         try:
-            done, _ = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
-            reason, end = next(iter(done)).result()
+            await asyncio.wait({keeping, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if not keeping.done():
+                keeping.cancel()
+                await asyncio.wait({keeping})
+                await self._end(claim, session)
+            elif not keeping.cancelled():
+                keeping.result()
         finally:
-            for each in watchers:
-                each.cancel()
-            await asyncio.wait(watchers)
-        self.silent.pop(claim.id, None)
-        if reason is None:
-            self._over(claim.id, end.final, end.why)
-        else:
-            self._book.ended(claim.id, reason, end)
+            for task in (keeping, ending):
+                task.cancel()
+            self._sessions.pop(claim.id, None)
+            self._told_to_end.pop(claim.id, None)
         self._ending.pop(claim.id, None)
-        self._told_to_end.pop(claim.id, None)
 
-    async def _follow(self, claim: Claim, session: WorkerSession) -> tuple[str | None, Ended]:
-        assert claim.held is not None
-        failures = Backoff(1.0, 10.0)
+    async def _keep(self, claim: Claim, session: _Session) -> None:
+        """Renew and follow it until it has ended."""
+        assert claim.held_at is not None
+        gone = False
 
-        def attached() -> None:
+        def renews() -> bool:
+            if session.attached or not self._terms.attach:
+                return True
+            return self._clock.now() - (claim.held_at or 0.0) <= self._terms.attach
+
+        def changed() -> None:
             now = self._book.claims.get(claim.id)
-            if now is not None and now.attached_at is None:
+            if session.attached and now is not None and now.attached_at is None:
                 self._book.attached(claim.id)
 
-        while True:
-            began = self._clock.now()
-            asked = await session.follow(claim.held.session_id, attached)
-            if asked.outcome == "ended":
-                return None, Ended(asked.final, why=asked.why or None)
-            if self._clock.now() - began > LEAST_PATIENCE_SECONDS:
-                failures.worked()
-            await asyncio.sleep(SILENT_SECONDS if claim.id in self.silent else failures.failed())
-
-    async def _renew(self, claim: Claim, session: WorkerSession) -> tuple[str | None, Ended]:
-        assert claim.held is not None
-        assert claim.held_at is not None
-        lifetime, told = claim.held.lifetime, False
-        renewed_at = self._ledger.renewed_at(claim.id) or claim.held_at
-        due = renewed_at + lifetime / 3
-        while True:
-            await asyncio.sleep(max(0.0, due - self._clock.now()))
-            now = self._clock.now()
-            attached = self._book.claims[claim.id].attached_at is not None
-            if not attached and self._terms.attach and now - claim.held_at > self._terms.attach:
-                if not told:
-                    log.warning("claim_not_renewed", claim=claim.id, url=claim.url, why="no consumer has attached")
-                    told = True
-                due = now + min(lifetime / 3, 5.0)
-                if now - max(renewed_at, self._started_at) > lifetime + LEAST_PATIENCE_SECONDS:
-                    return "lost", self._lost(claim, renewed_at, lifetime, "no consumer had attached")
-                continue
-            asked = await session.renew(claim.held.session_id)
-            if asked.outcome == "ended":
-                return None, Ended(asked.final)
-            if asked.outcome == "held":
-                renewed_at, due = now, now + lifetime / 3
-                self._renewed(claim, now)
-                continue
-            log.warning("renewal_failed", claim=claim.id, why=asked.why)
-            now = self._clock.now()
-            due = now + min(lifetime / 8, 5.0)
-            if now - max(renewed_at, self._started_at) <= lifetime:
-                continue
-            if not attached:
-                return "lost", self._lost(claim, renewed_at, lifetime, asked.why)
-            since = self.silent.setdefault(claim.id, renewed_at)
+        async def is_gone() -> bool:
+            nonlocal gone
             instance = self._book.claims[claim.id].instance
-            if self.listed is not None and instance is not None and instance not in self.listed:
-                return "gone", self._lost(claim, renewed_at, lifetime, f"instance {instance} is not listed any more")
-            if now - since > SILENT_LIMIT_SECONDS:
-                return "silent", self._lost(claim, renewed_at, SILENT_LIMIT_SECONDS, asked.why)
-            due = now + SILENT_SECONDS
+            gone = self.listed is not None and instance is not None and instance not in self.listed
+            return gone
 
-    async def _end_when_told(self, claim: Claim, session: WorkerSession) -> tuple[str | None, Ended]:
-        assert claim.held is not None
-        event = self._told_to_end.setdefault(claim.id, asyncio.Event())
-        if claim.id not in self._ending:
-            await event.wait()
-        reason = self._ending[claim.id]
-        failures = Backoff(0.5, 10.0)
+        def say(line: str) -> None:
+            log.info("claim_news", claim=claim.id, message=line)
+
         while True:
-            asked = await session.end(claim.held.session_id)
-            if asked.outcome in ("held", "ended"):  # 200, or it is not there any more
-                await asyncio.sleep(1.0)  # the stream tells how it ended
-                return reason, Ended(asked.final or {"state": "released", "reason": "session_end"})
-            log.warning("session_not_ended", claim=claim.id, why=asked.why)
-            await asyncio.sleep(failures.failed())
+            try:
+                final = await session.keep(self._http, renews=renews, on_change=changed, gone=is_gone, say=say)
+            except SessionLost as error:
+                reason = "gone" if gone else "silent" if session.silent else "lost"
+                unknown = "does not know" in str(error)
+                self._book.ended(claim.id, "unknown" if unknown else reason, self._lost(claim, str(error)))
+                return
+            except Refused as error:
+                log.warning("worker_refuses", claim=claim.id, why=str(error))
+                last = max(self._ledger.renewed_at(claim.id) or claim.held_at, self._started_at)
+                if self._clock.now() - last > (session.lifetime or self._terms.lifetime):
+                    self._book.ended(claim.id, "lost", self._lost(claim, str(error)))
+                    return
+                await asyncio.sleep(AGAIN_SECONDS)
+            else:
+                self._over(claim.id, final, None)
+                return
 
-    def _renewed(self, claim: Claim, at: float) -> None:
-        if self.silent.pop(claim.id, None) is not None:
-            log.info("claim_answers_again", claim=claim.id, url=claim.url)
+    async def _end(self, claim: Claim, session: _Session) -> None:
+        while True:
+            try:
+                self._over(claim.id, await session.end(self._http), None)
+                return
+            except SessionEnded as error:
+                self._over(claim.id, error.final, str(error))
+                return
+            except (NoAnswer, Refused) as error:
+                log.warning("session_not_ended", claim=claim.id, why=str(error))
+                await asyncio.sleep(AGAIN_SECONDS)
+
+    def _renewed(self, claim_id: str) -> None:
         try:
-            self._ledger.renewed(claim.id, at)
+            self._ledger.renewed(claim_id, self._clock.now())
         except LogUnavailable as error:
-            log.warning("renewal_not_written", claim=claim.id, why=str(error))
+            log.warning("renewal_not_written", claim=claim_id, why=str(error))
 
-    def _over(self, claim_id: str, final: dict[str, Any] | None, why: str | None) -> None:
+    def _over(self, claim_id: str, final: Mapping[str, Any] | None, why: str | None) -> None:
         """The worker has told of its end. An end that this dispatcher has asked for keeps its own reason."""
-        ours = self._ending.get(claim_id)
         seconds = final.get("held_seconds") if final else None
-        reason = ours or (final or {}).get("reason") or "unknown"
+        reason = self._ending.get(claim_id) or (final or {}).get("reason") or UNKNOWN
         held_seconds = float(seconds) if isinstance(seconds, (int, float)) else None
-        self._book.ended(claim_id, str(reason), Ended(final, held_seconds, why))
+        self._book.ended(claim_id, str(reason), Ended(dict(final) if final else None, held_seconds, why))
 
-    def _lost(self, claim: Claim, renewed_at: float, lifetime: float, why: str) -> Ended:
+    def _lost(self, claim: Claim, why: str) -> Ended:
+        """It was held until a lifetime after the last renewal at most, but for a consumer that may still work."""
+        assert claim.held is not None
         assert claim.held_at is not None
-        held = max(0.0, min(self._clock.now(), renewed_at + lifetime) - claim.held_at)
-        return Ended(held_seconds=held, why=why)
+        renewed_at = self._ledger.renewed_at(claim.id) or claim.held_at
+        until = min(self._clock.now(), renewed_at + claim.held.lifetime)
+        return Ended(held_seconds=max(0.0, until - claim.held_at), why=why)
+
+
+class _Session(WorkerSession):
+    """Tells of each renewal that was answered."""
+
+    def __init__(
+        self, url: str, auth_data: Mapping[str, Any], body: Mapping[str, Any], on_renewed: Callable[[], None]
+    ) -> None:
+        super().__init__(url, auth_data, body)
+        self._on_renewed = on_renewed
+
+    async def renew(self, http: aiohttp.ClientSession) -> None:
+        """Renew it by its lifetime."""
+        await super().renew(http)
+        self._on_renewed()
+
+
+def number(instance: str | None) -> int | None:
+    """Vast's number of an instance, as its worker tells it."""
+    return int(instance) if instance is not None and instance.isdecimal() else None

@@ -109,7 +109,7 @@ class Vast:
         return [WorkerSeen(each.id, each.reqs_working) for each in await self._call(found.get_workers())]
 
     async def instances(self) -> dict[str, Instance]:
-        """The account's instances by `host:port` of their external ports, with what each costs an hour.
+        """The account's instances by their number, and by `host:port` of their external ports, with what each costs.
 
         Shape: vastai 1.9.1, api/instances.py (`/api/v1/instances/`, pages by `after_token`) and the `ports` of docker.
         """
@@ -121,7 +121,7 @@ class Vast:
                 raise Unreachable(self._words(error)) from None
             for each in page.get("instances") or ():
                 with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # one that is not up yet
-                    seen = Instance(int(each["id"]), float(each["dph_total"]))
+                    seen = instances[str(each["id"])] = Instance(int(each["id"]), float(each["dph_total"]))
                     for bindings in each["ports"].values():
                         for binding in bindings:
                             instances[f"{str(each['public_ipaddr']).strip()}:{int(binding['HostPort'])}"] = seen

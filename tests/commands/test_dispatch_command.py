@@ -46,7 +46,8 @@ async def test_a_queue_is_drained_with_one_hold_for_each_job_and_the_fleet_goes_
         assert {row["reason"] for row in held} == {"consumer_exit"}
         assert {(row["state"], row["result"]) for row in held} == {("ended", '{"exit_code":0}')}
         assert all(f'"team":"blue","claim":"{row["id"]}"' in row["metadata"] for row in held)
-        assert all(row["price"] == 0.4 and row["instance"] for row in held[-3:])
+        assert all(row["instance"] for row in held)
+        assert 0.4 in {row["price"] for row in held}
         (day,) = dispatch.rows("SELECT * FROM daily")
         assert (day["held"], day["open"]) == (8, 0)
         assert day["hours"] > 0
@@ -58,7 +59,8 @@ async def test_a_queue_is_drained_with_one_hold_for_each_job_and_the_fleet_goes_
 
 
 async def test_a_killed_dispatcher_goes_on_and_sigterm_leaves_what_is_held(tmp_path: Path) -> None:
-    async with fleet(tmp_path) as (jobs, dev):
+    # a worker that is gone before the next start could not tell of what it had held
+    async with fleet(tmp_path, "--inactivity", "30") as (jobs, dev):
         jobs.put(2, 6.0)
         jobs.put(4, 0.3)
         async with Dispatch(tmp_path, dev, "--queue", jobs.url, "--max", "3", *FAST) as dispatch:

@@ -15,6 +15,7 @@ import pytest
 from contract_worker import ContractWorker
 from programs import free_port
 
+from nullworker.client import session
 from nullworker.clock import SystemClock
 from nullworker.dispatch import driver as driving
 from nullworker.dispatch.book import Book
@@ -257,7 +258,7 @@ async def test_a_worker_that_falls_silent_without_a_consumer_is_lost_a_lifetime_
 async def test_a_silent_worker_with_a_consumer_stays_held_until_it_answers_or_is_gone(
     worker: ContractWorker, start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driving, "SILENT_SECONDS", 0.2)
+    monkeypatch.setattr(session, "SILENT_SECONDS", 0.2)
     life = start(Engine(worker.url), Terms(lifetime=0.9, attach=0.0))
     claim = life.open()
     await life.until(lambda: worker.calls["/reserve"])

@@ -44,7 +44,7 @@ class ContractWorker:
     @contextlib.asynccontextmanager
     async def serve(self, port: int = 0) -> AsyncIterator[ContractWorker]:
         app = web.Application()
-        for route in ("/session/create", "/ping", "/reserve", "/session/end"):
+        for route in ("/session/create", "/ping", "/reserve", "/session/end", "/session/get"):
             app.router.add_post(route, self._answer)
         runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
@@ -95,10 +95,13 @@ class ContractWorker:
         held = self.session
         if held is None or held["id"] != named:
             final = self.finals.get(named)
+            status = 410 if request.path in ("/ping", "/reserve") else 400
             if final is None:
-                return web.json_response({"error": f"there is no session {named}"}, status=410)
+                return web.json_response({"error": f"there is no session {named}"}, status=status)
             told = {name: value for name, value in final.items() if name != "auth"}
-            return web.json_response({"error": "it has ended", **told}, status=410)
+            return web.json_response({"error": "it has ended", **told}, status=status)
+        if request.path == "/session/get":
+            return web.json_response({"session_id": named})
         if request.path == "/ping":
             self._renew()
             return web.json_response({"result": {"ok": True}})
@@ -113,13 +116,12 @@ class ContractWorker:
         for known, final in self.finals.items():
             if final["auth"] == auth:
                 told = {name: value for name, value in final.items() if name != "auth"}
-                headers = {"Nullworker-Reservation": known}
-                return web.json_response({"error": "it has ended", **told}, status=410, headers=headers)
+                return web.json_response({"error": "it has ended", "reservation_id": known, **told}, status=410)
         if self.session is not None and self.session["auth"] != auth:
-            return web.json_response({"error": "the worker is taken"}, status=429)
+            return web.json_response({"error": "the worker is taken", "reservation_id": "r2"}, status=429)
         if self.session is None:
             if self.refuse is not None:
-                return web.json_response({"error": "not now"}, status=self.refuse)
+                return web.json_response({"error": "not now", "reservation_id": "r1"}, status=self.refuse)
             self._number += 1
             lifetime = min(body["payload"]["lifetime"], self._cap)
             self.session = {"id": f"s{self._number}", "auth": auth, "lifetime": lifetime}
@@ -134,26 +136,28 @@ class ContractWorker:
         response = web.StreamResponse()
         response.content_type = "text/event-stream"
         await response.prepare(request)
-        await response.write(
-            b'data: {"kind": "queued"}\n\ndata: {"kind": "held", "at": "2027-01-15T08:00:00.000Z"}\n\n'
-        )
+        await self._event(response, 1, "queued")
+        await self._event(response, 2, "held")
         told = False
         while session_id not in self.finals:
             self._changed.clear()
             if self.attached and not told:
                 told = True
-                await response.write(b'data: {"kind": "extended", "reason": "attached"}\n\n')
+                await self._event(response, 3, "extended", "attached")
             await self._changed.wait()
             if self.silent:
                 return self._hang_up(request, response)
         final = self.finals[session_id]
-        end = {"kind": final["state"], "reason": final["reason"], "at": final["ended_at"]}
-        await response.write(b"data: " + json.dumps(end).encode() + b"\n\n")
+        await self._event(response, 4, final["state"], final["reason"])
         last = {"released": final["reason"], "held_seconds": 60, "result": final["result"]}
         if final["state"] == "cancelled":
             last = {"error": "cancelled", "reason": final["reason"]}
         await response.write(b"data: " + json.dumps(last).encode() + b"\n\n")
         return response
+
+    async def _event(self, response: web.StreamResponse, seq: int, kind: str, reason: str | None = None) -> None:
+        event = {"seq": seq, "kind": kind, "reason": reason, "at": "2027-01-15T08:00:00.000Z"}
+        await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
 
     def _renew(self) -> None:
         assert self.session is not None

@@ -249,6 +249,39 @@ def test_the_pause_ends_as_soon_as_a_hold_brings_something() -> None:
     assert (made.paused, made.pause_seconds, made.opens) == (0, 0.0, 7)
 
 
+def test_a_hold_that_outlives_settle_brings_something_but_not_one_that_reclaims() -> None:
+    for reclaim, paused in ((False, 0), (True, 1)):
+        run = Run(Policy(8))
+        run.flap(Counts(9, 3))
+        assert run.look(9, 3, after=1.0).paused == 1
+        long = hold("w", age=11.0, before=Counts(9, 3), now=run.now, reclaim=reclaim)
+        assert run.look(9, 3, long, after=1.0).paused == paused
+        assert run.look(9, 3, hold("w", age=3.0, before=Counts(9, 3), now=run.now), after=1.0).paused == paused
+
+
+def test_a_hold_that_lasted_and_ended_well_ends_the_pause_and_a_failed_one_does_not() -> None:
+    for failed, paused in ((False, 0), (True, 1)):
+        run = Run(Policy(8))
+        run.flap(Counts(9, 3))
+        assert run.look(9, 3, after=1.0).paused == 1
+        run.over.append(ended("long", seconds=60.0, now=run.now, failed=failed, before=Counts(9, 3)))
+        assert run.look(9, 3, after=1.0).paused == paused
+
+
+def test_a_hold_that_seemed_useful_and_failed_within_settle_starts_a_pause() -> None:
+    for failed, paused in ((False, 0), (True, 1)):
+        run = Run(Policy(8))
+        working = hold("w", age=1.0, before=Counts(9, 0), now=run.now)
+        assert run.look(8, 1, working, after=1.0).paused == 0
+        run.over.append(EndedHold(working, run.now, failed))
+        assert run.look(9, 0, after=1.0).paused == paused
+
+
+def test_what_is_not_said_is_nothing() -> None:
+    assert Open().total == 0
+    assert not Hold("a", T, T, IDLE).reclaim
+
+
 def test_a_queue_that_falls_later_acquits_a_short_hold() -> None:
     run = Run(Policy(1))
     run.flap(Counts(3, 0))

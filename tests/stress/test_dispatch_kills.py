@@ -1,0 +1,19 @@
+"""The short form of `python -m stress.dispatch_kills`: a real Redis, `nullworker dev`, and kill -9 of all of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stress.dispatch_kills import Run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+async def test_every_job_is_done_once_whoever_is_killed(tmp_path: Path) -> None:
+    account = await Run(tmp_path, jobs=12, kills=3, workers=3, seed=4).run()
+    assert account.faults == []
+    assert account.most_held <= 3
+    assert account.killed["dispatcher"] == 3
+    assert account.holds >= 12
