@@ -8,6 +8,7 @@ from pathlib import Path
 
 from harness import ROOT, WorkerProcess
 from pages import BOUNDARY, DOCS, blocks, shell
+from programs import dead_address, free_port
 
 PAGE = DOCS / "commands.md"
 #: What is another in each run, and what stands in its place.
@@ -69,3 +70,35 @@ async def test_a_worker_says_at_its_start_what_the_page_shows(tmp_path: Path) ->
     """
     told = await shell(script, tmp_path, **env)
     assert alike(told) == alike(expected)
+
+
+async def test_the_doctor_looks_at_what_the_page_shows(tmp_path: Path) -> None:
+    """What it finds is another on each machine; what does not depend on it is word for word."""
+    (shown,) = [text for language, text in blocks(PAGE) if language == "console doctor"]
+    command, _, expected = shown.partition("\n")
+    ports = {name: str(free_port()) for name in ("WORKER_PORT", "WORKER_HTTP_PORT", "NULL_CONTROL_PORT")}
+    env = {"COLUMNS": "80", "PATH": f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}", "REPORT_ADDR": dead_address()}
+    told = await shell(f"{command[2:]} || test $? = 1", tmp_path, **env, **ports)
+    assert max(map(len, told.splitlines())) <= 80 or str(tmp_path) in told
+    assert [line[9:27] for line in told.splitlines() if line[9:27].strip()] == [
+        line[9:27] for line in expected.splitlines() if line[9:27].strip()
+    ]
+    for words in ("is NULL_DRAIN_SECONDS meant?", "MASTER_TOKEN is empty", "USE_SSL is not true", "4 warnings"):
+        assert words in " ".join(told.split())
+        assert words in " ".join(expected.split())
+
+
+async def test_the_stand_in_says_at_its_start_what_the_page_shows(tmp_path: Path) -> None:
+    (shown,) = [text for language, text in blocks(PAGE) if language == "console dev"]
+    command, _, expected = shown.partition("\n")
+    command = command[2:].replace(" dev ", " dev --port 0 --worker-port 0 --control-port 0 ")
+    script = f"""
+        {command} >said 2>&1 & until [ "$(wc -l <said)" -ge 6 ]; do sleep 0.1; done
+        kill %1; wait; head -n 6 said
+    """
+    told = await shell(script, tmp_path, PATH=f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}")
+    assert [in_dev(line) for line in alike(told)] == [in_dev(line) for line in alike(expected)]
+
+
+def in_dev(line: str) -> str:
+    return re.sub(r"nullworker-dev-\S+", "<folder>", re.sub(r"^\d\d:\d\d:\d\d", "<time>", line))

@@ -54,7 +54,8 @@ def program(folder: Path, name: str, text: str) -> str:
 def test_each_command_has_the_options_that_are_given(line: list[str]) -> None:
     assert line[1] in COMMANDS
     help_text = CliRunner().invoke(cli, [line[1], "--help"]).output
-    assert {word for word in line if word.startswith("--")} <= set(re.findall(r"--[\w-]+", help_text))
+    ours = line[: line.index("--")] if "--" in line else line
+    assert {word for word in ours if word.startswith("--")} <= set(re.findall(r"--[\w-]+", help_text))
 
 
 def test_the_limits_are_settings_and_options() -> None:
@@ -95,6 +96,8 @@ async def test_one_job_runs_on_each_gpu_and_one_that_fails_fails_all(tmp_path: P
     said = await run(gpus, "sh", "-c", "echo $CUDA_VISIBLE_DEVICES", GPUS="3")
     assert sorted(said.split()) == ["0", "1", "2"]
     await run(gpus, "sh", "-c", "exit $(( CUDA_VISIBLE_DEVICES == 1 ? 7 : 0 ))", GPUS="3", code=7)
+    await run(gpus, "sh", "-c", "exit $(( CUDA_VISIBLE_DEVICES == 2 ? 75 : 0 ))", GPUS="3", code=75)
+    await run(gpus, "sh", "-c", "exit $(( CUDA_VISIBLE_DEVICES == 2 ? 75 : 3 ))", GPUS="3", code=3)
 
 
 async def test_a_handler_of_runpod_is_called_with_a_job_and_its_result_is_kept(tmp_path: Path, redis: str) -> None:
