@@ -19,11 +19,9 @@ import hashlib
 import hmac
 import shutil
 import sqlite3
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -33,7 +31,7 @@ from nullworker.errors import LogUnavailable
 from nullworker.eventlog import cloudevents
 from nullworker.eventlog.log import EventLog
 from nullworker.logs import get_log
-from nullworker.outgoing import describe_failure
+from nullworker.outgoing import describe_failure, forget_frames, http_session, is_elsewhere
 from nullworker.settings import without_secrets
 
 log = get_log(__name__)
@@ -53,7 +51,6 @@ ALIVE_SECONDS: Final = 60.0
 GPU_SECONDS: Final = 5.0
 #: The receiver cannot take this body.
 REFUSALS: Final = frozenset((400, 413, 422))
-_LOOPBACK: Final = ("localhost", "127.", "::1")
 
 Outcome = Literal["accepted", "refused", "failed", "unknown"]
 
@@ -274,8 +271,7 @@ class Sink:
         if self._target.token:
             headers["Authorization"] = f"Bearer {self._target.token}"
         if self._http is None:
-            host = urlsplit(self._target.url).hostname or ""
-            self._http = aiohttp.ClientSession(trust_env=not host.startswith(_LOOPBACK))
+            self._http = http_session(trust_env=is_elsewhere(self._target.url))
         seconds = LAST_CALL_SECONDS if self._hurried else CALL_SECONDS
         try:
             async with self._http.post(
@@ -290,7 +286,7 @@ class Sink:
                 self.trouble = f"it answered {answer.status}"
                 return "refused" if answer.status in REFUSALS else "failed"
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
-            traceback.clear_frames(error.__traceback__)  # aiohttp's are in a cycle with it, and would keep the body
+            forget_frames(error)
             self.trouble = describe_failure(error)
             return "failed" if isinstance(error, aiohttp.ClientConnectorError) else "unknown"
 
