@@ -16,8 +16,8 @@ from harness import WorkerProcess
 from programs import Program, free_port, until
 from queues import QUEUES, Queue
 
-#: Those that make sense for a queue. Left out: a restart of moto, which forgets its queues with its process; faults of
-#: a server for a folder, which has none; and a message that is gone where no reader can be made to have a trace of it.
+#: The faults that apply to each queue. moto forgets its queues at a restart; a folder has no server; and "gone" needs a
+#: queue whose messages can be removed without a trace.
 FAULTS: Final = {
     "redis": ("poison", "restart", "cut", "idle", "kill consumer", "kill worker", "gone"),
     "nats": ("poison", "restart", "cut", "idle", "kill consumer", "kill worker"),
