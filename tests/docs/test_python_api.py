@@ -51,14 +51,13 @@ async def dev(tmp_path: Path) -> AsyncIterator[Dev]:
 
 
 async def test_clients_of_an_endpoint_run_as_shown(dev: Dev, tmp_path: Path) -> None:
-    for example in ("hold", "hold_session", "official"):
+    for example in ("hold", "hold_session", "worker_session", "official"):
         assert await output(tmp_path, example, _8080=dev.url) == EXAMPLES[f"text {example}"]
 
 
 async def test_clients_of_one_worker_run_as_shown(tmp_path: Path) -> None:
     async with WorkerProcess(tmp_path) as worker:
-        for example in ("hold_at", "worker_session"):
-            assert await output(tmp_path, example, _3000=worker.url) == EXAMPLES[f"text {example}"]
+        assert await output(tmp_path, "hold_at", _3000=worker.url) == EXAMPLES["text hold_at"]
 
 
 async def test_a_queue_is_drained_as_shown(tmp_path: Path) -> None:
@@ -85,6 +84,6 @@ def test_the_page_has_each_public_name_with_a_sentence_and_in_an_example(package
 
 
 def test_every_example_of_the_page_is_run() -> None:
-    run = {"hold", "hold_session", "official", "hold_at", "worker_session", "testing", "consumer", "drain"}
+    run = {"hold", "hold_session", "worker_session", "official", "hold_at", "testing", "consumer", "drain"}
     assert {language.partition(" ")[2] for language in EXAMPLES if language.startswith("python")} == run
     assert next(rows(PAGE, "| name |"))
