@@ -25,7 +25,7 @@ from typing import Any, cast
 
 from nullworker.testing import FakeAutoscaler
 from nullworker.testing.faults import Call, How
-from stress import crash_audit
+from stress import audit
 from stress.crash_load import Ledger, Load
 from stress.crash_worker import Worker
 
@@ -73,9 +73,9 @@ class Run:
 
     async def _delivered(self) -> None:
         """All that the log owes has reached the other side, also for claims whose answer was lost."""
-        owed = {r.terms.request_idx for r in crash_audit.read(self.worker.db).reservations.values()}
+        owed = {r.request_idx for r in audit.read(self.worker.db).reservations.values()}
         await self.vast.wait_for(lambda: owed <= {each["request_idx"] for each in self.vast.outcomes}, DELIVERY)
-        while crash_audit.callbacks_owed(self.worker.db):  # another process settles them
+        while audit.callbacks_owed(self.worker.db):  # another process settles them
             await asyncio.sleep(0.1)
 
     async def _kill(self, kills: int, seconds: float, users: asyncio.Future[None]) -> None:
@@ -111,16 +111,16 @@ class Run:
 
 def report(run: Run, seconds: float) -> list[str]:
     """Print the figures; the problems."""
-    history = crash_audit.read(run.worker.db)
-    problems = list(crash_audit.check(history, run.ledger, run.vast, run.sure))
+    history = audit.read(run.worker.db)
+    problems = list(audit.check(history, run.ledger, run.vast, run.sure))
     problems += [f"log line: {line}" for line in run.worker.alarms]
     claims, releases = run.ledger.claims, run.ledger.releases
     fates = Counter(claim.fate for claim in claims)
-    kinds = Counter(f"{r.terms.kind} {r.state}/{r.reason}" for r in history.ends)
+    kinds = Counter(f"{r.kind} {r.state}/{r.reason}" for r in history.ends)
     repeats = len(run.vast.outcomes) - len({each["request_idx"] for each in run.vast.outcomes})
     print(f"kills            {len(run.ledger.kills)} in {seconds:.0f} s, {run.worker.lives} starts")
     print(f"claims           {len(claims)}: " + ", ".join(f"{n} {fate}" for fate, n in fates.most_common()))
-    print(f"reservations     {len(history.reservations)}, {len(history.events)} events")
+    print(f"reservations     {len(history.reservations)}, {history.events} events")
     for name, number in kinds.most_common():
         print(f"  {number:<6} {name}")
     ended = sum(bool(r.answer and r.answer.get("released")) for r in releases)

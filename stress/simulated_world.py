@@ -117,10 +117,10 @@ class Disk:
         self._faulty.remove()
         clock._BOOT_ID = self._real_boot_id
 
-    def breaks(self) -> None:
-        """From now on writes or syncs fail, some or all."""
-        rate = self._random.choice((0.2, 1.0))
-        kind = self._random.choice(("full", "deaf", "both"))
+    def breaks(self, kind: str | None = None, rate: float | None = None) -> None:
+        """From now on writes ("full") or syncs ("deaf") fail, some or all."""
+        rate = rate or self._random.choice((0.2, 1.0))
+        kind = kind or self._random.choice(("full", "deaf", "both"))
         self._faulty.full = rate if kind != "deaf" else 0.0
         self._faulty.deaf = rate if kind != "full" else 0.0
 

@@ -20,15 +20,15 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from nullworker.autoscaler.messages import Identity, outcome_of
+from nullworker.autoscaler.messages import Identity
 from nullworker.autoscaler.reporter import Reporter
-from nullworker.errors import Conflict, IllegalMove, LogUnavailable
-from nullworker.fsm.book import Book, Claim, Limits, Reservation
-from nullworker.fsm.events import Event, SessionTerms, from_row
-from nullworker.fsm.table import ENDED
+from nullworker.errors import LogUnavailable
+from nullworker.fsm.book import Limits
 from nullworker.readiness import Readiness
-from nullworker.service import Commit, DeadlineTimer, Service
+from nullworker.service import DeadlineTimer, Service
 from nullworker.session_callbacks import Callbacks
+from stress import audit
+from stress.simulated_users import Users
 from stress.simulated_world import Autoscaler, Disk, Owners, SimulatedClock, SimulatedLoop
 
 PERF = 100.0
@@ -92,7 +92,7 @@ class Incarnation:
                 raise result
 
 
-class Simulation:
+class Simulation(Users):
     """One history."""
 
     def __init__(self, seed: int, steps: int, folder: Path, loop: SimulatedLoop) -> None:
@@ -109,10 +109,15 @@ class Simulation:
         self.before: tuple[str, float | None] | None = None  # what was held when the worker went, and until when
         self.excused: set[str] = set()  # their last events went with the memory or the power
         self.figures: Counter[str] = Counter()
+        self.problems: list[str] = []
         self.numbers = 0
         self.previous = "nobody"
         self.up: Incarnation | None = None
         self.over = False
+
+    @property
+    def process(self) -> Incarnation | None:
+        return self.up
 
     def new_id(self) -> str:
         self.numbers += 1
@@ -135,7 +140,7 @@ class Simulation:
         await chaos  # a stop or a kill that is under way comes to its end
         await self.calm_down()
         self.check()
-        self.figures["reservations"] = len(self.loggeds)
+        self.figures["reservations"] = len(self.logged)
         return self.figures
 
     def found(self, service: Service) -> None:
@@ -163,117 +168,9 @@ class Simulation:
             else:
                 self.loop.call_later(31.0, self.dead_consumer_is_noticed, service, held)
 
-    def consumer_attaches(self, service: Service, reservation_id: str) -> None:
-        if self.up is None or service is not self.up.service:
-            return
-        with contextlib.suppress(IllegalMove, Conflict, LogUnavailable):
-            service.attach(reservation_id, self.random.choice(("", "1", "all")))
-            self.attached = reservation_id
-            self.figures["attached"] += 1
-
-    def consumer_detaches(self, service: Service, reservation_id: str) -> None:
-        if self.up is not None and service is self.up.service:
-            service.detach(reservation_id)
-            self.attached = None
-
-    def dead_consumer_is_noticed(self, service: Service, held: Reservation) -> None:
-        if self.up is None or service is not self.up.service or service.log_is_down:
-            return
-        assert held.state in ENDED, "a consumer that is dead over a restart is noticed"
-        self.figures["dead_consumers"] += held.reason == "consumer_lost"
-
     def nothing_is_late(self, service: Service) -> None:
         deadline = service.next_deadline()
         assert deadline is None or self.clock.now() < deadline + 0.01, "the alarm has rung for what is over"
-
-    # -- those who use it ----------------------------------------------------------------------------------------
-
-    async def client(self, at: Incarnation, number: int) -> None:
-        """Somebody with a request or a session, patient or not."""
-        random, service = self.random, at.service
-        poisoned = random.random() < 0.002
-        if poisoned:
-            self.autoscaler.poison.add(number)
-        session = random.random() < 0.2
-        duration = random.choice((None, 0.0, random.uniform(0.5, 30.0)))
-        terms = None
-        if session:
-            duration = random.uniform(1.0, 40.0)
-            terms = SessionTerms(duration, "http://owner/" if random.random() < 0.7 else None)
-        try:
-            reservation = service.claim(
-                Claim("session" if session else "request", duration, request_idx=number, session=terms)
-            )
-        except LogUnavailable:
-            self.figures["refused_without_a_trace"] += 1
-            return
-        if session:
-            if reservation.state in ENDED:
-                self.answered(reservation)
-            else:
-                await self.owner(service, reservation)
-            return
-        patience = random.uniform(0.0, 25.0) if random.random() < 0.2 else None
-        ended = asyncio.ensure_future(service.ended(reservation))
-        try:
-            done, _ = await asyncio.wait({ended}, timeout=patience)
-            if done:
-                self.answered(reservation)
-            else:
-                service.cancel(reservation.id, "client_disconnect")
-                self.figures["hang_ups"] += 1
-        finally:
-            ended.cancel()
-
-    async def owner(self, service: Service, session: Reservation) -> None:
-        """Pings its session a few times, then ends it or forgets it."""
-        for _ in range(self.random.choice((0, 0, 1, 3))):
-            await asyncio.sleep(self.random.uniform(0.1, 5.0))
-            if session.state in ENDED:
-                return
-            with contextlib.suppress(LogUnavailable):
-                service.renew(session.id)
-        if self.random.random() < 0.6 and session.state not in ENDED:
-            service.release(session.id, reason="session_end")
-
-    def answered(self, reservation: Reservation) -> None:
-        assert reservation.id not in self.answers, "one answer for each"
-        self.answers[reservation.id] = (reservation.state, reservation.reason)
-
-    def hear(self, commit: Commit) -> None:
-        """An observer: the consumer, which pulls a job when it holds the worker."""
-        if commit.event.kind != "held" or self.up is None:
-            return
-        assert not self.up.service.log_is_down, "nobody is held before that is in the log"
-        random, held = self.random, commit.reservation
-        fate = random.random()
-        if fate < 0.75:
-            work = random.uniform(0.0, 6.0)
-            self.loop.call_later(work, self.consumer_done, self.up, held.id if fate < 0.6 else self.previous)
-        if fate < 0.1:
-            self.loop.call_later(random.uniform(0.0, 3.0), self.consumer_needs_more, self.up, held.id)
-        if 0.2 < fate < 0.4:
-            self.loop.call_later(random.uniform(0.0, 2.0), self.consumer_attaches, self.up.service, held.id)
-            if fate < 0.25:
-                self.loop.call_later(random.uniform(2.0, 9.0), self.consumer_detaches, self.up.service, held.id)
-        self.previous = held.id
-
-    def consumer_done(self, at: Incarnation, reservation_id: str) -> None:
-        if at is not self.up:
-            return
-        held = at.service.book.held
-        before = at.service.seq
-        try:
-            at.service.release(reservation_id, result={"ok": True})
-        except IllegalMove:
-            assert at.service.seq == before
-            assert at.service.book.held is held, "a late consumer ends nothing of somebody else's"
-            self.figures["late_releases"] += 1
-
-    def consumer_needs_more(self, at: Incarnation, reservation_id: str) -> None:
-        if at is self.up:
-            with contextlib.suppress(IllegalMove, LogUnavailable):
-                at.service.extend(reservation_id, self.random.uniform(1.0, 200.0))
 
     # -- what befalls it -----------------------------------------------------------------------------------------
 
@@ -281,7 +178,7 @@ class Simulation:
         """One trouble after the other."""
         troubles = [self.kill, self.kill, self.stop, self.step_wall_clock, self.consumer_dies, self.network]
         if self.world.disk_trouble:
-            troubles += [self.disk_breaks, self.disk_mends]
+            troubles += [self.disk_breaks, self.disk_mends, self.disk_is_full_while_others_wait]
         if self.world.power_cuts:
             troubles += [self.power_cut]
         if self.world.harm:
@@ -294,7 +191,11 @@ class Simulation:
 
     async def kill(self, *, power_cut: bool = False, harm: bool = False) -> None:
         """kill -9, and a start some time later."""
+        if self.random.random() < 0.6:
+            await self.until_a_session_is_held()
         assert self.up is not None
+        if self.world.disk_trouble and self.random.random() < 0.4:
+            self.sync_fails(self.up)
         down, self.up = self.up, None
         self.figures["power_cuts" if power_cut else "kills"] += 1
         self.excused |= {each.reservation.id for each in down.service.unwritten}
@@ -305,9 +206,9 @@ class Simulation:
         assert not lost or self.disk.sync_mode == "normal", "what was synced is not lost"
         self.figures["events_lost_with_the_power"] += lost
         if lost:
-            self.excused |= {event.reservation_id for event in rows[-lost:]}
+            self.excused |= {name for _, name, *_ in rows[-lost:]}
         if power_cut and unsure:  # stress/power_cut.py says why nothing can be said of what was refused
-            self.excused |= {event.reservation_id for event in self.rows()[-10:]}
+            self.excused |= {name for _, name, *_ in self.rows()[-10:]}
         if power_cut:
             self.clock.step_wall(self.random.choice((0.0, 0.0, -28_800.0, 7_200.0)))
         await asyncio.sleep(self.random.choice((0.1, 1.0, 30.0)))
@@ -318,9 +219,38 @@ class Simulation:
         if self.disk.set_aside():
             assert harmed, "nothing is set aside that is whole"
             self.figures["logs_set_aside"] += 1
-            self.excused |= {event.reservation_id for event in rows}
+            self.excused |= {name for _, name, *_ in rows}
         elif harmed:
             assert len(self.rows()) >= len(rows), "a loss is said"
+
+    async def until_a_session_is_held(self) -> None:
+        """What goes on over a restart."""
+        for _ in range(100):
+            assert self.up is not None
+            held = self.up.service.book.held
+            if held is not None and held.terms.kind == "session":
+                return
+            await asyncio.sleep(0.2)
+
+    def sync_fails(self, up: Incarnation) -> None:
+        """The last that the worker does before it goes is refused, and whole in the -wal."""
+        self.disk.breaks("deaf", 1.0)
+        held = up.service.book.held
+        if held is not None:
+            with contextlib.suppress(LogUnavailable):
+                up.service.extend(held.id, self.random.uniform(50.0, 100.0))
+            self.figures["refused_at_the_end"] += up.service.log_is_down
+
+    async def disk_is_full_while_others_wait(self) -> None:
+        """The held one ends, and nobody is held until there is space again."""
+        assert self.up is not None
+        self.disk.breaks("full", 1.0)
+        held = self.up.service.book.held
+        if held is not None and self.up.service.book.queue:
+            self.up.service.release(held.id)
+            self.figures["waited_for_space"] += 1
+        await asyncio.sleep(self.random.uniform(0.5, 5.0))
+        self.disk.mends()
 
     async def harm(self) -> None:
         """Somebody removes or damages the -wal of a worker that was killed."""
@@ -366,7 +296,7 @@ class Simulation:
     async def network(self) -> None:
         if self.world.network_trouble:
             self.autoscaler.modes = {"http://a": self.random.choice(("up", "up", "down", "hangs", "refuses"))}
-            if self.random.random() < 0.3:
+            if self.random.random() < (0.6 if self.autoscaler.modes["http://a"] == "refuses" else 0.3):
                 self.autoscaler.modes["http://b"] = self.random.choice(("down", "hangs"))
             self.autoscaler.trouble_rate = self.random.choice((0.0, 0.0, 0.3, 1.0))
             self.owners.trouble_rate = self.random.choice((0.0, 0.5, 1.0))
@@ -405,65 +335,51 @@ class Simulation:
         assert self.up.log.conn.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
         self.up.log.close()
 
-    def rows(self) -> list[Event]:
-        query = "SELECT at, reservation_id, kind, reason, data FROM events ORDER BY seq"
-        return [from_row((at, name, kind, reason, data)) for at, name, kind, reason, data in self.disk.ask(query)]
+    def rows(self) -> list[audit.Row]:
+        return self.disk.ask("SELECT at, reservation_id, kind, reason, data FROM events ORDER BY seq")
 
     def check(self) -> None:
         """The log is a legal history, and everybody was told what is in it."""
-        book = Book(LIMITS)
-        self.loggeds: dict[str, Reservation] = {}
-        order: list[Reservation] = []
-        waiting: list[str] = []
-        for event in self.events:
-            reservation = book.apply(event)
-            self.loggeds[reservation.id] = reservation
-            if event.kind in ENDED:
-                order.append(reservation)
-            elif event.kind == "queued":
-                waiting.append(reservation.id)
-            elif event.kind == "held":
-                assert waiting[0] == reservation.id, "first come, first served"
-            if event.kind != "queued" and reservation.id in waiting:
-                waiting.remove(reservation.id)
-        assert not list(book.live())
+        history = audit.replay(self.events)
+        problems = self.problems + history.problems
+        assert not problems, problems[0]
+        self.logged = history.reservations
+        assert not any(past.open for past in self.logged.values())
         self.check_answers()
-        self.check_outcomes(order)
-        self.check_figures(order)
-        for reservation in order:
-            session = reservation.terms.session
-            owed = session is not None and session.on_close_route and reservation.held_at is not None
-            if owed and reservation.id not in self.excused:
-                assert self.owners.told[reservation.id] >= 1, f"the owner of {reservation.id} was not told"
+        self.check_outcomes(history.ends)
+        self.check_figures(history.ends)
+        for past in history.ends:
+            if past.owner_is_told and past.id not in self.excused:
+                assert self.owners.told[past.id] >= 1, f"the owner of {past.id} was not told"
 
     def check_answers(self) -> None:
         for reservation_id, answer in self.answers.items():
             if reservation_id in self.excused:
                 continue
-            logged = self.loggeds[reservation_id]
+            logged = self.logged[reservation_id]
             assert (logged.state, logged.reason) == answer, f"{reservation_id}: the caller heard {answer}"
         self.figures["answers"] = len(self.answers)
 
-    def check_outcomes(self, order: list[Reservation]) -> None:
-        owed = {r.terms.request_idx: outcome_of(r) for r in order if r.id not in self.excused}
+    def check_outcomes(self, ends: list[audit.Past]) -> None:
+        owed = dict(audit.outcomes_owed(past for past in ends if past.id not in self.excused))
         poison = self.autoscaler.poison
         assert self.autoscaler.contradicted.isdisjoint(owed), "nobody is told two different ends"
         owed = {index: outcome for index, outcome in owed.items() if index not in poison}
         heard = {index: outcome for index, outcome in self.autoscaler.heard.items() if index in owed}
         assert heard == owed, "every outcome arrives, as it was"
         assert list(heard) == list(owed), "and in order"
-        for index in poison & {r.terms.request_idx for r in order if r.id not in self.excused}:
+        for index in poison & {past.request_idx for past in ends if past.id not in self.excused}:
             assert index not in self.autoscaler.heard
             self.figures["refused_outcomes"] += 1
         assert len(self.settled) >= self.figures["refused_outcomes"], "what is refused for good is kept"
 
-    def check_figures(self, order: list[Reservation]) -> None:
-        happened = Counter(outcome_of(reservation) for reservation in order)
+    def check_figures(self, ends: list[audit.Past]) -> None:
+        happened = Counter(past.outcome for past in ends)
         for name, outcome, told in (
             ("served", "Success", self.autoscaler.served),
             ("rejected", "Rejected", self.autoscaler.rejected),
         ):
-            least = happened[outcome]  # type: ignore[index]
+            least = happened[outcome]
             assert told >= least, f"{name}: {told} were reported and {least} happened"
             if not (
                 self.world.disk_trouble or self.world.power_cuts or self.world.harm

@@ -29,7 +29,7 @@ from typing import Any
 import aiohttp
 import psutil
 
-from stress import crash_audit, soak_figures, soak_report
+from stress import audit, soak_figures, soak_report
 from stress.crash_load import LOST, Ledger
 from stress.soak_figures import Life, Sample
 from stress.soak_guests import Guests
@@ -195,7 +195,7 @@ class Soak:
         return (
             status["held"] is None
             and status["queue"]["length"] == status["autoscaler"]["backlog"] == 0
-            and not crash_audit.callbacks_owed(self.worker.db)
+            and not audit.callbacks_owed(self.worker.db)
             and self.guests.seq == status["log"]["last_seq"]
         )
 
@@ -212,8 +212,8 @@ class Soak:
 
     def verdict(self) -> list[str]:
         """Everything that is wrong."""
-        history = crash_audit.read(self.worker.db)
-        ends = {r.terms.request_idx: r for r in history.ends}
+        history = audit.read(self.worker.db)
+        ends = {r.request_idx: r for r in history.ends}
         for claim in self.ledger.claims:
             self.counts[f"{claim.kind} {claim.fate} {claim.status or ''}".rstrip()] += 1
             found = ends.get(claim.idx)
@@ -223,7 +223,7 @@ class Soak:
             life.latencies.setdefault("claim -> in the log", []).append(found.queued_at - claim.sent)
             life.latencies.setdefault("end -> answer", []).append(claim.answered - found.ended_at)
         for end in history.ends:
-            self.counts[f"in the log: {end.terms.kind} {end.state}, {end.reason}"] += 1
+            self.counts[f"in the log: {end.kind} {end.state}, {end.reason}"] += 1
         self.counts["callbacks"] = len(self.ledger.callbacks)
         self.counts["outcomes"] = len(self.vast.outcomes)
         self.counts["reports"] = len(self.vast.statuses)
@@ -234,7 +234,7 @@ class Soak:
             *soak_figures.unexplained([*self.load.lost, *self.guests.lost], self.lives),
             *(f"not explained: {line}" for line in self.worker.alarms),
             *soak_figures.judge(self.lives, self.idle_fds, self.last_fds),
-            *crash_audit.check(history, self.ledger, self.vast, self.vast.sure()),
+            *audit.check(history, self.ledger, self.vast, self.vast.sure()),
         ]
 
 

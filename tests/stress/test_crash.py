@@ -16,7 +16,7 @@ import pytest
 from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.opening import open_log
 from nullworker.fsm.events import Ended, Event, Held, Queued
-from stress import crash_audit, crash_load
+from stress import audit, crash_load
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +47,7 @@ class Evidence:
     """A log of two requests, and all that was seen of them from outside; nothing is wrong with it."""
 
     def __init__(self, folder: Path) -> None:
-        self.audit: Any = crash_audit
+        self.audit: Any = audit
         load: Any = crash_load
         self.db = folder / "audit.db"
         self.log: EventLog = open_log(self.db)
