@@ -33,12 +33,13 @@ from aiohttp import web
 from stress.crash_worker import ROOT, free_ports
 
 #: Seconds that a start, and an exit, may take.
-PATIENCE = 30.0
-DRAIN_SECONDS = 5
+PATIENCE = 60.0
+#: NULL_DRAIN_SECONDS: so long, and 3 s more, a worker tries to hand over the rest while the collector comes and goes.
+DRAIN_SECONDS = 20
 #: Seconds in which an event is with a collector that is well: some POSTs, on a machine that is busy.
 FRESH_SECONDS = 2.0
-#: Seconds between two kills of the collector, at most.
-KILL_SECONDS = 2.0
+#: Seconds that the collector lives, from its start to its kill; a start takes about one.
+LIVES = (1.0, 5.0)
 TOKEN = "of-the-fleet"
 
 Row = tuple[int, float, str, str, "str | None"]
@@ -181,7 +182,7 @@ class Run:
 
     async def _kill(self) -> None:
         while True:
-            await asyncio.sleep(self._rng.uniform(0.2, 1) * KILL_SECONDS)
+            await asyncio.sleep(self._rng.uniform(*LIVES))
             await self._collector.end(signal.SIGKILL)
             self.kills += 1
             await self._collector.start(f"{self._collector_url}/readyz")
