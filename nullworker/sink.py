@@ -42,7 +42,7 @@ BATCH_BYTES: Final = 1024 * 1024 - 4096  # below 1 MiB with its brackets and com
 #: Seconds from one POST to the next, and between two tries of the last ones.
 PACE_SECONDS: Final = 0.2
 #: Seconds until the first try after a failure, and at most: a machine may be destroyed with what it has not sent.
-RETRY_SECONDS: Final = (0.2, 5.0)
+RETRY_SECONDS: Final = (0.2, 2.0)
 #: Seconds that one POST may take, and one of the last ones.
 CALL_SECONDS, LAST_CALL_SECONDS = 10.0, 2.0
 #: Seconds with nothing to send after which the worker says that it is alive.
