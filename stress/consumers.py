@@ -72,7 +72,12 @@ async def kills(times: int, seed: int, grace: float) -> int:
                     env = {"NULL_CONTROL_PORT": str(worker.control_port)}
                     consumer = await stack.enter_async_context(Program(Path(folder), *command, **env))
                     await session(worker, lifetime=3600)
-                    await consumer.line("inside")
+                    try:
+                        await consumer.line("inside")
+                    except AssertionError:
+                        print(f"kill {number}: the consumer does not attach; the worker's last lines:")
+                        print(*worker.lines[-10:], worker.process.returncode, sep="\n", flush=True)
+                        raise
                     await asyncio.sleep(random.uniform(0, 0.5))
                     killed = stopwatch()
                     consumer.process.kill()

@@ -2,7 +2,7 @@
 
 export const REASONS = {
   explicit: "released by its consumer", session_end: "session closed by its owner", consumer_exit: "its command has ended",
-  extend: "by its consumer", ping: "renewed by its owner", attached: "its consumer is attached", duration_elapsed: "its time was over",
+  extend: "by its consumer", ping: "renewed by its owner", duration_elapsed: "its time was over",
   queue_timeout: "waited too long", queue_full: "the queue was full", busy: "the slot was taken",
   client_disconnect: "its caller hung up", not_ready: "the worker was not ready", errored: "the consumer was unhealthy",
   draining: "the worker was stopping", log_unavailable: "the log could not be written",
