@@ -457,6 +457,8 @@ class _Holding:
 
     def _told(self, session: WorkerSession, final: FinalStatus) -> Answer:
         self._ledger.instance, self._ledger.reservation_id = session.instance, session.session_id
+        if self._ledger.duration_cap is None:  # it ended before its events came
+            self._ledger.duration_cap = session.lifetime
         return _verdict(session.url, _as_answer(final), self._ledger, self._say, final)
 
 
