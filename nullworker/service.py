@@ -33,8 +33,7 @@ log = get_log(__name__)
 
 #: Seconds between two tries of a log that cannot be written.
 RETRY_SECONDS: Final = 0.25
-#: Seconds for which somebody else's lock may keep the log from being written before the worker is `errored`: VACUUM of
-#: 100 MB takes 2.
+#: Seconds that another program's lock may last before the worker is `errored`; VACUUM of 100 MB takes 2.
 PATIENCE_SECONDS: Final = 5.0
 #: Events that may wait in memory for the log. Above that, a refused claim is not recorded.
 MAX_UNWRITTEN = 10_000
@@ -48,27 +47,21 @@ class Journal(Protocol):
     @property
     def last_seq(self) -> int:
         """The seq of the last stored event."""
-        ...
 
     def append(self, events: Sequence[tuple[int, Event]]) -> None:
         """All or none. Raises LogUnavailable; until `take_back`, the events may still be there after a restart."""
-        ...
 
     def take_back(self) -> None:
         """What the last append could not write is refused: it must not be there after a restart either."""
-        ...
 
     def live(self) -> Iterator[tuple[int, Event]]:
         """The events of live reservations, in order."""
-        ...
 
     def store_anchor(self, anchor: Anchor) -> None:
         """Store the clock's anchor. Raises LogUnavailable."""
-        ...
 
     def probe(self) -> None:
         """Test whether it can be written. Raises LogUnavailable."""
-        ...
 
 
 class Commit(NamedTuple):
@@ -276,8 +269,8 @@ class Service:
 
     def next_deadline(self) -> float | None:
         """When to call `tick`, in epoch seconds; None while there is no deadline."""
-        retry_at = self._retry_at if self.log_is_down else None
-        deadlines = [self.book.next_deadline(log_is_down=self.log_is_down), retry_at]
+        down = self.log_is_down
+        deadlines = [self.book.next_deadline(log_is_down=down), self._retry_at if down else None]
         return min((deadline for deadline in deadlines if deadline is not None), default=None)
 
     # -- notifications ------------------------------------------------------------------------------------------
@@ -344,30 +337,22 @@ class Service:
 
     def _store(self, events: list[Event], *, must: bool) -> list[tuple[int, Event]]:
         """Write these events. Returns those that are true now, with their seqs: all, or only what must not wait."""
-        if not events:
-            return []
         numbered = list(enumerate(events, self._seq + 1))
-        if self.unwritten and not self._flush(self.now()):
-            written = False
-        else:
-            written = self._append(numbered, keep=must and events == _seen_before_its_commit(events))
-        if written:
-            return numbered
-        if not must:
+        ends = _seen_before_its_commit(events)
+        if events and (not self.unwritten or self._flush(self.now())):
+            try:
+                self._journal.append(numbered)
+            except LogUnavailable as error:
+                # what becomes true in any case may be found by a restart; behind somebody's lock nothing was begun
+                if not (must and ends == events) and not error.momentary:
+                    self._journal.take_back()
+                self._log_failed(error)
+            else:
+                self._log_works()
+                return numbered
+        if events and not must:
             raise LogUnavailable(str(self._trouble))
-        return list(enumerate(_seen_before_its_commit(events), self._seq + 1))
-
-    def _append(self, numbered: list[tuple[int, Event]], *, keep: bool) -> bool:
-        """Write these. With `keep` they become true in any case, and a restart may find them in a failed commit."""
-        try:
-            self._journal.append(numbered)
-        except LogUnavailable as error:
-            if not keep and not error.momentary:  # behind somebody's lock nothing was begun
-                self._journal.take_back()
-            self._log_failed(error)
-            return False
-        self._log_works()
-        return True
+        return list(enumerate(ends, self._seq + 1))
 
     def _try_log(self) -> None:
         """If the log could not be written, find out whether it can be now."""
@@ -414,9 +399,8 @@ class Service:
 
     def _follow_the_wall_clock(self) -> None:
         """If it was set, and nothing is live that was timed by it, neither here nor in what waits for the log."""
-        if self.log_is_down or self.unwritten or any(True for _ in self.book.live()):
-            return
-        if (anchor := self._clock.moved()) is None:
+        busy = self.log_is_down or self.unwritten or any(True for _ in self.book.live())
+        if busy or (anchor := self._clock.moved()) is None:
             return
         try:
             self._journal.store_anchor(anchor)

@@ -126,6 +126,23 @@ def test_the_status_cursor_stands_at_what_was_sent_and_not_at_what_came_meanwhil
     office.live(after_a_kill)
 
 
+def test_a_status_counts_what_was_claimed_and_how_long_it_took_to_be_ready(office: Office) -> None:
+    async def story() -> None:
+        office.service.readiness.key_is_missing("not yet")
+        await asyncio.sleep(3.0)
+        office.service.readiness.key_is_loaded()
+        for _ in range(3):
+            office.serve()
+        await asyncio.sleep(12.0)
+        first, *_, last = office.autoscaler.bodies(STATUS_PATH)
+        assert (first["loadtime"], first["max_perf"], first["num_requests_recieved"]) == (0.0, 0.0, 0)
+        assert (last["loadtime"], last["max_perf"], last["num_requests_recieved"]) == (3.0, PERF, 3)
+        times = [at for at, path, body in office.autoscaler.calls if path == STATUS_PATH and body["loadtime"]]
+        assert times[0] < 3.1, "that it is ready is told at once"
+
+    office.live(story)
+
+
 def test_no_cursor_moves_when_nothing_was_delivered_and_all_is_sent_again(office: Office) -> None:
     async def story() -> None:
         office.autoscaler.answers = {STATUS_PATH: "failed", OUTCOMES_PATH: "failed"}
