@@ -42,7 +42,7 @@ def _prices(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> tu
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--db", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The database; made if new.")
+@click.option("--db", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The database file.")
 @click.option("--host", default="127.0.0.1", help="Address to listen on. Another than loopback needs a token.")
 @click.option("--port", type=click.IntRange(0, 65535), default=18997, help="Of POST /events; 0: any.")
 @click.option(
@@ -94,7 +94,7 @@ def collect(
     """Collect the events of all workers whose NULL_SINK is http://HOST:PORT/events, in one SQLite database.
 
     It serves a page, /status, /readyz and /metrics too, to this machine only. SIGTERM ends it; the workers keep what
-    they have not been able to hand over.
+    they could not deliver.
     """
     loopback = _is_loopback(host)
     token = (token or "").strip() or None

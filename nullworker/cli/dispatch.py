@@ -52,7 +52,7 @@ def _metadata(_: click.Context, __: click.Parameter, text: str | None) -> dict[s
 
 
 @click.command(short_help="Keep as many workers reserved as a queue needs.", context_settings={"show_default": True})
-@_option("--endpoint", metavar="NAME", required=True, help="The endpoint, by its name at Vast.")
+@_option("--endpoint", metavar="NAME", required=True, help="The name of the endpoint at Vast.")
 @_option(
     "--queue", metavar="URL", variable="NULL_QUEUE", help="The queue: redis://, nats://, amqp://, sqs://, sqlite://."
 )
@@ -61,47 +61,47 @@ def _metadata(_: click.Context, __: click.Parameter, text: str | None) -> dict[s
     "--max",
     "most",
     type=click.IntRange(1),
-    help="Never more workers than this. Required.",
+    help="The maximum number of workers. Required.",
     variable="NULL_DISPATCH_MAX",
 )
-@_option("--min", "least", type=click.IntRange(0), default=0, help="Always so many.")
+@_option("--min", "least", type=click.IntRange(0), default=0, help="The minimum number of workers.")
 @_option("--jobs-per-worker", type=click.IntRange(1), default=1, help="More than 1 needs consumers that stay.")
-@_option("--interval", type=POSITIVE_SECONDS, default=5.0, help="Between two looks at the queue.")
-@_option("--settle", type=SECONDS, default=10.0, help="After so long a hold has surely taken its job.")
+@_option("--interval", type=POSITIVE_SECONDS, default=5.0, help="Between two polls of the queue.")
+@_option("--settle", type=SECONDS, default=10.0, help="Time after which a hold has taken its job.")
 @_option(
-    "--lifetime", type=POSITIVE_SECONDS, default=300.0, help="How long a session outlives this process unattended."
+    "--lifetime", type=POSITIVE_SECONDS, default=300.0, help="How long an unattended session survives this process."
 )
-@_option("--attach", type=SECONDS, default="15m", help="A consumer must attach within so long; 0: consumers never do.")
-@_option("--stall", type=POSITIVE_SECONDS, default="10m", help="A claim that waits for longer is an alarm.")
+@_option("--attach", type=SECONDS, default="15m", help="Time in which a consumer must attach; 0: they never do.")
+@_option("--stall", type=POSITIVE_SECONDS, default="10m", help="A claim that waits for longer is reported.")
 @_option("--cost", type=click.FloatRange(min=0, min_open=True), default=100, help="Workload of one worker.")
-@_option("--metadata", metavar="JSON", callback=_metadata, help="Handed to each consumer; up to 4 KiB.")
-@_option("--max-hours-per-day", type=click.FloatRange(min=0, min_open=True), help="Held hours in 24 hours.")
-@_option("--max-dollars-per-day", type=click.FloatRange(min=0, min_open=True), help="Dollars in 24 hours.")
+@_option("--metadata", metavar="JSON", callback=_metadata, help="Passed to each consumer; up to 4 KiB.")
+@_option("--max-hours-per-day", type=click.FloatRange(min=0, min_open=True), help="Maximum of held hours in 24 hours.")
+@_option("--max-dollars-per-day", type=click.FloatRange(min=0, min_open=True), help="Maximum of dollars in 24 hours.")
 @_option("--price", type=click.FloatRange(min=0), help="Dollars an hour. [default: each instance's own]")
-@_option("--at-limit", type=click.Choice(["wait", "end"]), default="wait", help="end: also ends what is held.")
+@_option("--at-limit", type=click.Choice(["wait", "end"]), default="wait", help="end: also end held sessions.")
 @_option(
     "--ledger",
     type=click.Path(dir_okay=False, path_type=Path),
     default="nullworker-dispatch.db",
-    help="The SQLite file of all claims.",
+    help="The SQLite file with all claims.",
 )
 @_option(
     "--port", type=click.IntRange(0, 65535), default=18996, help="On 127.0.0.1: /status, /readyz, /metrics; 0: any."
 )
-@_option("--autoscaler", metavar="URL", help="A stand-in, as of `nullworker dev`, in place of Vast.")
-@click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Of your account at Vast.")
+@_option("--autoscaler", metavar="URL", help="A fake autoscaler, as of `nullworker dev`, instead of Vast.")
+@click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Your API key at Vast.")
 @_option(
     "--log-format",
     type=click.Choice(["console", "json"]),
     default="console",
-    help="Lines on stderr.",
+    help="Format of the log lines on stderr.",
     variable="NULL_LOG_FORMAT",
 )
 @_option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
-    help="The least that is shown.",
+    help="The lowest level that is shown.",
     variable="NULL_LOG_LEVEL",
 )
 @click.option("--end-all", is_flag=True, help="End every session of the ledger, and exit.")
@@ -134,7 +134,7 @@ def dispatch(
 ) -> None:
     """Reserve as many workers as a queue needs, for as long as it needs them.
 
-    It only opens reservations; consumers end them. So it may be stopped or killed at any time: the next start goes on
+    It only opens reservations; consumers end them. It may be stopped or killed at any time: the next start goes on
     with the sessions in the ledger, and jobs go on meanwhile. Needs `pip install 'nullworker[client,queues]'`.
     SIGTERM leaves every session as it is; --end-all ends them. Seconds may be written as 90, 15m, 6h or 30d.
     """

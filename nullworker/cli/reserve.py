@@ -52,12 +52,14 @@ NOT_HELD, ENDED_EARLY, JOB_FAILED = 1, 3, 4
 
 
 @click.command(short_help="Hold a worker until its consumer releases it.")
-@click.option("--endpoint", metavar="NAME", help="The endpoint, by its name at Vast.")
-@click.option("--url", help="An UNSECURED worker's own address, as http://HOST:PORT, in place of an endpoint.")
-@click.option("--duration", type=SECONDS, help="Such as 90, 15m, 6h. [default: as long as the worker allows]")
-@click.option("--metadata", metavar="JSON", callback=json_object, help="Handed to the consumer; up to 4 KiB.")
-@click.option("--cost", type=click.IntRange(1), default=100, show_default=True, help="Workload, as NULL_MAX_PERF.")
-@click.option("--session", is_flag=True, help="Hold a session, at an endpoint: it survives a restarted worker.")
+@click.option("--endpoint", metavar="NAME", help="The name of the endpoint at Vast.")
+@click.option("--url", help="Instead of --endpoint: the address of an UNSECURED worker.")
+@click.option("--duration", type=SECONDS, help="Such as 90, 15m, 6h. [default: the cap of the worker]")
+@click.option("--metadata", metavar="JSON", callback=json_object, help="Passed to the consumer; up to 4 KiB.")
+@click.option(
+    "--cost", type=click.IntRange(1), default=100, show_default=True, help="Workload; the same as NULL_MAX_PERF."
+)
+@click.option("--session", is_flag=True, help="Hold a session of the endpoint, which survives restarts of the worker.")
 @click.option(
     "--state",
     metavar="FILE",
@@ -69,12 +71,12 @@ NOT_HELD, ENDED_EARLY, JOB_FAILED = 1, 3, 4
     type=Seconds(more_than_0=True),
     default=LIFETIME_SECONDS,
     show_default=True,
-    help="How long a session without a consumer outlives this client, should it die.",
+    help="How long a session without a consumer outlives this client, if it dies.",
 )
-@click.option("--autoscaler", metavar="URL", help="Of the endpoint: a stand-in, in place of Vast.")
-@click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Of your account at Vast.")
+@click.option("--autoscaler", metavar="URL", help="A fake autoscaler instead of Vast.")
+@click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Your API key at Vast.")
 @click.option("--timeout", type=SECONDS, default=WAIT_SECONDS, show_default=True, help="Longest wait for a worker.")
-@click.option("--stream/--no-stream", default=True, help="Wait on a stream, or on a plain request for older workers.")
+@click.option("--stream/--no-stream", default=True, help="Wait on a stream of events (default) or on a plain request.")
 @click.option("--json", "as_json", is_flag=True, help="Only the final answer, as one line of JSON.")
 @click.pass_context
 def reserve(
@@ -99,7 +101,7 @@ def reserve(
     Ctrl-C closes the connection, which ends the reservation; a session is ended. With --state, SIGTERM leaves the
     session as it is. Needs `pip install 'nullworker[client]'`, unless --url is given.
 
-    Exit codes: 0 released and the job did well, or --duration was over; 1 not held, or lost; 2 wrong use; 3 ended early
+    Exit codes: 0 released and the job succeeded, or the time is over; 1 not held, or lost; 2 wrong use; 3 ended early
     by a cap, or cancelled; 4 released, and the job failed (exit_code not 0, or `error`); 130 Ctrl-C; 143 SIGTERM.
     """
     say: Say = (lambda line: None) if as_json else (lambda line: click.echo(line, err=True))

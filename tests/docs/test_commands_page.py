@@ -93,8 +93,8 @@ async def test_the_stand_in_says_at_its_start_what_the_page_shows(tmp_path: Path
     command, _, expected = shown.partition("\n")
     command = command[2:].replace(" dev ", " dev --port 0 --worker-port 0 --control-port 0 ")
     script = f"""
-        {command} >said 2>&1 & until [ "$(wc -l <said)" -ge 6 ]; do sleep 0.1; done
-        kill %1; wait; head -n 6 said
+        {command} >said 2>&1 & until [ "$(wc -l <said)" -ge 7 ]; do sleep 0.1; done
+        kill %1; wait; head -n 7 said
     """
     told = await shell(script, tmp_path, PATH=f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}")
     assert [in_dev(line) for line in alike(told)] == [in_dev(line) for line in alike(expected)]
