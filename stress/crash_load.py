@@ -38,7 +38,7 @@ class Claim:
     status: int = 0
     body: Json = field(default_factory=dict)
     reservation_id: str | None = None  # of the header
-    pings: int = 0  # that were answered with 200
+    renewed_at: float | None = None  # epoch seconds at which the last ping was sent that was answered with 200
     ended: bool = False  # its owner's /session/end was answered with 200
     callback: bool = False  # it has an on_close_route
     sent: float = math.nan  # of a request: epoch seconds
@@ -210,13 +210,15 @@ class Load:
         session_id = str(claim.reservation_id)
         for _ in range(self._rng.randrange(4)):
             await asyncio.sleep(self._rng.uniform(0.02, 0.3))
+            sent = time.time()
             try:
                 status, _ = await self._post(http, "/ping", self._vast.grant(self._worker.url), {}, session_id)
             except LOST:
                 continue
             if status == 410:
                 return
-            claim.pings += status == 200
+            if status == 200:
+                claim.renewed_at = sent
         if self._rng.random() < 0.6:
             hold.over = min(hold.over, time.time())
             base = self._rng.choice([self._worker.url, f"http://127.0.0.1:{self._worker.http_port}"])
