@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import aiohttp
@@ -148,9 +149,11 @@ async def test_an_address_that_is_silent_costs_little_and_only_once(monkeypatch:
     assert connection.SILENT_SECONDS <= 2
     monkeypatch.setattr(connection, "SILENT_SECONDS", 0.3)
     async with asked(None, None, 200) as (autoscaler, addresses):
+        began = time.monotonic()
         for _ in range(2):
             assert await autoscaler.fetch_key() is not None
             assert await autoscaler.post("/path/", {}) == "ok"
+        assert time.monotonic() - began < connection.CALL_SECONDS / 2, "nobody waits for those who are silent"
         assert [address.asked for address in addresses] == [1, 1, 4]
 
 
@@ -170,6 +173,28 @@ async def test_an_address_that_is_slow_is_heard_while_the_next_is_asked(monkeypa
     async with answering(slow) as first, answering(hangs) as second:
         autoscaler = AutoscalerClient([f"http://{first}", f"http://{second}"])
         assert await autoscaler.post("/path/", {}) == "ok"
+        await autoscaler.close()
+
+
+async def test_an_address_that_is_slow_is_heard_after_the_next_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "SILENT_SECONDS", 0.01)
+    next_has_failed = asyncio.Event()
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await next_has_failed.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    async def fails(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 500 No\r\nConnection: close\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        asyncio.get_running_loop().call_later(0.3, next_has_failed.set)
+
+    async with answering(slow) as first, answering(fails) as second:
+        autoscaler = AutoscalerClient([f"http://{first}", f"http://{second}"])
+        assert await autoscaler.post("/path/", {}) == "ok"
+        assert autoscaler.trouble is None
         await autoscaler.close()
 
 

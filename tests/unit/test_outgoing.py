@@ -270,7 +270,8 @@ async def redirecting(location: str) -> AsyncIterator[tuple[str, list[str]]]:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         paths.append(head.split()[1] + (" with a password" if "Basic" in head else ""))
-        status = "200 OK" if paths[-1].startswith("/end") else f"307 X\r\nLocation: {location}"
+        to = location.replace("PORT", str(writer.get_extra_info("sockname")[1]))
+        status = "200 OK" if paths[-1].startswith("/end") else f"307 X\r\nLocation: {to}"
         writer.write(f"HTTP/1.1 {status}\r\nConnection: close\r\nContent-Length: 0\r\n\r\n".encode())
 
     async with answering(answer) as place:
@@ -300,6 +301,9 @@ async def test_a_redirect_to_elsewhere_is_the_answer() -> None:
             async with redirecting(location) as (place, _):
                 assert await got(f"http://{place}/begin") == 307
         assert paths == []
+    async with redirecting("http://localhost:PORT/end") as (place, paths):  # another name, and so perhaps another owner
+        assert await got(f"http://{place}/begin") == 307
+        assert paths == ["/begin"]
 
 
 async def test_redirects_without_end_are_not_followed_without_end() -> None:
