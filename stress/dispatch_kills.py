@@ -102,6 +102,7 @@ class Run:
         self.random = random.Random(seed)
         self.killed: Counter[str] = Counter()
         self.faults: list[str] = []
+        self.lives = 0
         self.port = _free_port()
         self.env = {
             **{name: value for name, value in os.environ.items() if not name.startswith("NULL_")},
@@ -152,13 +153,17 @@ class Run:
         try:
             for _ in range(self.kills):
                 async with self.dispatch(url) as process:
-                    await asyncio.sleep(self.random.uniform(1.0, 6.0))
+                    await self.until_connected(process)
+                    await asyncio.sleep(self.random.uniform(0.0, 4.0))
                     if process.returncode is not None:
                         self.faults.append(f"the dispatcher has ended with {process.returncode}")
                     process.kill()
                     self.killed["dispatcher"] += 1
                 if await redis.llen("done") >= self.jobs:
                     break
+            async with self.dispatch(url):
+                while await redis.llen("done") < 0.8 * self.jobs:
+                    await asyncio.sleep(0.2)
         finally:
             killing.cancel()
             await asyncio.wait({killing})
@@ -176,6 +181,14 @@ class Run:
             process.terminate()
             if await process.wait():
                 self.faults.append(f"SIGTERM ended the dispatcher with {process.returncode}")
+
+    async def until_connected(self, process: asyncio.subprocess.Process) -> None:
+        """Until it has found its endpoint: to kill it before that tries nothing."""
+        self.lives += 1
+        while process.returncode is None:
+            if (self.folder / "dispatch.log").read_text().count('"endpoint_found"') >= self.lives:
+                return
+            await asyncio.sleep(0.05)
 
     async def kill_others(self, vast: asyncio.subprocess.Process) -> None:
         """Workers and consumers, now and then."""

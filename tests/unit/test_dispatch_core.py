@@ -155,3 +155,13 @@ def test_a_restart_takes_no_healthy_short_holds_for_useless_ones(start: Any, clo
         flap(core, clock, DONE)
     again = start()
     assert again.step(Counts(5, 0), again.snapshot()).decision.paused == 0
+
+
+def test_a_hold_that_ends_is_judged_at_the_next_step_and_only_there(start: Any, clock: Clock) -> None:
+    core = start(1)
+    core.step(Counts(5, 0), core.snapshot())
+    core.book.ended(next(iter(core.book.claims)), "not_needed")
+    flap(core, clock, FAILED)
+    assert core.step(Counts(5, 0), core.snapshot()).decision.paused == 1
+    clock.time += 6
+    assert core.step(Counts(5, 0), core.snapshot()).decision.paused == 0
