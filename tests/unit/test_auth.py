@@ -400,6 +400,18 @@ def test_a_payload_that_is_wrong_is_told_under_its_name(payload: bytes, field: s
     assert not field or list(refused.value.fields["payload"]) == [field]
 
 
+async def test_a_grant_is_verified_where_its_signature_was_checked_and_nowhere_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch, OLD)
+    await desk.keys.load()
+    unsecured = Authenticator(None, own_url=URL, url_policy="off")
+    assert (await desk.authenticator.authenticate(envelope())).verified
+    for body in (envelope(), b"{}"):
+        assert not (await unsecured.authenticate(body)).verified
+    assert [(await unsecured.authenticate(body)).cost for body in (envelope(), b"{}")] == [1.0, None]
+
+
 async def test_a_worker_that_checks_nothing_takes_a_bare_payload_and_an_envelope() -> None:
     authenticator = Authenticator(None, own_url=URL, url_policy="enforce")
     for body in (b'{"seconds": 5}', b'{"payload": {"seconds": 5}}', envelope(session_id=None)):

@@ -97,7 +97,7 @@ async def asked(*answers: int | None) -> AsyncIterator[tuple[AutoscalerClient, l
 
 
 REFUSALS = (400, 402, 406, 409, 410, 411, 413, 415, 422, 431)
-OF_THE_MOMENT = (301, 307, 401, 403, 404, 405, 407, 408, 421, 423, 425, 429, 500, 502, 503)
+OF_THE_MOMENT = (300, 301, 307, 401, 403, 404, 405, 407, 408, 421, 423, 425, 429, 500, 502, 503)
 
 
 @pytest.mark.parametrize("status", [*REFUSALS, *OF_THE_MOMENT])
