@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Final
 
 from nullworker.clock import stopwatch
 
 #: Seconds for which a job may go on after its reservation: to clean up, or to end by SIGTERM.
 PATIENCE_SECONDS: Final = 15.0
+
+#: Set when the consumer was told to stop. A cancellation alone may be lost: clients of queues have swallowed some.
+stopping = threading.Event()
 
 _held: dict[str, str] = {}  # the url of the control port, by the reservation's id
 _ended: dict[str, float] = {}

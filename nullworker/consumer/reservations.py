@@ -104,6 +104,8 @@ async def reservations(
     last: Reservation | None = None
     async with control.http:
         while True:
+            if current.stopping.is_set():
+                raise asyncio.CancelledError("the consumer was told to stop")
             told = await control.next()
             if last is not None and told["id"] == last.id and last.state in ("offered", "owed"):
                 await _to_its_end(last.finish())  # it has not heard of the release yet
@@ -200,9 +202,14 @@ class Reservation:
         return self._deadline - asyncio.get_running_loop().time()
 
     def may_begin(self) -> bool:
-        """Whether another job may begin in this reservation: up to half of NULL_MAX_HOLD_SECONDS, while it is held."""
+        """Whether another job may begin in this reservation: while it is held, up to half of NULL_MAX_HOLD_SECONDS.
+
+        Not when the consumer was told to stop, either.
+        """
         limit = self._connection.max_hold
         held = asyncio.get_running_loop().time() - self._begun
+        if current.stopping.is_set():
+            return False
         return self.state == "working" and (limit is None or held < limit / 2)
 
     async def extend(self, seconds: float) -> bool:

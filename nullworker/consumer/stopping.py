@@ -73,6 +73,7 @@ async def _until_told(main: Coroutine[Any, Any, None]) -> None:
 
             def stop(heard: threading.Event = heard) -> None:
                 heard.set()
+                current.stopping.set()
                 task.cancel()
 
             with contextlib.suppress(RuntimeError):  # the loop is closed: it is over
@@ -86,6 +87,7 @@ async def _until_told(main: Coroutine[Any, Any, None]) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await task
     finally:
+        current.stopping.clear()
         signal.set_wakeup_fd(before)
         for number, handler in handlers.items():
             signal.signal(number, handler)

@@ -175,3 +175,30 @@ run(main())
                 program.process.send_signal(number)
             assert await program.exit_code() == 0
             assert (await answered(asked))["result"] == (result or {"error": "the consumer was stopped"})
+
+
+async def test_a_stop_whose_cancellation_is_swallowed_is_a_stop_all_the_same(tmp_path: Path) -> None:
+    """Clients of queues have swallowed cancellations: then the body ends by itself, and no other one begins."""
+    script = tmp_path / "consumer.py"
+    script.write_text("""
+import asyncio, sys
+from nullworker.consumer import reservations, run
+async def main():
+    async for reservation in reservations():
+        async with reservation:
+            print('{"event": "inside"}', file=sys.stderr, flush=True)
+            try:
+                await asyncio.sleep(1000)
+            except asyncio.CancelledError:
+                reservation.result = reservation.may_begin()
+run(main())
+""")
+    async with WorkerProcess(tmp_path) as worker:
+        port = str(worker.control_port)
+        async with Program(tmp_path, sys.executable, str(script), NULL_CONTROL_PORT=port) as program:
+            async with caller(worker) as asked:
+                await program.line("inside")
+                async with caller(worker):
+                    await worker.line("reservation_queued", nth=2)
+                    assert await program.terminate() == 0
+                    assert (await answered(asked))["result"] is False

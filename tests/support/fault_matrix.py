@@ -134,14 +134,20 @@ async def run(name: str, fault: str, folder: Path, *, seconds: float) -> None:
             await stack.enter_async_context(worker)
             await stack.enter_async_context(consumer)
             await worker.line("consumer_healthy")
-            await _with(fault, queue, pages, worker, consumer, proxy, stack, seconds)
+            try:
+                await _with(fault, queue, pages, worker, consumer, proxy, stack, seconds)
+            except (AssertionError, asyncio.TimeoutError):
+                print(f"begun {dict(pages.begun)}, done {dict(pages.done)}, left {await queue.left()}")
+                for who in (worker, consumer):
+                    print(*who.lines[-15:], f"exit code {who.process.returncode}", sep="\n")
+                raise
             assert all(most == 1 for most in pages.most.values()), f"at the same time: {pages.most}"
             if fault != "kill consumer":
                 assert consumer.process.returncode is None, "the consumer has died"
             assert await consumer.terminate() in (0, 143)
             assert await queue.left() == 0
             lost = worker.sql("SELECT max(ended_at) FROM reservations WHERE reason = 'consumer_lost'")
-            assert (lost[0][0] is not None) is (fault == "kill consumer")
+            assert (lost[0][0] is not None) is (fault in ("kill consumer", "gone"))
 
 
 async def _with(
@@ -187,6 +193,7 @@ async def _with(
         await queue.lose_what_was_begun()
         await queue.put({"id": "d", "url": f"{pages.url}/d"})
         consumer.process.kill()
+        await worker.line("reservation_cancelled", where=lambda line: line["reason"] == "consumer_lost")
         await consumer.process.wait()
         await consumer.start()
         wanted = ("d",)
