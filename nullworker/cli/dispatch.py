@@ -12,7 +12,7 @@ import click
 
 from nullworker import logs
 from nullworker.aio import Interrupted, run_until_signalled
-from nullworker.cli.options import SECONDS, Seconds
+from nullworker.cli.options import SECONDS, Seconds, json_object
 from nullworker.clock import SystemClock
 from nullworker.dispatch.decision import Policy
 from nullworker.dispatch.dispatcher import Dispatcher, Plan, running
@@ -37,15 +37,10 @@ def _option(*names: str, **attributes: Any) -> Callable[[Callable[..., Any]], Ca
     return click.option(*names, envvar=variable, show_envvar=True, **attributes)
 
 
-def _metadata(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, Any] | None:
-    if text is None:
+def _metadata(ctx: click.Context, param: click.Parameter, text: str | None) -> dict[str, Any] | None:
+    parsed = json_object(ctx, param, text)
+    if parsed is None:
         return None
-    try:
-        parsed = json.loads(text)
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise click.BadParameter(f"{text!r} is not a JSON object")
     if len(json.dumps(parsed)) > METADATA_BYTES:
         raise click.BadParameter(f"it is longer than {METADATA_BYTES} bytes")
     return parsed

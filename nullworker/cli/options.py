@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -73,3 +74,17 @@ def with_control(command: Callable[..., None]) -> Callable[..., None]:
         command(control=ControlClient(control_url or f"http://127.0.0.1:{control_port}"), **options)
 
     return wrapped
+
+
+def json_object(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, Any] | None:
+    """The value of an option that is a JSON object."""
+    if text is None:
+        return None
+    example = """write it as '{"job": "42"}', in single quotes"""
+    try:
+        parsed = json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not JSON ({error}): {example}") from error
+    if not isinstance(parsed, dict):
+        raise click.BadParameter(f"{text!r} is not a JSON object: {example}")
+    return parsed

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from nullworker.cli.options import SECONDS, Seconds
+from nullworker.cli.options import SECONDS, Seconds, json_object
 from nullworker.cli.state_file import StateFile
 from nullworker.client.hold import (
     STAND_IN_KEY,
@@ -32,19 +32,6 @@ from nullworker.client.worker_http import Answer, HoldError, Refused
 from nullworker.settings import is_absolute_http_url
 
 __all__ = ["HoldError", "hold", "hold_at", "hold_session", "reserve"]
-
-
-def json_object(ctx: click.Context, param: click.Parameter, value: str | None) -> dict[str, Any] | None:
-    """Parse an option that is a JSON object."""
-    if value is None:
-        return None
-    try:
-        parsed = json.loads(value)
-    except ValueError as error:
-        raise click.BadParameter(f"{value!r} is not JSON: {error}") from error
-    if not isinstance(parsed, dict):
-        raise click.BadParameter(f"{value!r} is not a JSON object")
-    return parsed
 
 
 #: Exit codes beside 0, 2 (wrong use), 130 (Ctrl-C) and 143 (SIGTERM).

@@ -421,6 +421,11 @@ def _secrets(address: Address) -> tuple[str, ...]:
 
 def _words(error: BaseException, queue: Any) -> str:
     """An error in one line, without a password and without an address's userinfo."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno and cause.errno > 0:
+            return os.strerror(cause.errno).lower()
+        cause = cause.__cause__ or cause.__context__
     text = " ".join(str(error).split()) or type(error).__name__
     for secret in queue.secrets:
         text = text.replace(secret, "***")

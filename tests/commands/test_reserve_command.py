@@ -293,7 +293,7 @@ async def test_without_the_sdk_it_says_what_to_install(vast: FakeAutoscaler, tmp
         (("--endpoint", "a", "--duration", "nan"), "'nan' is not a number of seconds, 0 or more"),
         (("--endpoint", "a", "--duration", "-1"), "'-1' is not a number of seconds, 0 or more"),
         (("--endpoint", "a", "--metadata", "[1]"), "'[1]' is not a JSON object"),
-        (("--endpoint", "a", "--metadata", "{"), "'{' is not JSON"),
+        (("--endpoint", "a", "--metadata", "job=1"), 'write it as \'{"job": "42"}\''),
     ],
 )
 async def test_wrong_use_exits_2_and_says_why(args: tuple[str, ...], words: str) -> None:
