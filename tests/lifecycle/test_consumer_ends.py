@@ -195,10 +195,10 @@ run(main())
 """)
     async with WorkerProcess(tmp_path) as worker:
         port = str(worker.control_port)
-        async with Program(tmp_path, sys.executable, str(script), NULL_CONTROL_PORT=port) as program:
-            async with caller(worker) as asked:
-                await program.line("inside")
-                async with caller(worker):
-                    await worker.line("reservation_queued", nth=2)
-                    assert await program.terminate() == 0
-                    assert (await answered(asked))["result"] is False
+        command = (sys.executable, str(script))
+        async with Program(tmp_path, *command, NULL_CONTROL_PORT=port) as program, caller(worker) as asked:
+            await program.line("inside")
+            async with caller(worker):
+                await worker.line("reservation_queued", nth=2)
+                assert await program.terminate() == 0
+                assert (await answered(asked))["result"] is False
