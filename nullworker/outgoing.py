@@ -181,17 +181,17 @@ async def get(http: aiohttp.ClientSession, url: str, *, seconds: float) -> Async
             target = following
 
 
-def _redirect(asked: URL, answer: aiohttp.ClientResponse) -> URL | None:
+def _redirect(called: URL, answer: aiohttp.ClientResponse) -> URL | None:
     location = answer.headers.get("Location")
     if answer.status not in (301, 302, 303, 307, 308) or location is None:
         return None
     try:
-        target = asked.join(URL(location)).with_user(asked.user).with_password(asked.password)
+        target = called.join(URL(location)).with_user(called.user).with_password(called.password)
     except ValueError:
         return None
-    upgraded = asked.scheme == "http" and asked.port == 80 and target.scheme == "https" and target.port == 443
-    same = (target.scheme, target.port) == (asked.scheme, asked.port) or upgraded
-    return target if same and target.raw_host == asked.raw_host else None
+    upgraded = called.scheme == "http" and called.port == 80 and target.scheme == "https" and target.port == 443
+    same = (target.scheme, target.port) == (called.scheme, called.port) or upgraded
+    return target if same and target.raw_host == called.raw_host else None
 
 
 def forget_frames(error: BaseException) -> None:

@@ -230,11 +230,11 @@ class Sink:
             "SELECT seq, at, reservation_id, kind, reason, data FROM events WHERE seq > ? ORDER BY seq LIMIT ?",
             (self._cursor, self._size),
         ).fetchall()
-        first = [told for told in self._told if told[0] == "started"]
+        first = [note for note in self._told if note[0] == "started"]
         last = (
-            [] if rows and rows[-1][0] < self._log.last_seq else [told for told in self._told if told[0] != "started"]
+            [] if rows and rows[-1][0] < self._log.last_seq else [note for note in self._told if note[0] != "started"]
         )
-        items = [self._worker_event(told) for told in first]
+        items = [self._worker_event(note) for note in first]
         size = sum(len(item.body) for item in items)
         for row in rows[: max(self._size - len(items), 0)]:
             try:
@@ -257,11 +257,11 @@ class Sink:
             size += len(body) + 1
         complete = not rows or (bool(items) and items[-1].seq == rows[-1][0])
         if complete and len(items) + len(last) <= max(self._size, 1):
-            items += [self._worker_event(told) for told in last]
+            items += [self._worker_event(note) for note in last]
         return items
 
-    def _worker_event(self, told: tuple[cloudevents.WorkerKind, float, dict[str, Any]]) -> _Item:
-        kind, at, data = told
+    def _worker_event(self, note: tuple[cloudevents.WorkerKind, float, dict[str, Any]]) -> _Item:
+        kind, at, data = note
         event = cloudevents.worker_event(self._source, kind, at, {**data, "clock": self._now()})
         return _Item(cloudevents.encode(event), None)
 

@@ -473,10 +473,10 @@ async def _end(session: WorkerSession, http: Any) -> str:
     return f"session {session.session_id} at {session.url} had ended: {final['reason']}"
 
 
-def say_cap(say: Say, asked: float | None, cap: float) -> None:
+def say_cap(say: Say, duration: float | None, cap: float) -> None:
     """Say at once that the worker holds for less long than was asked. Seconds."""
-    if asked is not None and cap < asked:
-        say(f"asked for {asked:g} s, and this worker allows {cap:g} s: set MAX_RESERVATION_SECONDS in its template")
+    if duration is not None and cap < duration:
+        say(f"asked for {duration:g} s, and this worker allows {cap:g} s: set MAX_RESERVATION_SECONDS in its template")
 
 
 def _payload(duration: float | None, metadata: Mapping[str, Any] | None, stream: bool) -> dict[str, Any]:

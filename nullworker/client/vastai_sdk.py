@@ -79,12 +79,12 @@ class Patience:
         if not self.left:
             raise self.over()
 
-    def over(self, asked: str = "") -> HoldError:
+    def over(self, worker: str = "") -> HoldError:
         """The error that says that the timeout is over. `asked`: the worker that was asked last, and did not answer."""
         trouble = f" (last: {self.trouble})" if self.trouble else ""
         advice = "raise --timeout, or the endpoint's max_workers"
-        if asked:
-            trouble = f": {asked} was asked, and did not say that it holds"
+        if worker:
+            trouble = f": {worker} was asked, and did not say that it holds"
             advice = "raise --timeout; for a worker that cannot stream, use --no-stream"
         return HoldError(f"no worker within {self.timeout:g} s{trouble}; {advice}")
 

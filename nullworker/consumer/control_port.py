@@ -39,7 +39,7 @@ class AsyncControlClient:
         silent = False
         while True:
             try:
-                told = await self.held(wait=0 if silent else POLL_SECONDS)
+                reservation = await self.held(wait=0 if silent else POLL_SECONDS)
             except WorkerUnreachable as error:
                 if not silent:
                     log.warning("%s; trying again until it does", error)
@@ -49,15 +49,15 @@ class AsyncControlClient:
             if silent:
                 log.warning("the worker on %s answers", self.url)
             silent = False
-            if told is not None:
-                return told
+            if reservation is not None:
+                return reservation
 
     async def held(self, *, wait: float = 0) -> dict[str, Any] | None:
         """What is held now, or within `wait` seconds."""
-        status, told = await self._ask("GET", f"/reservation?wait={wait:g}")
+        status, content = await self._ask("GET", f"/reservation?wait={wait:g}")
         if status not in (200, 204):
-            raise WorkerUnreachable(f"{self.url}/reservation answers {status}: {told}")
-        return told or None
+            raise WorkerUnreachable(f"{self.url}/reservation answers {status}: {content}")
+        return content or None
 
     async def known(self, reservation_id: str) -> dict[str, Any] | None:
         """A reservation, whether it is held or not; None when the worker does not know it."""
@@ -78,10 +78,10 @@ class AsyncControlClient:
         try:
             async with self.http.request(method, self.url + path, data=body) as answer:
                 text = await answer.text()
-                told = json.loads(text) if text else None
+                content = json.loads(text) if text else None
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError) as error:
             why = str(error).replace(" ssl:default", "") or type(error).__name__
             raise WorkerUnreachable(f"no worker answers on {self.url} ({why})") from error
         if answer.status >= 500:
-            raise WorkerUnreachable(f"{self.url}{path} answers {answer.status}: {told}")
-        return answer.status, told
+            raise WorkerUnreachable(f"{self.url}{path} answers {answer.status}: {content}")
+        return answer.status, content

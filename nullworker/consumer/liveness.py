@@ -136,13 +136,13 @@ class LivenessConnection(threading.Thread):
             forget(sock)
 
     def _refused(self, status: int, body: bytes) -> None:
-        told: dict[str, Any] = json.loads(body)
-        if status == 409 and told.get("state") == "attached":
+        content: dict[str, Any] = json.loads(body)
+        if status == 409 and content.get("state") == "attached":
             self._become("taken")
         elif status in (404, 409):
             self._become("over")
         else:
-            raise ValueError(f"the worker answers {status}: {told.get('error')}")
+            raise ValueError(f"the worker answers {status}: {content.get('error')}")
 
     def _become(self, state: Attachment) -> None:
         if state != self.state:

@@ -106,19 +106,19 @@ async def reservations(
         while True:
             if current.stopping.is_set():
                 raise asyncio.CancelledError("the consumer was told to stop")
-            told = await control.next()
-            if last is not None and told["id"] == last.id and last.state in ("offered", "owed"):
+            row = await control.next()
+            if last is not None and row["id"] == last.id and last.state in ("offered", "owed"):
                 await _to_its_end(last.finish())  # it has not heard of the release yet
                 continue
             changed = aio.AutoResetEvent()
             connection = LivenessConnection(
-                control.url, told["id"], extend="all" if extend else "1", changed=_from_thread(changed.set)
+                control.url, row["id"], extend="all" if extend else "1", changed=_from_thread(changed.set)
             )
             connection.start()
             try:
-                if not await _attached(connection, changed, told["id"]):
+                if not await _attached(connection, changed, row["id"]):
                     continue
-                last = Reservation(control, told, connection, changed, cancel=cancel, reason=reason, patience=patience)
+                last = Reservation(control, row, connection, changed, cancel=cancel, reason=reason, patience=patience)
                 yield last
             finally:
                 connection.close()
@@ -126,15 +126,15 @@ async def reservations(
 
 async def _attached(connection: LivenessConnection, changed: aio.AutoResetEvent, reservation_id: str) -> bool:
     """Wait until it is attached. False: the reservation has ended before."""
-    told = False
+    logged = False
     while connection.state != "attached":
         if connection.state == "over":
             return False
-        if connection.state == "taken" and not told:
+        if connection.state == "taken" and not logged:
             log.warning(
                 "another consumer is attached to reservation %s: this one waits until it is gone", reservation_id
             )
-            told = True
+            logged = True
         await changed.wait(LOOK_SECONDS)
     return True
 
@@ -167,7 +167,7 @@ class Reservation:
     def __init__(
         self,
         control: AsyncControlClient,
-        told: dict[str, Any],
+        row: dict[str, Any],
         connection: LivenessConnection,
         changed: aio.AutoResetEvent,
         *,
@@ -175,10 +175,10 @@ class Reservation:
         reason: str,
         patience: float,
     ) -> None:
-        self.id: str = told["id"]
-        self.kind: str = told["kind"]
-        self.metadata: dict[str, Any] = told["metadata"] or {}
-        self.ends_at: str = told["ends_at"]
+        self.id: str = row["id"]
+        self.kind: str = row["kind"]
+        self.metadata: dict[str, Any] = row["metadata"] or {}
+        self.ends_at: str = row["ends_at"]
         self.result: Any = _NOTHING
         self.state: ReservationState = "offered"
         self.gone = asyncio.Event()
@@ -186,9 +186,9 @@ class Reservation:
         self._control = control
         self._connection, self._changed = connection, changed
         self._cancel, self._reason, self._patience = cancel, reason, patience
-        self._begun: float = asyncio.get_running_loop().time() - told["held_seconds"]
+        self._begun: float = asyncio.get_running_loop().time() - row["held_seconds"]
         self._deadline = 0.0  # by the loop's clock
-        self._note(told)
+        self._note(row)
         self._farewell: dict[str, Any] = {}
         self._threads: set[concurrent.futures.Future[Any]] = set()
 
@@ -346,10 +346,10 @@ class Reservation:
             )
         self.state = after
 
-    def _note(self, told: dict[str, Any]) -> None:
+    def _note(self, row: dict[str, Any]) -> None:
         """The deadline by the loop's clock; the worker's own clock is what `held_at` and `held_seconds` make."""
-        left = _seconds(told["ends_at"]) - _seconds(told["held_at"]) - told["held_seconds"]
-        self.ends_at = told["ends_at"]
+        left = _seconds(row["ends_at"]) - _seconds(row["held_at"]) - row["held_seconds"]
+        self.ends_at = row["ends_at"]
         self._deadline = asyncio.get_running_loop().time() + left
 
     async def _watch(self) -> None:
@@ -376,8 +376,8 @@ class Reservation:
             if self.kind == "request":  # the worker gives a session's consumer time after its restart, however late
                 limit = min(limit, self._deadline)
             try:
-                told = await aio.wait_for(self._control.held(), LOOK_SECONDS)
-                if told is None or told["id"] != self.id:
+                row = await aio.wait_for(self._control.held(), LOOK_SECONDS)
+                if row is None or row["id"] != self.id:
                     return await self._control.fate(self.id)
             except (WorkerUnreachable, asyncio.TimeoutError) as error:
                 if loop.time() > limit:
@@ -385,7 +385,7 @@ class Reservation:
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             heard = loop.time()
-            self._note(told)
+            self._note(row)
             await self._changed.wait(LOOK_SECONDS)
 
 

@@ -66,8 +66,8 @@ async def _until_told(main: Coroutine[Any, Any, None]) -> None:
     handlers = {number: signal.signal(number, _ignored) for number in _NUMBERS}
 
     def listen() -> None:
-        while told := os.read(reader, 1):
-            if told[0] not in _NUMBERS:
+        while byte := os.read(reader, 1):
+            if byte[0] not in _NUMBERS:
                 continue
             heard = threading.Event()
 

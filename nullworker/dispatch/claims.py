@@ -172,8 +172,8 @@ class Claim(msgspec.Struct, frozen=True):
         """By the worker's clock where it told; None of one that was never held, or has not ended."""
         if self.held_at is None or self.ended_at is None or self.end is None:
             return None
-        told = self.end.held_seconds
-        return max(0.0, self.ended_at - self.held_at) if told is None else told
+        reported = self.end.held_seconds
+        return max(0.0, self.ended_at - self.held_at) if reported is None else reported
 
     @property
     def ended_hold(self) -> EndedHold | None:

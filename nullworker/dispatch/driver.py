@@ -197,8 +197,8 @@ class Driver:
         try:
             await session.create(self._http, patience=max(self._terms.lifetime, LEAST_PATIENCE_SECONDS))
         except SessionEnded as error:
-            told = error.answer or {}
-            known_as = str(told.get("session_id") or told.get("reservation_id") or UNKNOWN)
+            answer = error.answer or {}
+            known_as = str(answer.get("session_id") or answer.get("reservation_id") or UNKNOWN)
             self._book.held(claim_id, known_as, self._terms.lifetime, counts)
             self._over(claim_id, error.final, str(error))
             return None, None
@@ -238,11 +238,11 @@ class Driver:
         session.session_id, session.lifetime = claim.held.session_id, claim.held.lifetime
         session.attached = claim.attached_at is not None
         self._sessions[claim.id] = session
-        told = self._told_to_end.setdefault(claim.id, asyncio.Event())
+        end_requested = self._told_to_end.setdefault(claim.id, asyncio.Event())
         if claim.id in self._ending:
-            told.set()
+            end_requested.set()
         keeping = asyncio.ensure_future(self._keep(claim, session))
-        ending = asyncio.ensure_future(told.wait())
+        ending = asyncio.ensure_future(end_requested.wait())
         try:
             await asyncio.wait({keeping, ending}, return_when=asyncio.FIRST_COMPLETED)
             if not keeping.done():

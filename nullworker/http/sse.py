@@ -110,8 +110,8 @@ async def stream_events(request: web.Request, feed: EventFeed, after: int, watch
     with watchers.wakeup() as wakeup, feed.reader(wakeup), _cut_off_by_errors(request):
         response = await _begin(request)
         if after > feed.last_seq:
-            told = {"after": after, "last_seq": feed.last_seq}
-            await response.write(b"event: log_replaced\n" + _data(told))
+            seqs = {"after": after, "last_seq": feed.last_seq}
+            await response.write(b"event: log_replaced\n" + _data(seqs))
             after = 0
         await _follow(response, feed.after, wakeup, after, lambda: watchers.dismissed)
         await response.write_eof()
