@@ -69,6 +69,7 @@ async def take(server: Client, jobs: JetStreamContext.PullSubscription) -> Messa
                 return None
             raise  # it is asked again
         job = Message(server, message)
+        await job.renew()  # it may have waited in this process since an earlier fetch
         if message.metadata.num_delivered <= MAX_TRIES:
             return job
         await job.failed(f"it was begun {MAX_TRIES} times, and never settled")
