@@ -48,13 +48,11 @@ class EventLog:
         conn: sqlite3.Connection,
         lock: Lock | None,
         *,
-        sync: str = "full",
         reconnect: Callable[[], sqlite3.Connection] | None = None,
     ) -> None:
         self.path = path
         self.conn = conn
         self._lock = lock
-        self._sync = sync
         self._reconnect = reconnect
         self._patient = True
         self.on_append: list[Callable[[int, float], None]] = []
@@ -85,16 +83,11 @@ class EventLog:
         """Make sure that a restart does not find what an append could not write, and which is now refused.
 
         When the sync of a commit fails, its frames are in the -wal, whole: SQLite forgets them, but a start after a
-        kill would recover them. A commit that is not waited for lies over the first of them, and by the checksums,
-        each of which includes the one before, the rest does not count any more.
+        kill would recover them. Another commit lies over the first of them, whether its own sync works or not, and by
+        the checksums, each of which includes the one before, the rest does not count any more.
         """
-        with contextlib.suppress(sqlite3.Error):  # then the next write that works lies over them
-            self.conn.execute("PRAGMA synchronous = NORMAL")  # OFF would not even sync before a checkpoint
-            try:
-                with transaction(self.conn):
-                    self.conn.execute(_PROBE, (self.last_seq,))
-            finally:
-                self.conn.execute(f"PRAGMA synchronous = {self._sync}")
+        with contextlib.suppress(sqlite3.Error), transaction(self.conn):
+            self.conn.execute(_PROBE, (self.last_seq,))
 
     def live(self) -> Iterator[tuple[int, Event]]:
         """The events of all live reservations, in order: all that a restart needs.

@@ -40,7 +40,6 @@ def open_log(path: Path, *, sync: str = "full", fix: bool = True) -> EventLog:
     path = path.resolve()  # a symlink to another worker's log shares its lock
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
         lock = Lock(path, sync=sync)
     except OSError as error:
         raise CannotStart(f"the event log {path} cannot be made: {error.strerror}; set NULL_EVENT_LOG") from error
@@ -100,7 +99,7 @@ def _open_on_read_only_disk(path: Path) -> EventLog:
 def _open(path: Path, sync: str, lock: Lock, *, fix: bool) -> EventLog | None:
     """The log; None: it was damaged, and is set aside."""
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # one was just set aside
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm get the same mode
         lock.take_log()
     except OSError as error:
         raise CannotStart(f"the event log {path} cannot be made: {error.strerror}; set NULL_EVENT_LOG") from error
@@ -139,7 +138,7 @@ def _prepare(conn: sqlite3.Connection, path: Path, sync: str, lock: Lock) -> Eve
     if suspicion(path).exists():
         verify_integrity(conn)
         suspicion(path).unlink()
-    opened = EventLog(path, conn, lock, sync=sync, reconnect=functools.partial(_reconnect, path, sync))
+    opened = EventLog(path, conn, lock, reconnect=functools.partial(_reconnect, path, sync))
     verify_replay(opened)
     return opened
 

@@ -13,6 +13,7 @@ import pytest
 
 from nullworker.clock import Anchor
 from nullworker.errors import CannotStart, LogUnavailable
+from nullworker.eventlog.lock import lock_beside
 from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.opening import open_log
 from nullworker.fsm.events import Ended, Event, Queued
@@ -181,6 +182,20 @@ def test_the_lock_says_who_has_it_and_nothing_older(path: Path) -> None:
             with pytest.raises(CannotStart, match=f"a worker that is running: {holder}; stop that one"):
                 open_log(path)
         assert open_files() == before
+
+
+def test_a_lock_of_another_file_says_who_has_it_and_leaves_nothing_open(path: Path) -> None:
+    before = open_files()
+    lock = lock_beside(path, "a dispatcher", "stop that one")
+    assert re.fullmatch(rf"pid {os.getpid()}, since 20\S+Z\n", Path(f"{path}.lock").read_text())
+    for content, holder in ((b"pid 7\n", "pid 7"), (b"", "another process")):
+        Path(f"{path}.lock").write_bytes(content)
+        with pytest.raises(
+            CannotStart, match=f"{path} belongs to a dispatcher that is running: {holder}; stop that one"
+        ):
+            lock_beside(path, "a dispatcher", "stop that one")
+    os.close(lock)
+    assert open_files() == before
 
 
 def test_a_log_that_a_stranger_has_locked_is_not_called_damaged(path: Path) -> None:
