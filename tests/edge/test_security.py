@@ -64,7 +64,7 @@ def test_tls_is_what_it_says(tmp_path: Path) -> None:
     assert context.get_ciphers() == ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).get_ciphers()
 
 
-async def test_tokens_and_signatures_are_neither_in_the_event_log_nor_in_log_lines(tmp_path: Path, vast: FakeAutoscaler) -> None:
+async def test_tokens_and_signatures_are_in_no_log(tmp_path: Path, vast: FakeAutoscaler) -> None:
     settings = {"NULL_METRICS_TOKEN": "metrics-secret", "NULL_METRICS_HOST": "127.0.0.1", "NULL_METRICS_PORT": "0"}
     async with secured(tmp_path, vast, NULL_LOG_LEVEL="debug", **settings) as worker:
         await worker.line("key_loaded")
