@@ -286,12 +286,12 @@ class EventLog:
     def _write(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
         self._check_files()
         try:
-            with transaction(self.conn):
-                self.conn.executemany(statement, rows)
-        except (
-            sqlite3.Error,
-            UnicodeDecodeError,
-        ) as error:  # the second: the message quotes damaged text
+            if isinstance(rows, list) and len(rows) == 1:  # one statement is a transaction by itself
+                self.conn.execute(statement, rows[0])
+            else:
+                with transaction(self.conn):
+                    self.conn.executemany(statement, rows)
+        except (sqlite3.Error, UnicodeDecodeError) as error:  # the second: the message quotes damaged text
             if is_damage(error):
                 with contextlib.suppress(OSError):
                     suspicion(self.path).touch()

@@ -238,8 +238,8 @@ def test_a_write_that_can_not_even_be_undone_is_told_like_any_other(
     whole = log.conn
     Path(f"{path}.suspect").symlink_to(path.parent / "missing" / "suspect")  # nor can it be marked
     log.conn = Failing(whole, COMMIT=error, ROLLBACK=sqlite3.OperationalError("disk I/O error"))  # type: ignore[assignment]
-    with pytest.raises(LogUnavailable, match=says):
-        queue(log, "a")
+    with pytest.raises(LogUnavailable, match=says):  # two events: one is a statement that commits by itself
+        log.append([(seq, Event(100.0, name, "queued", None, TERMS)) for seq, name in enumerate("ab", 1)])
     assert log.last_seq == 0
     log.conn = whole
 
