@@ -18,6 +18,16 @@ from nullworker.settings import read_settings
 from nullworker.testing import Parameters
 
 
+def _seconds_or_never(ctx: click.Context, option: click.Parameter, text: str) -> float:
+    """Seconds; a negative number is never, as in Vast's parameter of that name."""
+    try:
+        if (number := float(text)) < 0:
+            return number
+    except ValueError:
+        pass  # 15m is none
+    return float(SECONDS.convert(text, option, ctx))
+
+
 @click.command(context_settings={"show_default": True, "allow_interspersed_args": False})
 @click.argument("consumer", metavar="[-- CONSUMER [ARG]...]", nargs=-1, type=click.UNPROCESSED)
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, help="On 127.0.0.1; 0: any free one.")
@@ -34,7 +44,12 @@ from nullworker.testing import Parameters
 @click.option("--max-queue-time", type=SECONDS, default=1.0, help="Seconds of load that one worker may have queued.")
 @click.option("--target-queue-time", type=SECONDS, default=0.5, help="Seconds of load above which workers are added.")
 @click.option(
-    "--inactivity-timeout", "--inactivity", type=float, default=10.0, help="Seconds until an idle worker is stopped."
+    "--inactivity-timeout",
+    "--inactivity",
+    metavar="SECONDS",
+    callback=_seconds_or_never,
+    default="10",
+    help="Seconds until an idle worker is stopped; -1: never.",
 )
 @click.option(
     "--engine",

@@ -10,12 +10,16 @@ import re
 import signal
 import sqlite3
 import sys
+from functools import partial
 from pathlib import Path
 
+import click
 import pytest
 from fleets import Dev, health, official, reserve
 from harness import PATIENCE, ROOT
 from programs import until
+
+from nullworker.cli.dev import dev as dev_command
 
 pytestmark = pytest.mark.slow
 
@@ -47,6 +51,18 @@ async def test_twenty_reservations_by_the_official_client_on_five_workers_and_ba
     assert sorted(held) == list(range(20))
     assert not any(open_ones)
     assert 1 < most <= 5
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("10", 10), ("1.5", 1.5), ("15m", 900), ("-1", -1), ("x", None), ("inf", None)]
+)
+def test_an_inactivity_timeout_is_seconds_or_never(text: str, seconds: float | None) -> None:
+    parse = partial(dev_command.make_context, "dev", ["--inactivity-timeout", text])
+    if seconds is None:
+        with pytest.raises(click.BadParameter, match="number of seconds"):
+            parse()
+    else:
+        assert parse().params["inactivity_timeout"] == seconds
 
 
 async def test_min_load_keeps_workers_without_any_request(tmp_path: Path) -> None:
