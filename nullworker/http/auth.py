@@ -26,6 +26,7 @@ log = get_log(__name__)
 EXPLAINED_BYTES: Final = 16 * 1024
 #: The most that a grant may cost, and so how much load one request may be to the autoscaler.
 MAX_COST: Final = 1_000_000
+ALLOWED_COST: Final = f"must be a number from 0 to {MAX_COST}"
 
 Number = Annotated[str, Meta(pattern=r"^\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\s*$")]
 
@@ -33,7 +34,7 @@ Number = Annotated[str, Meta(pattern=r"^\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE
 class Auth(msgspec.Struct):
     """A grant of the autoscaler (vastai 1.9.1, server/lib/data_types.py, AuthData). Only `url` is signed."""
 
-    cost: float | Number
+    cost: Annotated[float | Number, Meta(extra={"allowed": ALLOWED_COST})]
     endpoint: str
     reqnum: int
     request_idx: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]  # SQLite's integers end there
@@ -175,8 +176,7 @@ class Authenticator:
         except (msgspec.MsgspecError, ValueError, RecursionError):
             raise _explain(body) from None
         if not 0 <= float(auth.cost) <= MAX_COST:
-            wrong = {"cost": f"must be a number from 0 to {MAX_COST}"}
-            raise Invalid("some fields are missing or wrong: auth_data.cost", auth_data=wrong)
+            raise Invalid("some fields are missing or wrong: auth_data.cost", auth_data={"cost": ALLOWED_COST})
         await self.check(auth)
         verified = self._keys is not None
         return Grant(auth, envelope.auth_data, envelope.payload, envelope.session_id, verified)

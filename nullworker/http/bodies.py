@@ -150,7 +150,10 @@ def is_deeper(value: Any, levels: int) -> bool:
 
 
 def _wrong(value: Any, shape: Any) -> Any:
-    """What is wrong with a value: a sentence, a dict of sentences by field, or None."""
+    """What is wrong with a value: a sentence, a dict of sentences by field, or None.
+
+    The sentence is msgspec's, or the one that a Meta of the shape has as `extra["allowed"]`.
+    """
     if isinstance(shape, type) and issubclass(shape, msgspec.Struct) and isinstance(value, dict):
         hints = get_type_hints(shape, include_extras=True)
         found = {}
@@ -168,7 +171,8 @@ def _wrong(value: Any, shape: Any) -> Any:
     try:
         msgspec.convert(value, shape)
     except (msgspec.ValidationError, OverflowError) as error:
-        return str(error)
+        metas = [meta.extra or {} for meta in getattr(shape, "__metadata__", ()) if isinstance(meta, msgspec.Meta)]
+        return next((extra["allowed"] for extra in metas if "allowed" in extra), str(error))
     return None
 
 
