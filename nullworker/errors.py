@@ -79,12 +79,16 @@ class WorkerUnreachable(NullworkerError):
 
 
 class RequestError(NullworkerError):
-    """An error answer: a status, and a JSON body with `error` and further fields, such as the wrong ones."""
+    """An error answer: a status, and a JSON body with `error` and further fields, such as the wrong ones.
+
+    `about`: the id of the reservation that it tells of, for the header.
+    """
 
     status: ClassVar[int] = 400
 
-    def __init__(self, message: str, **fields: Any) -> None:
+    def __init__(self, message: str, *, about: str | None = None, **fields: Any) -> None:
         super().__init__(message)
+        self.about = about
         self.fields = fields
 
     @property

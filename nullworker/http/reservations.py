@@ -105,7 +105,8 @@ async def newest(
 
 def ended_error(row: ReservationJson) -> Gone:
     """The answer to a claim, a ping or a wait for what has ended, for its owner."""
-    return Gone(f"{row['kind']} {row['id']} has ended", reservation_id=row["id"], **final_status(row))
+    what = f"{row['kind']} {row['id']} has ended"
+    return Gone(what, about=row["id"], reservation_id=row["id"], **final_status(row))
 
 
 def warn_if_capped(reservation: Reservation, duration: float | None) -> None:

@@ -64,8 +64,8 @@ class Answers:
             if isinstance(error, Unauthorized):
                 self._counts.count_auth_failure(error.reason)
             headers = error.headers
-            if (reservation_id := error.fields.get("reservation_id")) is not None:
-                headers = {**headers, RESERVATION_HEADER: reservation_id}
+            if error.about is not None:
+                headers = {**headers, RESERVATION_HEADER: error.about}
             return json_response(error.body, error.status, headers)
         if isinstance(error, (LogUnavailable, sqlite3.Error)):
             body = {"error": f"the event log: {error}", "reason": "log_unavailable"}

@@ -112,7 +112,7 @@ class SessionHandlers:
         named = await self._named(request)
         session = self._find(named.session_id)
         if session is None:
-            raise RequestError(f"session with id {named.session_id} not found", **self._final_status(named))
+            raise self._not_held(named, f"session with id {named.session_id} not found")
         self._check_auth(session, named.session_auth)
         self._service.release(session.id, reason="session_end")
         body = {"ended": True, "removed_session": session.id}
@@ -123,7 +123,7 @@ class SessionHandlers:
         named = await self._named(request)
         session = self._find(named.session_id)
         if session is None:
-            raise RequestError("session does not exist", **self._final_status(named))
+            raise self._not_held(named, "session does not exist")
         terms = self._check_auth(session, named.session_auth)
         return json_response(
             {
@@ -134,7 +134,8 @@ class SessionHandlers:
                 "created_at": session.queued_at,
                 "on_close_route": terms.on_close_route,
                 "on_close_payload": terms.on_close_payload,
-            }
+            },
+            headers={RESERVATION_HEADER: session.id},
         )
 
     async def health(self, request: web.Request) -> web.Response:
@@ -142,9 +143,12 @@ class SessionHandlers:
         named = await self._named(request)
         session = self._find(named.session_id)
         if session is None:
-            return json_response({"ok": False, **self._final_status(named)})
+            row = self._ended.session(named.session_id, named.session_auth)
+            if row is None:
+                return json_response({"ok": False})
+            return json_response({"ok": False, **final_status(row)}, headers={RESERVATION_HEADER: row["id"]})
         self._check_auth(session, named.session_auth)
-        return json_response({"ok": True})
+        return json_response({"ok": True}, headers={RESERVATION_HEADER: session.id})
 
     async def ping(self, request: web.Request) -> web.Response:
         """POST /ping: renew a session by its lifetime; a later deadline stays."""
@@ -184,10 +188,10 @@ class SessionHandlers:
         row = self._ended.session(session_id, grant.auth_json)
         return Gone(f"there is no session {session_id}") if row is None else ended_error(row)
 
-    def _final_status(self, named: Named) -> dict[str, Any]:
-        """Of a session that has ended, for its owner; nothing for anybody else."""
+    def _not_held(self, named: Named, message: str) -> RequestError:
+        """The answer about a session that is not held: with its final status for its owner, without for others."""
         row = self._ended.session(named.session_id, named.session_auth)
-        return {} if row is None else dict(final_status(row))
+        return RequestError(message) if row is None else RequestError(message, about=row["id"], **final_status(row))
 
     async def _named(self, request: web.Request) -> Named:
         return decode(await read_body(request), Named)

@@ -154,10 +154,13 @@ async def test_an_ended_session_tells_its_owner_how_it_ended_and_nobody_else(
     named = {"session_id": session_id, "session_auth": body["auth_data"]}
     theirs = {**named, "session_auth": vast.grant(worker.url)}
     for path, status in (("/session/get", 400), ("/session/end", 400), ("/session/health", 200)):
-        assert final(await post(worker.url + path, named)) == (status, "released", "explicit", {"rows": 3})
+        own = await post(worker.url + path, named)
+        assert final(own) == (status, "released", "explicit", {"rows": 3})
+        assert own.headers[HEADER] == session_id
         other = await post(worker.url + path, theirs)
         assert other.status == status
         assert "state" not in other.body
+        assert HEADER not in other.headers
     for path in ("/ping", "/reserve"):
         mine = {**body, "payload": {}, "session_id": session_id}
         assert final(await post(worker.url + path, mine)) == (410, *ENDED, {"rows": 3})

@@ -100,6 +100,7 @@ async def test_what_cannot_be_attached_to_is_told(worker: WorkerProcess) -> None
     for query, field in (("", "reservation_id"), ("?reservation_id=x&extend=2", "extend")):
         answer = await refused(worker, query)
         assert (answer.status, field in answer.body) == (422, True)
+        assert "Nullworker-Reservation" not in answer.headers
     async with aiohttp.ClientSession() as http, http.get(f"{worker.control}/attach?reservation_id=x") as page:
         assert page.status == 405  # a page's <img> can only GET
 

@@ -193,7 +193,7 @@ async def test_get_and_health_tell_what_the_client_asks_for(vast: FakeAutoscaler
     owner = Owner(vast, worker)
     created = await owner.create(lifetime=30, on_close_route="http://192.0.2.1/x", on_close_payload={"a": 1})
     got = await owner.named("/session/get")
-    assert got.status == 200
+    assert (got.status, got.headers[HEADER]) == (200, owner.id)
     assert got.body.pop("created_at") == pytest.approx(created.body["expiration"] - 30, abs=0.001)
     assert got.body == {
         "session_id": owner.id,
@@ -203,7 +203,8 @@ async def test_get_and_health_tell_what_the_client_asks_for(vast: FakeAutoscaler
         "on_close_route": "http://192.0.2.1/x",
         "on_close_payload": {"a": 1},
     }
-    assert (await owner.named("/session/health")).body == {"ok": True}
+    well = await owner.named("/session/health")
+    assert (well.body, well.headers[HEADER]) == ({"ok": True}, owner.id)
     await worker.release()
     gone = (await owner.named("/session/health")).body
     assert (gone["ok"], gone["state"], gone["reason"]) == (False, "released", "explicit")
