@@ -226,12 +226,12 @@ def local_only(request: web.Request) -> None:
     """
     host = request.headers.get("Host")  # HTTP/1.0 may do without, and no browser does
     if host is not None and ("@" in host or _hostname(f"//{host}") not in _LOCAL_NAMES):
-        raise Forbidden("the control port answers to 127.0.0.1 and localhost; the Host header must name one of them")
+        raise Forbidden("this port answers to 127.0.0.1 and localhost; the Host header must name one of them")
     if CALLBACK_AGENT in request.headers.get("User-Agent", ""):  # whatever led it here, a session's owner is remote
         raise Forbidden("the control port takes no callbacks of sessions")
     origin = request.headers.get("Origin")
     if origin is not None and _hostname(origin) not in _LOCAL_NAMES:
-        raise Forbidden("the control port answers only to pages of its own; the Origin header names another")
+        raise Forbidden("this port answers only to pages of its own; the Origin header names another")
 
 
 def control_app(
