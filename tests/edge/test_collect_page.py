@@ -76,7 +76,7 @@ async def test_page_says_who_holds_what_since_when_and_who_is_silent(
         held = page.locator('#held li[data-state="holding"]')
         await expect(held).to_contain_text("7/a")
         await expect(held).to_contain_text("RTX 4090")
-        await expect(held).to_contain_text('session · {"job":"a-7"}')
+        await expect(held).to_contain_text("session · job=a-7")
         await expect(held).to_contain_text(re.compile(r"since .*, 10 min"))
         await expect(page.locator("#held li").first).to_have_attribute("data-state", "silent while holding")
         await expect(page.locator('[data-figure="lost"] dd')).to_have_text("1")
