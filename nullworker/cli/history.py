@@ -185,7 +185,9 @@ class _Log:
         """The newest first, all of one moment, whatever the worker appends meanwhile."""
         limit = asked.limit if asked.job is None else _ALL
         with self._in_words(), transaction(self.conn, "DEFERRED"):
-            batches = queries.batches(self.conn, state=asked.state, since=asked.since, limit=limit)
+            batches = queries.batches(
+                self.conn, state=asked.state, since=asked.since, limit=limit, by_time=self.is_fleet
+            )
             rows = (row for row in itertools.chain.from_iterable(batches) if asked.wants(row["metadata"]))
             return [self._named(row) for row in itertools.islice(rows, asked.limit)]
 
@@ -199,7 +201,8 @@ class _Log:
         with self._in_words(), contextlib.closing(self.conn.cursor()) as cursor:
             cursor.execute(
                 "SELECT seq, at, reservation_id, kind, reason, data FROM events"
-                " WHERE seq <= ? AND at >= coalesce(?, at) AND kind = coalesce(?, kind) ORDER BY seq DESC",
+                " WHERE seq <= ? AND at >= coalesce(?, at) AND kind = coalesce(?, kind)"
+                f" ORDER BY {'at DESC, ' if self.is_fleet else ''}seq DESC",
                 (self.last, asked.since, asked.state),
             )
             found = (self._event(queries.event_json(*row)) for row in cursor)

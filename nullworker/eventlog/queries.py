@@ -91,6 +91,7 @@ def batches(
     limit: int = 50,
     before: str | None = None,
     since: float | None = None,
+    by_time: bool = False,
 ) -> Iterator[list[ReservationJson]]:
     """The newest reservations first, in one batch for each STEP searched events; a batch may be empty.
 
@@ -99,6 +100,8 @@ def batches(
         limit: the maximum number of reservations.
         before: only reservations older than this id or ISO 8601 time.
         since: only reservations queued at or after this time, in epoch seconds.
+        by_time: newest by their times, in one batch that costs a search of all: the database of a fleet has its events
+            in the order in which they came, and those of a worker that had no way to it come hours late.
 
     Raises:
         ValueError: before is neither a known id nor a time.
@@ -126,11 +129,13 @@ def batches(
         values.append(state)
     if first is None:
         return
-    step = max(last, 1) if state in LIVE else STEP  # live reservations are found by the table `live` and need no search
+    step = (
+        max(last, 1) if by_time or state in LIVE else STEP
+    )  # live reservations are found by the table `live` and need no search
     for top in range(last, first - 1, -step):
         ids = conn.execute(
             f"SELECT reservation_id FROM events q WHERE {' AND '.join(where)} AND seq BETWEEN ? AND ?"
-            " ORDER BY seq DESC LIMIT ?",
+            f" ORDER BY {'at DESC, ' if by_time else ''}seq DESC LIMIT ?",
             (*values, top - step + 1, top, limit),
         ).fetchall()
         yield [row for (each,) in ids if (row := reservation(conn, each)) is not None]

@@ -203,27 +203,37 @@ def test_worker_without_a_sink_does_not_import_one() -> None:
 async def test_history_and_events_read_the_fleet_and_say_of_which_worker_each_row_is(tmp_path: Path) -> None:
     async with CollectorProcess(tmp_path) as collector:
         now = wall()
-        await collector.send(
-            hold("nullworker/7/a", 1, "r1", now - 60, ends_at=now + 60, metadata={"job": "a-7"}), key="a"
-        )
-        ended = event("nullworker/8/b", 3, "released", "r2", now - 30, "explicit")
-        await collector.send([*hold("nullworker/8/b", 1, "r2", now - 90, ends_at=now), ended], key="b")
         odd = [
             event("nullworker/9/c", 1, "queued", "r3", now),
             event("nullworker/9/c", 2, "held", "r3", now, None, ends_at=-1),
         ]
         await collector.send(odd, key="c")
+        await collector.send(
+            hold("nullworker/7/a", 1, "r1", now - 60, ends_at=now + 60, metadata={"job": "a-7"}), key="a"
+        )
+        ended = event("nullworker/8/b", 3, "released", "r2", now - 30, "explicit")
+        await collector.send([*hold("nullworker/8/b", 1, "r2", now - 90, ends_at=now), ended], key="b")
         log = ("--log", str(collector.db))
         rows = [json.loads(line) for line in (await nullworker("history", *log, "--json")).splitlines()]
-        assert {(row["worker"], row["id"], row["state"]) for row in rows} == {
-            ("7/a", "r1", "held"), ("8/b", "r2", "released"), ("9/c", "r3", "held"),
-        }  # fmt: skip
+        assert [(row["worker"], row["id"], row["state"]) for row in rows] == [
+            ("9/c", "r3", "held"), ("7/a", "r1", "held"), ("8/b", "r2", "released"),
+        ]  # fmt: skip
+        newest = await nullworker("history", *log, "--limit", "1", "--json")
+        assert json.loads(newest)["id"] == "r3", "not the one whose events came last"
         assert "r1" in await nullworker("history", *log, "--state", "held", "--json")
         shown = await nullworker("history", *log, COLUMNS="80")
         assert re.search(r"^7 .* held .* job=a-7$", shown, re.MULTILINE)
         assert all(len(line) <= 80 for line in shown.splitlines())
         shown = await nullworker("events", *log, "--json")
-        assert [json.loads(line)["worker"] for line in shown.splitlines()] == ["7/a"] * 2 + ["8/b"] * 3 + ["9/c"] * 2
+        assert [json.loads(line)["reservation_id"] for line in shown.splitlines()] == [
+            "r2",
+            "r2",
+            "r1",
+            "r1",
+            "r2",
+            "r3",
+            "r3",
+        ]
         assert "held" in await nullworker("events", *log)
         following = Program(tmp_path, sys.executable, "-m", "nullworker", "events", *log, "--follow", "--json")
         async with following:
