@@ -23,6 +23,7 @@ EXPLAINED = {
     "last_reports_unsent": "a stop falls into an outage of the autoscaler",
     "consumer_unhealthy": "the consumer's health endpoint flaps",
     "callback_failed": "the owners of sessions answer one callback in five with 500",
+    "duration_capped": "callers ask for more than the cap of two seconds",
 }
 #: Alarms that are kept: the first ones tell the story.
 MOST_ALARMS = 100

@@ -245,7 +245,7 @@ async def test_no_command_at_all_shows_the_help_as_it_is() -> None:
 async def test_invalid_seconds_are_wrong_use(seconds: str) -> None:
     said = await nullworker("extend", "--seconds", seconds, code=2)
     assert said == f"nullworker: Invalid value for '--seconds': {seconds!r} is not a number of seconds, 0 or more" + (
-        " (see nullworker extend --help)\n"
+        ", as 90, 15m, 6h or 30d (see nullworker extend --help)\n"
     )
 
 

@@ -34,9 +34,9 @@ async def test_a_queue_is_drained_with_one_hold_for_each_job_and_the_fleet_goes_
         options = ("--queue", jobs.url, "--max", "3", "--metadata", '{"team": "blue"}', *FAST)
         async with Dispatch(tmp_path, dev, *options) as dispatch:
             await until(lambda: jobs.states() == {"done": 8} and not dispatch.rows("SELECT * FROM open_claims"))
-            status, told = await dispatch.ask("/status")
+            status, told = await dispatch.ask("/status")  # its last decision may be of before the last job was taken
             assert status == 200
-            assert (told["claims"], told["decision"]["waiting"], told["endpoint"]) == ([], 0, "null")
+            assert (told["claims"], told["endpoint"]) == ([], "null")
             assert (await dispatch.ask("/readyz"))[0] == 200
             metrics = (await dispatch.ask("/metrics"))[1]
             await until(lambda: not dev.running("serve"))

@@ -33,7 +33,7 @@ async def test_the_bash_example(tmp_path: Path, proxy: Any) -> None:
         env = {"NULL_CONTROL_PORT": str(worker.control_port), "JOB_FOLDER": str(tmp_path), "HEALTH_PORT": "0", **proxy}
         example = str(ROOT / "examples" / "bash" / "consumer.sh")
         async with Program(tmp_path, "bash", example, **env) as consumer, caller(worker) as asked:
-            assert (await answered(asked))["result"] == {"exit_code": 0, "job": "job"}
+            assert (await answered(asked))["result"] == {"exit_code": 0, "runs": 1, "failed": 0}
             await consumer.terminate()
 
 

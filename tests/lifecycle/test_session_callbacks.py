@@ -274,5 +274,5 @@ async def test_nothing_of_a_route_is_told_of_a_call_that_fails(tmp_path: Path) -
         leave_session(worker.db, route=f"http://{place}/done?token=SECRET", begun=begun, ended=begun + 60)
         async with worker:
             await worker.line("callback_given_up")
-            assert worker.sql("SELECT detail FROM settled") == [("ClientResponseError: no valid HTTP",)]
+            assert worker.sql("SELECT detail FROM settled") == [("it does not speak HTTP",)]
             assert "SECRET" not in json.dumps(worker.lines)
