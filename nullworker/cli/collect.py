@@ -43,26 +43,26 @@ def _prices(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> tu
 
 @click.command(context_settings={"show_default": True})
 @click.option("--db", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The database file.")
-@click.option("--host", default="127.0.0.1", help="Address to listen on. Another than loopback needs a token.")
-@click.option("--port", type=click.IntRange(0, 65535), default=18997, help="Of POST /events; 0: any.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on; a token is required unless it is loopback.")
+@click.option("--port", type=click.IntRange(0, 65535), default=18997, help="Port of POST /events; 0: any.")
 @click.option(
     "--token",
     envvar=["NULL_COLLECT_TOKEN", "NULL_SINK_TOKEN"],
     show_envvar=True,
     show_default=False,
-    help="Bearer token that the workers' NULL_SINK_TOKEN must be. An argument can be read by other users: rather set "
-    "the variable.",
+    help="Bearer token that the workers send (NULL_SINK_TOKEN). Other users can read an argument: set the variable "
+    "instead.",
 )
 @click.option(
     "--public",
     is_flag=True,
-    help="The port serves POST /events alone, as it must behind a TLS proxy; so it does when --host is not loopback.",
+    help="Serve only POST /events on the port; needed behind a TLS proxy, implied when --host is not loopback.",
 )
 @click.option(
     "--page-port",
     type=click.IntRange(0, 65535),
     default=18995,
-    help="With --public: of the page and /metrics, on 127.0.0.1; 0: any.",
+    help="With --public: port of the page and /metrics, on 127.0.0.1; 0: any.",
 )
 @click.option(
     "--price",
@@ -73,9 +73,15 @@ def _prices(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> tu
     show_default=False,
     help="Dollars an hour, of all instances or of one; kept in the database. May be given several times.",
 )
-@click.option("--silence", callback=_age, default="3m", metavar="AGE", help="After so long a worker counts as silent.")
 @click.option(
-    "--keep", callback=_age, metavar="AGE", show_default=False, help="Remove what ended before, daily. [default: never]"
+    "--silence", callback=_age, default="3m", metavar="AGE", help="A worker not heard of for so long is silent."
+)
+@click.option(
+    "--keep",
+    callback=_age,
+    metavar="AGE",
+    show_default=False,
+    help="Remove older ended reservations daily. [default: never]",
 )
 @click.option("--log-format", type=click.Choice(["console", "json"]), default="console", help="Log lines on stderr.")
 def collect(

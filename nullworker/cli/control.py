@@ -118,7 +118,7 @@ def extend(
 
 
 @click.command()
-@click.option("--timeout", metavar="SECONDS", type=SECONDS, help="Then exit with 1. [default: never]")
+@click.option("--timeout", metavar="SECONDS", type=SECONDS, help="Longest wait; then exit with 1. [default: never]")
 @with_control
 @as_json
 def wait(control: ControlClient, *, timeout: float | None, as_json: bool) -> None:

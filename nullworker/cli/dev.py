@@ -39,7 +39,7 @@ def _seconds_or_never(ctx: click.Context, option: click.Parameter, text: str) ->
     default=0.0,
     help="Load for which workers always run; 100 is one worker.",
 )
-@click.option("--cold-workers", type=click.IntRange(0), default=0, help="Stopped workers that keep number and log.")
+@click.option("--cold-workers", type=click.IntRange(0), default=0, help="Stopped workers kept, with number and log.")
 @click.option("--target-util", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Target utilization.")
 @click.option("--max-queue-time", type=SECONDS, default=1.0, help="Seconds of load that one worker may have queued.")
 @click.option("--target-queue-time", type=SECONDS, default=0.5, help="Seconds of load above which workers are added.")
@@ -58,9 +58,9 @@ def _seconds_or_never(ctx: click.Context, option: click.Parameter, text: str) ->
     help="As Vast documents it; or with what its null worker met in May 2026: held workers are downgraded, and a third "
     "one is not started while two are held at exactly 100 %.",
 )
-@click.option("--loading-timeout", type=SECONDS, default=60.0, help="Seconds that a worker may take to be ready.")
-@click.option("--worker-port", type=click.IntRange(0, 65535), default=3000, help="Of the first worker; 0: any.")
-@click.option("--control-port", type=click.IntRange(0, 65535), default=18999, help="Of the first worker; 0: any.")
+@click.option("--loading-timeout", type=SECONDS, default=60.0, help="Seconds that a worker may take to become ready.")
+@click.option("--worker-port", type=click.IntRange(0, 65535), default=3000, help="External port of the first; 0: any.")
+@click.option("--control-port", type=click.IntRange(0, 65535), default=18999, help="Control port of the first; 0: any.")
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
@@ -89,7 +89,7 @@ def dev(
     CONSUMER runs beside each worker, in this folder, with NULL_CONTROL_PORT set; for example: nullworker work --
     ./job.sh. HEALTH_PORT is a free port on which it may serve its health. Workers take their settings from this
     environment. The endpoint's parameters have Vast's names. It is a tool for tests; production scaling is done by
-    Vast. Ctrl-C stops everything in order; a second Ctrl-C at once.
+    Vast. Ctrl-C stops everything in order; a second Ctrl-C stops it at once.
     """
     settings = read_settings(
         {**os.environ, **COMMON, "CONTAINER_ID": "1", "WORKER_PORT": "0", "NULL_CONTROL_PORT": "0"}

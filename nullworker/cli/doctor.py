@@ -29,7 +29,7 @@ _COLOURS: Final = {"ok": "green", "warning": "yellow", "error": "red"}
     type=click.FloatRange(min=0, min_open=True),
     default=100,
     show_default=True,
-    help="Sent by clients.",
+    help="Workload that clients send.",
 )
 @click.option("--autoscaler", metavar="URL", help="A fake autoscaler instead of Vast.")
 @click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Your API key at Vast.")

@@ -24,7 +24,7 @@ from nullworker.control_client import ControlClient
     show_default=True,
     help="Between SIGTERM and SIGKILL. Vast's supervisor kills after 10 s.",
 )
-@click.option("--extend", is_flag=True, help="Extend a request too, as a session, while CMD runs.")
+@click.option("--extend", is_flag=True, help="While CMD runs, extend a request too, as is done for a session.")
 @click.option(
     "--until",
     metavar="CODE",
