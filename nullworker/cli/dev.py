@@ -89,7 +89,7 @@ def dev(
     CONSUMER runs beside each worker, in this folder, with NULL_CONTROL_PORT set; for example: nullworker work --
     ./job.sh. HEALTH_PORT is a free port on which it may serve its health. Workers take their settings from this
     environment. The endpoint's parameters have Vast's names. It is a tool for tests; production scaling is done by
-    Vast. Ctrl-C stops everything in order; a second Ctrl-C stops it at once.
+    Vast. Ctrl-C stops all workers in order; a second one cancels what they hold.
     """
     settings = read_settings(
         {**os.environ, **COMMON, "CONTAINER_ID": "1", "WORKER_PORT": "0", "NULL_CONTROL_PORT": "0"}
