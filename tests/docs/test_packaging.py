@@ -100,6 +100,7 @@ def test_an_environment_of_another_python_is_made_anew_and_one_of_the_same_is_ke
     assert mark.exists()
 
 
+@pytest.mark.slow  # of make: the Python that runs the test must be that of .venv
 def test_make_installs_again_only_for_another_python(tmp_path: Path) -> None:
     other = run("make", "-n", f"PYTHON={python(tmp_path, '3.99')}", "install", MAKEFLAGS="")
     assert ".ci/venv .venv" in other.stdout
