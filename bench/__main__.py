@@ -43,11 +43,10 @@ async def cycles(name: str, vast: FakeAutoscaler, folder: Path) -> Figures:
             "spawn -> ready reported, s": peer.seconds_to_ready,
             "memory when ready, MB": peer.memory(),
         }
-        body = peer.body()
         latencies: list[float] = []
 
         async def cycle() -> None:
-            waiting = asyncio.ensure_future(peer.reserve(body))
+            waiting = asyncio.ensure_future(peer.reserve(peer.body()))
             for _ in range(3):
                 await asyncio.sleep(0)  # it is sent first
             while not await peer.release():
@@ -71,9 +70,9 @@ async def cycles(name: str, vast: FakeAutoscaler, folder: Path) -> Figures:
 
 async def answers(peer: Peer) -> tuple[float, float]:
     """From the moment in which the consumer asks for the release to the caller's answer."""
-    body, seen = peer.body(), list[float]()
+    seen = list[float]()
     for _ in range(CYCLES):
-        waiting = asyncio.ensure_future(peer.reserve(body))
+        waiting = asyncio.ensure_future(peer.reserve(peer.body()))
         await asyncio.sleep(0.003)  # it is held by now
         asked = time.perf_counter()
         answered: asyncio.Future[float] = asyncio.get_running_loop().create_future()
@@ -92,7 +91,7 @@ async def queue(name: str, vast: FakeAutoscaler, folder: Path, queued: int = QUE
     """Many wait; each release hands the slot on."""
     async with Peer(name, vast, folder) as peer:
         before = peer.memory()
-        waiting = [asyncio.ensure_future(peer.reserve(peer.body(number))) for number in range(1, queued + 1)]
+        waiting = [asyncio.ensure_future(peer.reserve(peer.body())) for _ in range(queued)]
         while len(peer.stats.net_connections()) < queued:
             await asyncio.sleep(0.05)
         await peer.idle()  # all are read and queued

@@ -31,12 +31,12 @@ async def told(name: str, vast: FakeAutoscaler, folder: Path) -> Figures:
     consumer, claimed, released = list[float](), list[float](), list[float]()
     rng = random.Random(7)
     async with Peer(name, vast, folder) as peer:
-        for number in range(1, TIMES + 1):
+        for _ in range(TIMES):
             await asyncio.sleep(rng.uniform(0.0, PAUSE_SECONDS))
             poll = asyncio.ensure_future(_held(peer)) if name == "nullworker" else None
             await asyncio.sleep(0.05)  # the consumer waits for it
             began = time.perf_counter()
-            waiting = asyncio.ensure_future(peer.reserve(peer.body(number)))
+            waiting = asyncio.ensure_future(peer.reserve(peer.body()))
             if poll is not None:
                 consumer.append(await poll - began)
             await vast.wait_for(lambda: vast.statuses[-1]["cur_load"] > 0, PATIENCE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import socket
 import sys
@@ -38,6 +39,8 @@ class Peer:
         self.folder = folder
         self.env = env
         self.seconds_to_port = self.seconds_to_ready = float("nan")
+        self._numbers = itertools.count(1)
+        self._grant: dict[str, Any] | None = None
 
     async def __aenter__(self) -> Peer:
         self.port, self.control_port, session_end_port = free_ports(3)
@@ -88,12 +91,13 @@ class Peer:
         self.process.kill()
         await self.process.wait()
 
-    def body(self, number: int = 1) -> dict[str, Any]:
-        """A signed request."""
-        return {
-            "auth_data": self.vast.grant(self.url, request_idx=number, reqnum=number),
-            "payload": {"duration": 3600},
-        }
+    def body(self) -> dict[str, Any]:
+        """A signed request, each with a number of its own: the same one again would be asked for how it has ended."""
+        number = next(self._numbers)
+        if self._grant is None:
+            self._grant = self.vast.grant(self.url, request_idx=number, reqnum=number)
+        grant = {**self._grant, "request_idx": number, "reqnum": number}  # only the url is signed
+        return {"auth_data": grant, "payload": {"duration": 3600}}
 
     async def reserve(self, body: dict[str, Any]) -> int:
         """Hold a reservation until it is released. The status."""
