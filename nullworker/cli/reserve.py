@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from nullworker.aio import on_signals
 from nullworker.cli.options import SECONDS, Seconds, json_object
 from nullworker.cli.state_file import StateFile
 from nullworker.client.hold import (
@@ -189,15 +190,14 @@ async def interruptible(start: Callable[[], Awaitable[Answer]], came: list[int])
     Raises:
         SignalError: with the cancellation's message.
     """
-    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    task = asyncio.current_task()
     assert task is not None
 
     def stop(number: int) -> None:
         came.append(number)
         task.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number)
+    on_signals(stop, (signal.SIGINT, signal.SIGTERM))
     try:
         return await start()
     except asyncio.CancelledError as error:

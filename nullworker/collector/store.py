@@ -22,7 +22,7 @@ from nullworker.collector.batch import LATEST, Received, source_parts
 from nullworker.errors import CannotStart, Forbidden, NullworkerError
 from nullworker.eventlog.lock import lock_beside
 from nullworker.eventlog.schema import FLEET_APPLICATION_ID
-from nullworker.eventlog.sqlite import transaction
+from nullworker.eventlog.sqlite import still_names, transaction
 
 #: Milliseconds that a write waits for somebody else's lock, such as that of a sqlite3 shell.
 BUSY_MILLISECONDS: Final = 2000
@@ -231,11 +231,7 @@ class Store:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        try:
-            there = os.path.samestat(os.stat(self.path), self._file)
-        except OSError:
-            there = False
-        if not there:  # SQLite would go on in a file that has no name any more
+        if not still_names(self.path, self._file):
             raise StoreUnavailable(f"{self.path} was moved or removed; restart the collector")
         try:
             with transaction(self.conn):

@@ -18,7 +18,7 @@ from nullworker.dispatch import schema
 from nullworker.dispatch.claims import Claim, Event, Row, from_row, replay, to_row
 from nullworker.errors import CannotStart, LogDamaged, LogUnavailable
 from nullworker.eventlog.lock import lock_beside
-from nullworker.eventlog.sqlite import transaction
+from nullworker.eventlog.sqlite import still_names, transaction
 
 #: Milliseconds that an append waits for a stranger's write lock; renewals wait with it.
 BUSY_MILLISECONDS: Final = 500
@@ -171,18 +171,13 @@ class Ledger:
 
     @contextlib.contextmanager
     def _written(self) -> Iterator[None]:
-        if not self._is_there():  # SQLite would go on in a file that has no name any more
+        if not still_names(self.path, self._file):
             raise LogUnavailable(f"the ledger {self.path} was moved or removed; restart the dispatcher")
         try:
             with transaction(self._conn):
                 yield
         except sqlite3.Error as error:
             raise LogUnavailable(f"the ledger {self.path} cannot be written: {error}") from error
-
-    def _is_there(self) -> bool:
-        with contextlib.suppress(OSError):
-            return os.path.samestat(os.stat(self.path), self._file)
-        return False
 
 
 def open_ledger(path: Path) -> Ledger:

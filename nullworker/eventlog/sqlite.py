@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Final, Literal
 
 from nullworker.errors import LogDamaged
@@ -30,6 +32,13 @@ def transaction(conn: sqlite3.Connection, kind: Literal["IMMEDIATE", "DEFERRED"]
         with contextlib.suppress(sqlite3.Error):  # SQLite may have rolled back already
             conn.execute("ROLLBACK")
         raise
+
+
+def still_names(path: Path, opened: os.stat_result) -> bool:
+    """Whether a path still names the file that was opened: SQLite would go on in one that has no name any more."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.stat(path), opened)
+    return False
 
 
 def statements(script: str) -> list[str]:

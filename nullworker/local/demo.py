@@ -25,6 +25,7 @@ from typing import Any, Final
 
 import click
 
+from nullworker.aio import on_signals
 from nullworker.clock import SystemClock
 from nullworker.errors import NullworkerError
 from nullworker.local.chart import Bar, chart, table
@@ -120,8 +121,7 @@ async def run(folder: Path) -> None:
             task.cancel()
         came.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    on_signals(stop, (signal.SIGINT, signal.SIGTERM))
     try:
         await task
     except asyncio.CancelledError:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 
+from nullworker.aio import on_signals
 from nullworker.testing.fake_autoscaler import FakeAutoscaler
 
 
@@ -35,8 +36,7 @@ def main(port: int, endpoint: str, key: Path | None, mtoken: str | None, record:
 
     async def run() -> None:
         stop = asyncio.Event()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        on_signals(lambda _: stop.set(), (signal.SIGINT, signal.SIGTERM))
         with ExitStack() as stack:
             file = stack.enter_context(record.open("a", encoding="utf-8")) if record else None
             async with FakeAutoscaler(port, endpoint=endpoint, key=key, mtoken=mtoken, record=file, tell=tell) as vast:
