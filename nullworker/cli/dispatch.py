@@ -13,6 +13,7 @@ import click
 from nullworker import logs
 from nullworker.aio import Interrupted, run_until_signalled
 from nullworker.cli.options import SECONDS, Seconds, json_object
+from nullworker.client.vastai_sdk import STAND_IN_KEY
 from nullworker.clock import SystemClock
 from nullworker.dispatch.decision import Policy
 from nullworker.dispatch.dispatcher import Dispatcher, Plan, running
@@ -26,7 +27,6 @@ from nullworker.settings import is_absolute_http_url
 
 #: Bytes of metadata that a worker takes, less what the claim's id needs.
 METADATA_BYTES = 4096 - 64
-STAND_IN_KEY = "stand-in"
 POSITIVE_SECONDS = Seconds(more_than_0=True)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from nullworker.client.hold import SavedHold
+from nullworker.client.held_session import SavedHold
 
 
 class StateFile:

@@ -5,7 +5,8 @@
 `WorkerSession` is one session at one worker without the SDK, for programs that keep many, such as a dispatcher.
 """
 
-from nullworker.client.hold import hold, hold_at, hold_session
+from nullworker.client.held_session import hold_session
+from nullworker.client.hold import hold, hold_at
 from nullworker.client.session import SessionEnded, SessionLost, WorkerSession
 from nullworker.client.worker_http import HoldError, NoAnswer, Refused
 

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Say = Callable[[str], None]
 
+#: The API key for a fake autoscaler, which does not check it.
+STAND_IN_KEY: Final = "stand-in"
+#: Seconds to wait for a worker: a cold one has to be started and loaded first.
+WAIT_SECONDS: Final = 600.0
 #: Seconds between two calls of /route/ at most: the SDK's own max_poll_interval.
 PAUSE_SECONDS: Final = 5.0
 #: Seconds between two lines that say no more than that it still waits.

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from nullworker.client.hold import STAND_IN_KEY
-from nullworker.client.vastai_sdk import Patience, connect
+from nullworker.client.vastai_sdk import STAND_IN_KEY, Patience, connect
 from nullworker.client.worker_http import HoldError
 from nullworker.doctor.finding import Finding, failed, ok, warning
 
