@@ -16,7 +16,7 @@ from collections.abc import Awaitable
 from typing import Any
 from urllib.parse import urlsplit
 
-from nullworker.aio import Backoff
+from nullworker.aio import Backoff, on_signals
 from nullworker.clock import stopwatch
 from nullworker.consumer.health import health_endpoint
 from nullworker.consumer.reservations import Reservation, reservations
@@ -28,14 +28,14 @@ log = get_log(__name__)
 
 #: A command that fails within this many seconds has done no work.
 AT_ONCE_SECONDS = 2.0
-#: So many failures at once in a row may be bad luck; from the next on there is a pause before the next reservation.
+#: Immediate failures in a row that cause no pause; from the next one on there is a pause before the next reservation.
 PATIENT_FAILURES = 2
 #: Seconds of the first pause, which doubles, and of the longest.
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
-#: With --until: so many failures at once in a row, or so many at all, release the reservation.
+#: With --until: immediate failures in a row, or failures of any kind in a row, that release the reservation.
 MAX_AT_ONCE, MAX_FAILURES = 2, 10
-#: What timeout(1) answers for a command that it has ended, and shells for one that cannot be run or is not there.
+#: Exit codes: of timeout(1) for a command that it ended, and of shells for one that cannot be run or does not exist.
 TIMED_OUT, CANNOT_RUN, NOT_FOUND = 124, 126, 127
 
 
@@ -44,9 +44,9 @@ class Work:
 
     Args:
         kill_after: seconds from SIGTERM to SIGKILL.
-        until: the exit code with which the command says that the queue is empty: it is run again and again in the same
-            reservation. None: once for each reservation.
-        idle: seconds for which an empty queue is asked again.
+        until: the exit code with which the command says that the queue is empty; it is run again and again in the same
+            reservation until then. None: one run for each reservation.
+        idle: seconds for which an empty queue is polled before the release.
         run_timeout: seconds after which a run is ended, with the exit code 124; None: no limit.
     """
 
@@ -75,29 +75,29 @@ class Work:
         self._group: ProcessGroup | None = None
 
     def trouble(self) -> str | None:
-        """For the health endpoint: why it should get no reservation now."""
+        """For the health endpoint: why the worker should take no reservation now; None: it may."""
         if self._stop.is_set():
-            return "it was told to stop"
+            return "nullworker work is stopping"
         if self._released:
-            return f"{self._command[0]} failed again and again"
+            return f"{self._command[0]} keeps failing"
         if self._at_once > PATIENT_FAILURES:
             return f"{self._command[0]} failed at once {self._at_once} times in a row"
         return None
 
-    def told_to_stop(self) -> None:
-        """The first time CMD may end by itself; the second time it may not."""
+    def stop(self, *_: object) -> None:
+        """End CMD and release what is held; the second call kills CMD at once. A signal handler."""
         if self._stop.is_set():
             self._hurry.set()
         self._stop.set()
 
-    def child_ended(self) -> None:
-        """At SIGCHLD: the command, or a process that it has left behind, at any time."""
+    def reap(self, *_: object) -> None:
+        """Collect the exit of CMD, or of a process that it left behind. The handler of SIGCHLD."""
         if self._group is not None:
             self._group.reap()
 
     async def run(self) -> None:
         """Work until told to stop."""
-        self._guard = OrphanGuard(signal.SIGKILL)  # nobody is left who could wait for an end in order
+        self._guard = OrphanGuard(signal.SIGKILL)  # at our death nobody is left to wait for a graceful end
         serving = asyncio.ensure_future(self._serve())
         try:
             await _first_of(serving, self._stop.wait())
@@ -109,14 +109,13 @@ class Work:
             self._guard.close()
 
     async def _serve(self) -> None:
-        found = reservations(
+        async for reservation in reservations(
             self._url, extend=self._extend, cancel=False, reason="consumer_exit", patience=self._patience
-        )
-        async for reservation in found:
+        ):
             self._busy = True
             async with reservation:
                 if self._until is None:
-                    result = {"exit_code": await self._one(reservation)}
+                    result = {"exit_code": await self._run_once(reservation)}
                 else:
                     result = await self._drain(reservation)
                 reservation.result = result
@@ -131,13 +130,13 @@ class Work:
             await self._pause()
 
     async def _drain(self, reservation: Reservation) -> dict[str, Any]:
-        """CMD again and again, until it says that the queue is empty or fails again and again. The result."""
+        """Run CMD again and again, until it says that the queue is empty or keeps failing. Returns the result."""
         loop, backoff = asyncio.get_running_loop(), Backoff(1.0, 10.0)
         result = {"exit_code": 0, "runs": 0, "failed": 0}
         in_a_row = self._at_once = 0
         empty_since: float | None = None
         while reservation.may_begin() and not self._stop.is_set():
-            code = await self._one(reservation)
+            code = await self._run_once(reservation)
             if code == self._until:
                 self._released = 0
                 empty_since = empty_since or loop.time()
@@ -160,8 +159,8 @@ class Work:
                 break
         return result
 
-    async def _one(self, reservation: Reservation) -> int:
-        """One run of CMD, to the end of its last process. Its exit code."""
+    async def _run_once(self, reservation: Reservation) -> int:
+        """Run CMD, until the last process of its group has ended. Returns the exit code."""
         started, by_itself = stopwatch(), True
         try:
             group = self._group = ProcessGroup(self._command, self._environment(reservation), self._guard)
@@ -185,7 +184,7 @@ class Work:
         return code
 
     async def _pause(self) -> None:
-        """A command that cannot work should not burn reservation after reservation."""
+        """Wait before the next reservation, if CMD keeps failing: each failure would cost a reservation."""
         times = self._released if self._until is not None else self._at_once - PATIENT_FAILURES
         if times > 0:
             seconds = min(FIRST_PAUSE_SECONDS * 2 ** min(times - 1, 10), LONGEST_PAUSE_SECONDS)
@@ -203,7 +202,7 @@ class Work:
 
 
 async def _first_of(*waits: Awaitable[Any]) -> None:
-    """Wait for the first; those of the others that are no tasks of the caller's are given up."""
+    """Wait for the first of them; the others are cancelled, unless they are tasks of the caller."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -214,12 +213,13 @@ async def _first_of(*waits: Awaitable[Any]) -> None:
 
 
 async def run(work: Work, health_port: int | None) -> None:
-    """Run `work` until a signal stops it, with a health endpoint on `health_port` (0: any free one; None: none)."""
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        loop.add_signal_handler(number, work.told_to_stop)
-    loop.add_signal_handler(signal.SIGCHLD, work.child_ended)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])  # whoever has started this may have blocked it
+    """Run `work` until SIGTERM, SIGINT or SIGHUP, with a health endpoint on `health_port` (0: any; None: none).
+
+    Under nohup, SIGHUP stays ignored.
+    """
+    on_signals(work.stop)
+    on_signals(work.reap, [signal.SIGCHLD])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])  # the parent process may have blocked it
     async with contextlib.AsyncExitStack() as stack:
         if health_port is not None:
             try:

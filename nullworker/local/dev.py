@@ -12,6 +12,7 @@ import secrets
 import signal
 import sys
 
+from nullworker.aio import on_signals
 from nullworker.clock import SystemClock
 from nullworker.errors import CannotStart
 from nullworker.local.fleet import Fleet
@@ -37,15 +38,14 @@ async def run(port: int, endpoint: str, parameters: Parameters, plan: Plan, *, e
     fleet = Fleet(vast, plan, now, show.changed)
     stop = asyncio.Event()
 
-    def on_signal() -> None:
+    def on_signal(_: signal.Signals) -> None:
         if stop.is_set():
             fleet.hurry()
         else:
             show.say("stopping all workers; a second signal cancels what they hold")
         stop.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, on_signal)
+    on_signals(on_signal)
     async with contextlib.AsyncExitStack() as stack:
         try:
             await stack.enter_async_context(vast)

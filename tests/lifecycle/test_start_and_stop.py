@@ -18,6 +18,7 @@ import pytest
 import trustme
 from claims import data_of, reserve
 from harness import ROOT, WorkerProcess, post, secured, signed
+from programs import inherited
 
 from nullworker.testing import FakeAutoscaler
 
@@ -288,16 +289,6 @@ async def test_a_drain_cancels_the_queue_and_refuses_new_claims(worker: WorkerPr
     assert await worker.exit_code() == 0
     assert [await claim.outcome() for claim in (held, queued, late)] == ["Success", "Rejected", "Rejected"]
     assert await vast.wait_for(lambda: vast.statuses[-1]["cur_load"] == 0)
-
-
-@contextmanager
-def inherited(disposition: signal.Handlers) -> Iterator[None]:
-    """What a child started meanwhile does at SIGHUP, unless it says otherwise."""
-    before = signal.signal(signal.SIGHUP, disposition)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGHUP, before)
 
 
 async def test_a_terminal_that_is_closed_is_a_stop_in_order(tmp_path: Path, vast: FakeAutoscaler) -> None:

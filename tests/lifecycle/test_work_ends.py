@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 from harness import WorkerProcess
-from programs import Program, answered, caller, free_port, nullworker_work, session, until
+from programs import Program, answered, caller, free_port, inherited, nullworker_work, session, until
 
 #: For as long as it takes, so that only a signal ends it.
 FOREVER = "while :; do sleep 1; done"
@@ -70,6 +70,23 @@ async def test_a_second_sigterm_does_not_wait(tmp_path: Path) -> None:
         await work.line("work_stops")
         assert await work.terminate() == 0
         assert (await answered(asked))["result"] == {"exit_code": 137}
+
+
+async def test_a_closed_terminal_ends_the_command_unless_it_runs_under_nohup(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "gate")
+    async with WorkerProcess(tmp_path) as worker:
+        with inherited(signal.SIG_DFL):
+            async with nullworker_work(worker, *shell(FOREVER)) as work, caller(worker) as asked:
+                await work.line("work_started")
+                assert await work.terminate(signal.SIGHUP) == 0
+                assert (await answered(asked))["result"] == {"exit_code": 143}
+        with inherited(signal.SIG_IGN):
+            async with nullworker_work(worker, *shell("read _ < gate; exit 5")) as work, caller(worker) as asked:
+                await work.line("work_started")
+                work.process.send_signal(signal.SIGHUP)
+                (tmp_path / "gate").write_text("\n")
+                assert (await answered(asked))["result"] == {"exit_code": 5}
+                assert await work.terminate() == 0
 
 
 async def test_sigterm_while_nothing_is_held_exits_at_once(tmp_path: Path) -> None:

@@ -6,9 +6,10 @@ import asyncio
 import contextlib
 import os
 import secrets
+import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,16 @@ async def run(*command: str, code: int = 0, **env: str) -> str:
 async def nullworker(*arguments: str, code: int = 0, **env: str) -> str:
     """A command of `nullworker`."""
     return await run(sys.executable, "-m", "nullworker", *arguments, code=code, **env)
+
+
+@contextlib.contextmanager
+def inherited(disposition: signal.Handlers) -> Iterator[None]:
+    """SIGHUP's disposition in programs that are started meanwhile; `nohup` starts them with SIG_IGN."""
+    before = signal.signal(signal.SIGHUP, disposition)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @contextlib.asynccontextmanager
