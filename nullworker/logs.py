@@ -212,6 +212,6 @@ def _trace(error: BaseException | None) -> str:
 
 def _word(value: Any) -> str:
     if isinstance(value, dict):
-        value = " ".join(f"{name}={_word(each)}" for name, each in value.items())
-    text = str(value)
+        value = " ".join(f"{name}={_word(item)}" for name, item in value.items())
+    text = str(value).lower() if isinstance(value, bool) else str(value)  # true: as a setting is written
     return text if _PLAIN.fullmatch(text) else json.dumps(text)

@@ -13,7 +13,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -40,10 +40,21 @@ _FALSE = frozenset(("false", "f", "no", "n", "off", "0"))
 
 @dataclass(frozen=True)
 class Kind:
-    """How a setting's text is parsed, and the allowed values in words. `read` raises ValueError."""
+    """How a setting's text is parsed, and what is allowed, for error messages and for --help.
+
+    Attributes:
+        read: raises ValueError for what is not allowed.
+        allowed: in words.
+        metavar: the value in `--help`.
+        bounds: what `metavar` does not say of the allowed values.
+        words: all of them, if there are few.
+    """
 
     read: Callable[[str], Any]
     allowed: str
+    metavar: str
+    bounds: str = ""
+    words: tuple[str, ...] = ()
 
 
 def _number(low: float, high: float, *, unit: str = "", whole: bool = False, above: bool = False) -> Kind:
@@ -57,7 +68,7 @@ def _number(low: float, high: float, *, unit: str = "", whole: bool = False, abo
     most = str(high) if isinstance(high, int) else f"{high:.10g}"
     bounds = f"above {low:g} and at most {most}" if above else f"from {low:g} to {most}"
     also = ", as 90, 15m, 6h or 30d" if unit == "seconds" else ""
-    return Kind(read, f"{what}{' of ' + unit if unit else ''} {bounds}{also}")
+    return Kind(read, f"{what}{' of ' + unit if unit else ''} {bounds}{also}", unit.upper() or "NUMBER", bounds)
 
 
 def _choice(*words: str) -> Kind:
@@ -66,7 +77,7 @@ def _choice(*words: str) -> Kind:
             raise ValueError(text)
         return text.lower()
 
-    return Kind(read, " or ".join((", ".join(words[:-1]), words[-1])))
+    return Kind(read, " or ".join((", ".join(words[:-1]), words[-1])), f"[{'|'.join(words)}]", words=words)
 
 
 def _read_bool(text: str) -> bool:
@@ -135,14 +146,19 @@ def read_seconds(text: str) -> float:
     return seconds
 
 
-_TEXT = Kind(str, "any text")
-_BOOL = Kind(_read_bool, "true or false")
-_URL = Kind(_read_url, "an absolute http or https URL")
-_SINK = Kind(_read_sink, "an https URL, or an http one of a loopback or private address")
-_URLS = Kind(_read_urls, "a comma list of absolute http or https URLs")
-_PATH = Kind(Path, "a file's path")
+_TEXT = Kind(str, "any text", "TEXT")
+_BOOL = Kind(_read_bool, "true or false", "[true|false]", words=("true", "false"))
+_URL = Kind(_read_url, "an absolute http or https URL", "URL")
+_SINK = Kind(
+    _read_sink,
+    "an https URL, or an http one of a loopback or private address",
+    "URL",
+    "https, or http to a loopback or private address",
+)
+_URLS = Kind(_read_urls, "a comma list of absolute http or https URLs", "URL,...")
+_PATH = Kind(Path, "a file's path", "PATH")
 _AGE = _number(0, 100 * YEAR_SECONDS, unit="seconds", above=True)
-_PORT = _number(0, 65535, whole=True)
+_PORT = replace(_number(0, 65535, whole=True), metavar="PORT", bounds="")
 
 
 def _setting(default: Any, kind: Kind, help_text: str) -> Any:
@@ -154,54 +170,61 @@ class Settings:
     """All settings of a worker; each attribute is the environment variable of that name, in lower case."""
 
     max_reservation_seconds: float = _setting(
-        3600.0, _number(0, YEAR_SECONDS, unit="seconds", above=True), "cap on how long one reservation may be held"
+        3600.0,
+        _number(0, YEAR_SECONDS, unit="seconds", above=True),
+        "cap on the duration of a reservation: how far from now its deadline may be",
     )
     null_max_hold_seconds: float | None = _setting(
         None,
         _number(0, YEAR_SECONDS, unit="seconds"),
-        "cap on one whole hold, all extensions included; 0 = none; unset: 24 h, or MAX_RESERVATION_SECONDS if larger",
+        "cap on one whole hold, all extensions included; 0: none; unset: 24 h, or MAX_RESERVATION_SECONDS if larger",
     )
     backend_health_url: str | None = _setting(
         None, _URL, "the consumer's health endpoint; unset: the stub /health of the control port"
     )
-    null_control_port: int = _setting(18999, _PORT, "control port, always on 127.0.0.1; 0 = any free one")
+    null_control_port: int = _setting(18999, _PORT, "control port, always on 127.0.0.1; 0: any free one")
     null_max_queue_seconds: float = _setting(
-        30.0, _number(0, YEAR_SECONDS, unit="seconds"), "longest wait in the queue; 0 = refuse at once when busy"
+        30.0, _number(0, YEAR_SECONDS, unit="seconds"), "longest wait in the queue; 0: refuse at once when busy"
     )
-    null_max_queued: int = _setting(1000, _number(0, 1_000_000, whole=True), "longest queue")
+    null_max_queued: int = _setting(
+        1000, _number(0, 1_000_000, whole=True), "maximum number of reservations in the queue"
+    )
     null_event_log: Path | None = _setting(
         None,
         _PATH,
         "the SQLite event log; unset: nullworker-<CONTAINER_ID>.db in WORKSPACE_DIR, else nullworker.db here",
     )
     null_log_sync: str = _setting(
-        "full", _choice("full", "normal"), "full: survives a power cut; normal: survives a killed process"
+        "full", _choice("full", "normal"), "full: the log survives a power cut; normal: it survives a killed process"
     )
     null_sink: str | None = _setting(
-        None, _SINK, "where every event is POSTed, such as that of `nullworker collect`; unset: nowhere"
+        None, _SINK, "URL to which every event is POSTed, such as that of `nullworker collect`; unset: none"
     )
-    null_sink_token: str | None = _setting(None, _TEXT, "bearer token for it")
+    null_sink_token: str | None = _setting(None, _TEXT, "bearer token sent to the sink")
     null_sink_format: str = _setting(
-        "cloudevents", _choice("cloudevents", "ndjson"), "a JSON array of CloudEvents, or one a line"
+        "cloudevents",
+        _choice("cloudevents", "ndjson"),
+        "body of a POST to the sink: a JSON array of CloudEvents, or one per line",
     )
-    null_sink_results: bool = _setting(False, _BOOL, "send what consumers hand over with a release")
-    null_sink_metadata: bool = _setting(True, _BOOL, "send the metadata of reservations")
+    null_sink_results: bool = _setting(False, _BOOL, "send the results of reservations to the sink too")
+    null_sink_metadata: bool = _setting(True, _BOOL, "send the metadata of reservations to the sink")
     null_log_keep: float | None = _setting(
         None, _AGE, "how long ended reservations stay in the log; pruned daily; unset: forever"
     )
     null_max_perf: float = _setting(
-        100.0, _number(0, 1e9, above=True), "max_perf reported, and the workload of one reservation"
+        100.0, _number(0, 1e9, above=True), "max_perf reported to the autoscaler; also the workload of one reservation"
     )
     null_report_perf: str = _setting(
         "served",
         _choice("served", "held"),
-        "cur_perf reported: the load served, as the SDK counts it; or max_perf for each second held, each second",
+        "cur_perf reported to the autoscaler; served: the load served, as the SDK counts it; held: max_perf times the "
+        "seconds held since the last report, with a report each second",
     )
     null_health_interval: float = _setting(
         10.0, _number(0, 86400, unit="seconds", above=True), "time between two polls of BACKEND_HEALTH_URL"
     )
     null_health_timeout: float = _setting(
-        10.0, _number(0, 3600, unit="seconds", above=True), "longest wait for an answer of BACKEND_HEALTH_URL"
+        10.0, _number(0, 3600, unit="seconds", above=True), "longest wait for an answer from BACKEND_HEALTH_URL"
     )
     null_health_failures: int = _setting(
         1,
@@ -219,7 +242,7 @@ class Settings:
     null_attach_timeout: float | None = _setting(
         None,
         _number(0, YEAR_SECONDS, unit="seconds", above=True),
-        "a hold to which no consumer attaches within so long ends; unset: it waits for its deadline",
+        "a hold to which no consumer attaches within this time ends; unset: it lasts until its deadline",
     )
     null_drain_seconds: float = _setting(
         5.0, _number(0, 86400, unit="seconds"), "on SIGTERM: how long a held reservation may still finish"
@@ -227,24 +250,28 @@ class Settings:
     null_grant_url: str = _setting(
         "warn",
         _choice("warn", "enforce", "off"),
-        "a grant signed for another worker's url: warn, refuse it, or nothing",
+        "a grant signed for another worker's url; warn: accepted with a warning; enforce: refused; off: accepted",
     )
-    null_metrics_host: str | None = _setting(None, _TEXT, "address of a further port that serves only /metrics")
-    null_metrics_port: int | None = _setting(None, _PORT, "number of that port; both are needed for it")
+    null_metrics_host: str | None = _setting(
+        None, _TEXT, "address of a further port that serves only /metrics; needs NULL_METRICS_PORT"
+    )
+    null_metrics_port: int | None = _setting(None, _PORT, "number of that port; 0: any free one")
     null_metrics_token: str | None = _setting(None, _TEXT, "bearer token required on that port; unset: none")
-    null_log_format: str = _setting("console", _choice("console", "json"), "log lines on stderr")
-    null_log_level: str = _setting("info", _choice("debug", "info", "warning", "error"), "least level of the log lines")
+    null_log_format: str = _setting("console", _choice("console", "json"), "format of the log lines on stderr")
+    null_log_level: str = _setting(
+        "info", _choice("debug", "info", "warning", "error"), "lowest level of the log lines shown"
+    )
     container_id: int | None = _setting(
-        None, _number(0, 2**63, whole=True), "this instance, to the autoscaler; unset: standalone"
+        None, _number(0, 2**63, whole=True), "this instance's id at Vast; unset: standalone, which needs UNSECURED=true"
     )
     master_token: str = _setting("", _TEXT, "the secret sent with every report")
     workspace_dir: Path | None = _setting(None, _PATH, "the instance's working directory")
     report_addr: tuple[str, ...] = _setting(
         ("https://run.vast.ai",), _URLS, "the autoscaler: the first address that answers is used"
     )
-    worker_port: int = _setting(3000, _PORT, "external port; 0 = any free one")
+    worker_port: int = _setting(3000, _PORT, "external port; 0: any free one")
     worker_http_port: int | None = _setting(
-        None, _PORT, "plain http port on 127.0.0.1 for /session/end; unset: WORKER_PORT + 1"
+        None, _PORT, "plain http port on 127.0.0.1 for /session/end; 0: any free one; unset: WORKER_PORT + 1"
     )
     public_ipaddr: str = _setting("127.0.0.1", _TEXT, "this machine's public address, as the autoscaler knows it")
     vast_tcp_port: int | None = _setting(
@@ -258,23 +285,23 @@ class Settings:
         return f"Settings({', '.join(f'{f.name}={_shown(f, getattr(self, f.name))}' for f in fields(self))})"
 
     def in_force(self) -> dict[str, str | float | bool]:
-        """The settings that are not the default, by their variables, as people may see them: no secret is in it."""
-        found: dict[str, str | float | bool] = {}
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if value == each.default:
+        """The settings that are not the default, by variable. Secrets are replaced by `***`."""
+        in_force: dict[str, str | float | bool] = {}
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if value == setting.default:
                 continue
-            if each.name.endswith("_token"):
+            if setting.name.endswith("_token"):
                 value = "***"
             elif isinstance(value, tuple):
                 value = ",".join(map(without_secrets, value))
-            elif each.metadata["kind"] in (_URL, _SINK):
+            elif setting.metadata["kind"] in (_URL, _SINK):
                 value = without_secrets(value)
-            name = variable(each.name).replace("<WORKER_PORT>", str(self.worker_port))
+            name = variable(setting.name).replace("<WORKER_PORT>", str(self.worker_port))
             if isinstance(value, float) and value.is_integer():
                 value = int(value)
-            found[name] = value if isinstance(value, (str, int, float)) else str(value)
-        return found
+            in_force[name] = value if isinstance(value, (str, int, float)) else str(value)
+        return in_force
 
     @property
     def standalone(self) -> bool:
@@ -320,20 +347,26 @@ def variable(name: str) -> str:
     return "VAST_TCP_PORT_<WORKER_PORT>" if name == "vast_tcp_port" else name.upper()
 
 
+def settings_line(in_force: Mapping[str, str | float | bool]) -> str:
+    """`Settings.in_force()` as a person would write it: `UNSECURED=true NULL_MAX_QUEUED=5`."""
+    texts = {name: str(value).lower() if isinstance(value, bool) else value for name, value in in_force.items()}
+    return " ".join(f"{name}={text}" for name, text in texts.items()) or "the defaults"
+
+
 def unknown_names(values: Mapping[str, str]) -> dict[str, str | None]:
-    """Variables that begin with NULL_ and that no command knows, each with the known name nearest to it, if any is."""
-    known = {variable(each.name) for each in fields(Settings)} | OTHER_NAMES
+    """Variables that begin with NULL_ and that no command knows, each with the nearest known name, if there is one."""
+    known = {variable(setting.name) for setting in fields(Settings)} | OTHER_NAMES
     known = {name for name in known if name.startswith("NULL_")}
-    strange = sorted(
+    unknown = sorted(
         name
         for name in values
         if name.startswith("NULL_") and name not in known and not name.startswith(OTHER_BEGINNINGS)
     )
-    return {name: next(iter(difflib.get_close_matches(name, known, n=1)), None) for name in strange}
+    return {name: next(iter(difflib.get_close_matches(name, known, n=1)), None) for name in unknown}
 
 
 def unknown_setting(name: str, nearest: str | None) -> str:
-    """What is said of a variable that looks like a setting and is none."""
+    """The warning for a variable that looks like a setting and is none."""
     return f"there is no setting {name}" + (f": is {nearest} meant?" if nearest else "; it changes nothing")
 
 

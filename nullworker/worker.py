@@ -200,6 +200,7 @@ class Worker:
             shutdown_seconds=STOP_SECONDS / 2,
         )
         self._late_metrics = ports.late_metrics(exporter)
+        self._listening = ports.listening
         self._stop = asyncio.Event()
         self._stop_at: float | None = None  # loop time by which all must be over
         self._tasks: set[asyncio.Task[None]] = set()
@@ -223,8 +224,7 @@ class Worker:
             "worker_started",
             version=__version__,
             url=self.settings.own_url,
-            external_port=self.settings.worker_port,
-            control_port=self.settings.null_control_port,
+            **self._listening,
             event_log=str(self.log.path),
             reports_to=None if self.autoscaler is None else ",".join(map(without_secrets, self.autoscaler.addresses)),
             settings=self.settings.in_force(),

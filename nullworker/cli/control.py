@@ -14,10 +14,11 @@ from typing import Any, Final
 import click
 
 from nullworker.cli.options import SECONDS, with_control
-from nullworker.cli.words import clock_time, duration, folded, job_name, settings_line
+from nullworker.cli.words import clock_time, duration, folded, job_name
 from nullworker.clock import from_iso, stopwatch
 from nullworker.control_client import ANSWER_SECONDS, ControlClient, Refused
 from nullworker.errors import NullworkerError, WorkerUnreachable
+from nullworker.settings import settings_line
 
 #: Seconds of one long poll; the worker allows 60.
 POLL_SECONDS: Final = 30.0

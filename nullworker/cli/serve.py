@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from nullworker.settings import Settings, read_settings, unknown_names, variable
+from nullworker.settings import Kind, Settings, read_settings, unknown_names, variable
 
 
 def _option_name(field: str) -> str:
@@ -20,15 +20,22 @@ def _option_name(field: str) -> str:
 def _with_settings(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add an option for each setting. Values stay texts here; settings.py parses them like the environment's."""
     for field in reversed(dataclasses.fields(Settings)):
-        kind = field.metadata["kind"]
+        kind: Kind = field.metadata["kind"]
+        bounds = f"; {kind.bounds}" if kind.bounds else ""
         default = "unset" if field.default is None else _shown(field.default)
         command = click.option(
             _option_name(field.name),
             field.name,
-            metavar="TEXT",
-            help=f"{field.metadata['help']}; {kind.allowed}  [env: {variable(field.name)}; default: {default}]",
+            metavar=kind.metavar,
+            help=f"{field.metadata['help']}{bounds}  [env: {variable(field.name)}; default: {default}]",
+            shell_complete=_completing(kind.words),
         )(command)
     return command
+
+
+def _completing(words: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """The `shell_complete` of an option whose value is one of `words`."""
+    return lambda ctx, param, incomplete: [word for word in words if word.startswith(incomplete)]
 
 
 def _shown(value: Any) -> str:
@@ -44,8 +51,11 @@ def _shown(value: Any) -> str:
 def serve(**options: str | None) -> None:
     """Run the worker: hold one reservation at a time until the consumer releases it.
 
-    Every option is also an environment variable; an option wins over the variable. SIGTERM and SIGINT stop the worker:
-    it refuses new reservations, lets the held one finish for up to --drain-seconds, and sends its last reports.
+    Every option is also an environment variable; an option takes precedence. Seconds may be written as 90, 15m, 6h or
+    30d. SIGTERM and SIGINT stop the worker: it refuses new reservations, lets the held one finish for up to
+    --drain-seconds, and sends its last reports.
+
+    For a trial on this machine: UNSECURED=true nullworker serve
     """
     values = dict(os.environ)
     port = options.get("worker_port") or values.get("WORKER_PORT", "").strip() or "3000"

@@ -31,11 +31,6 @@ def job_name(metadata: Mapping[str, Any] | None) -> str:
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name)
 
 
-def settings_line(settings: Mapping[str, Any]) -> str:
-    """The settings that are not the default, as they would be set."""
-    return " ".join(f"{name}={_plain(value)}" for name, value in settings.items()) or "the defaults"
-
-
 def clock_time(iso: str) -> str:
     """A time of the log, to the second: `2026-11-26T21:35:02Z`. The commands take it as --since."""
     return f"{iso[:19]}Z"

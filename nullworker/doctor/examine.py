@@ -11,7 +11,7 @@ from nullworker.doctor.finding import Finding, failed, warning
 from nullworker.doctor.machine import Host, look_at_log, look_at_ports, look_at_programs, look_at_template
 from nullworker.doctor.network import look_at_certificate, look_at_consumer, look_at_network
 from nullworker.errors import BadSettings
-from nullworker.settings import Settings, read_settings, unknown_names, unknown_setting
+from nullworker.settings import Settings, read_settings, settings_line, unknown_names, unknown_setting
 
 
 def examine(host: Host, *, strict: bool = True) -> Iterator[Finding]:
@@ -35,8 +35,7 @@ def examine(host: Host, *, strict: bool = True) -> Iterator[Finding]:
         except BadSettings:
             return
     else:
-        in_force = " ".join(f"{name}={value}" for name, value in settings.in_force().items())
-        yield Finding("settings", "ok", f"all are allowed; in force: {in_force or 'the defaults'}")
+        yield Finding("settings", "ok", f"all are allowed; in force: {settings_line(settings.in_force())}")
     for name, nearest in unknown_names(host.environ).items():
         yield warning(
             "settings",

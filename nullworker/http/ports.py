@@ -108,6 +108,17 @@ class Ports:
         self.close()
 
     @property
+    def listening(self) -> dict[str, int]:
+        """The number of each open port: external_port, control_port, and session_end_port and metrics_port if open."""
+        sockets = {
+            "external_port": self._external,
+            "control_port": self._control,
+            "session_end_port": self._session_end,
+            "metrics_port": self._metrics,
+        }
+        return {name: sock.getsockname()[1] for name, sock in sockets.items() if sock is not None}
+
+    @property
     def own_ports(self) -> OwnPorts:
         """Where no callback may go."""
         settings = self.settings

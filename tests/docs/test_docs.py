@@ -93,7 +93,7 @@ def test_readme_lists_every_setting_with_its_default() -> None:
     for field in dataclasses.fields(Settings):
         name = variable(field.name)
         default = "unset" if field.default is None else _shown(field.default)
-        assert f"{_option_name(field.name)} TEXT {field.metadata['help']}" in usage
+        assert f"{_option_name(field.name)} {field.metadata['kind'].metavar} {field.metadata['help']}" in usage
         assert f"[env: {name}; default: {default}]" in usage
         if name not in ("NULL_EVENT_LOG", "WORKER_HTTP_PORT", "VAST_TCP_PORT_<WORKER_PORT>"):  # made from others
             assert told[name].strip("`") == {'""': "empty"}.get(default, default)

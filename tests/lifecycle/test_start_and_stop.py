@@ -84,6 +84,17 @@ async def test_a_metrics_address_that_is_not_there_is_a_warning(tmp_path: Path, 
     assert said(worker) == []
 
 
+async def test_the_line_of_the_start_has_each_port_that_was_chosen(tmp_path: Path) -> None:
+    env: Any = {"NULL_METRICS_HOST": "127.0.0.1", "NULL_METRICS_PORT": "0", "WORKER_HTTP_PORT": "0"}
+    async with WorkerProcess(tmp_path, **env) as worker, aiohttp.ClientSession() as http:
+        line = await worker.line("worker_started")
+        assert (line["external_port"], line["control_port"]) == (worker.port, worker.control_port)
+        async with http.get(f"http://127.0.0.1:{line['metrics_port']}/metrics") as answer:
+            assert answer.status == 200
+        async with http.post(f"http://127.0.0.1:{line['session_end_port']}/session/end", json={}) as answer:
+            assert answer.status == 422
+
+
 async def test_a_dead_dns_does_not_delay_the_exit(tmp_path: Path) -> None:
     """getaddrinfo takes 10 s and more then, and nothing can interrupt it: 17.4 s were seen."""
     (tmp_path / "sitecustomize.py").write_text(
