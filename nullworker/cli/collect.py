@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from nullworker import logs
+from nullworker.cli.options import log_format
 from nullworker.collector.server import Options, serve
 from nullworker.errors import BadSettings
 from nullworker.settings import read_seconds
@@ -43,8 +44,14 @@ def _prices(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> tu
 
 @click.command(context_settings={"show_default": True})
 @click.option("--db", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The database file.")
-@click.option("--host", default="127.0.0.1", help="Address to listen on; a token is required unless it is loopback.")
-@click.option("--port", type=click.IntRange(0, 65535), default=18997, help="Port of POST /events; 0: any.")
+@click.option("--host", default="127.0.0.1", help="Address to listen on; any other than loopback requires a token.")
+@click.option(
+    "--port",
+    metavar="PORT",
+    type=click.IntRange(0, 65535),
+    default=18997,
+    help="Port of POST /events; 0: any free one.",
+)
 @click.option(
     "--token",
     envvar=["NULL_COLLECT_TOKEN", "NULL_SINK_TOKEN"],
@@ -60,30 +67,35 @@ def _prices(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> tu
 )
 @click.option(
     "--page-port",
+    metavar="PORT",
     type=click.IntRange(0, 65535),
     default=18995,
-    help="With --public: port of the page and /metrics, on 127.0.0.1; 0: any.",
+    help="With --public: port of the page and /metrics, on 127.0.0.1; 0: any free one.",
 )
 @click.option(
     "--price",
     "prices",
     multiple=True,
-    metavar="[INSTANCE=]D",
+    metavar="[INSTANCE=]DOLLARS",
     callback=_prices,
     show_default=False,
-    help="Dollars an hour, of all instances or of one; kept in the database. May be given several times.",
+    help="Price per hour, of all instances or of one; kept in the database. May be given several times.",
 )
 @click.option(
-    "--silence", callback=_age, default="3m", metavar="AGE", help="A worker not heard of for so long is silent."
+    "--silence",
+    callback=_age,
+    default="3m",
+    metavar="SECONDS",
+    help="Time without news after which a worker is silent.",
 )
 @click.option(
     "--keep",
     callback=_age,
-    metavar="AGE",
+    metavar="SECONDS",
     show_default=False,
-    help="Remove older ended reservations daily. [default: never]",
+    help="Time for which ended reservations are kept; older ones are removed daily.  [default: forever]",
 )
-@click.option("--log-format", type=click.Choice(["console", "json"]), default="console", help="Log lines on stderr.")
+@log_format
 def collect(
     *,
     db: Path,
@@ -99,8 +111,12 @@ def collect(
 ) -> None:
     """Collect the events of all workers whose NULL_SINK is http://HOST:PORT/events, in one SQLite database.
 
-    It serves a page, /status, /readyz and /metrics too, to this machine only. SIGTERM ends it; the workers keep what
-    they could not deliver.
+    It also serves a page, /status, /readyz and /metrics, to this machine only. SIGTERM ends it; workers keep the
+    events that they could not deliver. Seconds may be written as 90, 15m, 6h or 30d.
+
+    \b
+    Example:
+      nullworker collect --db fleet.db --price 0.40
     """
     loopback = _is_loopback(host)
     token = (token or "").strip() or None

@@ -34,7 +34,7 @@ COMMANDS: Final[dict[str, tuple[str, str]]] = {
     "events": ("List the events in the event log.", "nullworker.cli.history:events"),
     "prune": ("Remove old reservations from the event log.", "nullworker.cli.prune:prune"),
     "collect": ("Keep the events of all workers in one database.", "nullworker.cli.collect:collect"),
-    "demo": ("See all of it work on this machine, without an account.", "nullworker.cli.demo:demo"),
+    "demo": ("Show the whole system at work on this machine, without an account.", "nullworker.cli.demo:demo"),
     "dev": ("Run a fake Vast Serverless on this machine, for tests.", "nullworker.cli.dev:dev"),
     "doctor": ("Check this machine and an endpoint's parameters.", "nullworker.cli.doctor:doctor"),
 }
@@ -66,7 +66,7 @@ class _Commands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """As click's, but a misspelled command is answered with the one that is nearest."""
+        """As click's, but the error for a misspelled command names the nearest one."""
         if args[0] not in COMMANDS and not args[0].startswith("-"):
             near = difflib.get_close_matches(args[0], COMMANDS, n=1)
             ctx.fail(f"there is no command {args[0]!r}" + (f": is {near[0]!r} meant?" if near else ""))
@@ -82,8 +82,8 @@ class _Commands(click.Group):
         """The commands without their imports: a shell asks at each Tab."""
         from click.shell_completion import CompletionItem
 
-        found = [CompletionItem(name, help=text) for name, (text, _) in COMMANDS.items() if name.startswith(incomplete)]
-        return found or click.Command.shell_complete(self, ctx, incomplete)
+        items = [CompletionItem(name, help=text) for name, (text, _) in COMMANDS.items() if name.startswith(incomplete)]
+        return items or click.Command.shell_complete(self, ctx, incomplete)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -92,15 +92,17 @@ def cli() -> None:
     """A Vast.ai Serverless worker for people with their own job queue.
 
     A request holds a worker until your consumer releases it or its time is over. Then Vast scales the endpoint down.
+
+    Start with `nullworker demo`. `nullworker COMMAND --help` describes a command.
     """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The entry point of all ways to start a command. Never returns."""
+    """Run a command, and exit with its code. All entry points end here."""
     try:
         code = cli.main(arguments, prog_name="nullworker", standalone_mode=False) or 0
         if sys.stdout is not None:
-            sys.stdout.flush()  # what cannot be written is told here, and not by Python's own flush at the exit
+            sys.stdout.flush()  # here a failed write is reported; Python's own flush at exit comes too late
         sys.exit(code)
     except click.exceptions.Exit as done:
         sys.exit(done.exit_code)
@@ -126,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _forget_stdout() -> None:
-    """What could not be written must not be tried again at the exit."""
+    """Discard output that could not be written, or Python tries again at exit."""
     with contextlib.suppress(OSError, AttributeError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

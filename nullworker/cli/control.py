@@ -25,14 +25,14 @@ POLL_SECONDS: Final = 30.0
 #: Seconds between two tries while the worker does not answer.
 RETRY_SECONDS: Final = 1.0
 
-as_json = click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print the answer as one line of JSON.")
 reservation_id = click.option(
     "--reservation-id",
     "--id",
     metavar="ID",
     envvar="NULLWORKER_RESERVATION_ID",
     show_envvar=True,
-    help="Only this reservation, not another one that may be held by now.",
+    help="Act on this reservation only, and not on another one that may be held by now.",
 )
 
 
@@ -72,7 +72,7 @@ def status(control: ControlClient, *, as_json: bool) -> None:
 @click.command()
 @click.argument("reservation", metavar="[ID]", required=False)
 @reservation_id
-@click.option("--result", metavar="JSON", help="Passed to the caller of /reserve, up to 64 KiB.")
+@click.option("--result", metavar="JSON", help="JSON for the caller of /reserve, up to 64 KiB.")
 @with_control
 @as_json
 def release(
@@ -81,6 +81,10 @@ def release(
     """End the held reservation: its work is done.
 
     Give the ID, so that a late consumer cannot end the next reservation instead.
+
+    \b
+    Example:
+      nullworker release "$NULLWORKER_RESERVATION_ID" --result '{"pages": 3}'
     """
     body: dict[str, Any] = {}
     if reservation or reservation_id:
@@ -99,19 +103,24 @@ def release(
 
 @click.command()
 @click.argument("seconds", metavar="SECONDS", required=False, type=SECONDS)
-@click.option("--seconds", "named", metavar="SECONDS", type=SECONDS, help="The same, by name.")
+@click.option("--seconds", "named", metavar="SECONDS", type=SECONDS, help="The same as the argument SECONDS.")
 @reservation_id
 @with_control
 @as_json
 def extend(
     control: ControlClient, *, seconds: float | None, named: float | None, reservation_id: str | None, as_json: bool
 ) -> None:
-    """Move the deadline of the held reservation to SECONDS from now, at most MAX_RESERVATION_SECONDS."""
+    """Move the deadline of the held reservation to SECONDS from now, at most MAX_RESERVATION_SECONDS.
+
+    \b
+    Example:
+      nullworker extend 30m
+    """
     if seconds is not None and named is not None:
-        raise click.UsageError("say it once: nullworker extend SECONDS, or --seconds SECONDS")
+        raise click.UsageError("give the time once: nullworker extend SECONDS, or --seconds SECONDS")
     seconds = named if seconds is None else seconds
     if seconds is None:
-        raise click.UsageError("say for how long: nullworker extend SECONDS")
+        raise click.UsageError("SECONDS is missing: nullworker extend SECONDS")
     body = {"seconds": seconds, **({"reservation_id": reservation_id} if reservation_id else {})}
     answer = _ask(control, "/extend", body, as_json)
     if not as_json:
@@ -119,11 +128,21 @@ def extend(
 
 
 @click.command()
-@click.option("--timeout", metavar="SECONDS", type=SECONDS, help="Longest wait; then exit with 1. [default: never]")
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=SECONDS,
+    help="Longest wait, after which the exit code is 1.  [default: no limit]",
+)
 @with_control
 @as_json
 def wait(control: ControlClient, *, timeout: float | None, as_json: bool) -> None:
-    """Wait until a reservation is held, and show it. A restart of the worker does not end the wait."""
+    """Wait until a reservation is held, and show it. A restart of the worker does not end the wait.
+
+    \b
+    Example:
+      nullworker wait --timeout 10m --json
+    """
     until = None if timeout is None else stopwatch() + timeout
     held = control.ask("GET", "/reservation")  # a wrong address fails at once
     while held is None:

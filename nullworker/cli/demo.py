@@ -1,4 +1,4 @@
-"""`nullworker demo`: shows all of it on this machine."""
+"""`nullworker demo`: shows the whole system at work on this machine."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from nullworker.local.demo import run
 
 
 @click.command()
-@click.option("--keep", is_flag=True, help="Keep the folder with the ledger, the workers' event logs and output.")
+@click.option(
+    "--keep",
+    is_flag=True,
+    help="Keep the folder with the ledger and the workers' event logs and output, and print its path.",
+)
 def demo(*, keep: bool) -> None:
-    """See all of it work on this machine: no account, no GPU, half a minute.
+    """Show the whole system at work on this machine, in half a minute, without an account or a GPU.
 
-    A queue of ten jobs, `nullworker dispatch`, workers that are started and stopped on demand, consumers that drain the
+    It shows a queue of ten jobs, `nullworker dispatch`, workers that start and stop on demand, consumers that drain the
     queue, and what each job cost. All of these are real processes; only the autoscaler is a fake.
     """
     with contextlib.ExitStack() as stack:

@@ -30,41 +30,85 @@ def _seconds_or_never(ctx: click.Context, option: click.Parameter, text: str) ->
 
 @click.command(context_settings={"show_default": True, "allow_interspersed_args": False})
 @click.argument("consumer", metavar="[-- CONSUMER [ARG]...]", nargs=-1, type=click.UNPROCESSED)
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, help="On 127.0.0.1; 0: any free one.")
-@click.option("--endpoint", default="null", metavar="NAME", help="The name of its only endpoint.")
-@click.option("--max-workers", type=click.IntRange(1), default=5, help="Maximum number of processes.")
+@click.option(
+    "--port",
+    metavar="PORT",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    help="Port of the fake autoscaler, on 127.0.0.1; 0: any free one.",
+)
+@click.option("--endpoint", default="null", metavar="NAME", help="Name of its only endpoint.")
+@click.option(
+    "--max-workers", metavar="N", type=click.IntRange(1), default=5, help="Maximum number of workers at a time."
+)
 @click.option(
     "--min-load",
+    metavar="LOAD",
     type=click.FloatRange(min=0),
-    default=0.0,
-    help="Load for which workers always run; 100 is one worker.",
+    default=0,
+    help="Load for which workers run even when nothing is reserved; 100 is one worker.",
 )
-@click.option("--cold-workers", type=click.IntRange(0), default=0, help="Stopped workers kept, with number and log.")
-@click.option("--target-util", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Target utilization.")
-@click.option("--max-queue-time", type=SECONDS, default=1.0, help="Seconds of load that one worker may have queued.")
-@click.option("--target-queue-time", type=SECONDS, default=0.5, help="Seconds of load above which workers are added.")
+@click.option(
+    "--cold-workers",
+    metavar="N",
+    type=click.IntRange(0),
+    default=0,
+    help="Number of stopped workers to keep. A kept worker starts again with the same id and log.",
+)
+@click.option(
+    "--target-util",
+    metavar="SHARE",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    help="Share of the running workers' capacity to use; 1: no spare worker.",
+)
+@click.option(
+    "--max-queue-time",
+    type=SECONDS,
+    default=1,
+    help="Load of a worker, in seconds of work, above which it gets no further request.",
+)
+@click.option(
+    "--target-queue-time",
+    type=SECONDS,
+    default=0.5,
+    help="Load of all running workers, in seconds of work, above which one is added.",
+)
 @click.option(
     "--inactivity-timeout",
     "--inactivity",
     metavar="SECONDS",
     callback=_seconds_or_never,
     default="10",
-    help="Seconds until an idle worker is stopped; -1: never.",
+    help="Time after which an idle worker is stopped; -1: never.",
 )
 @click.option(
     "--engine",
     type=click.Choice(["strict", "may-2026"]),
     default="strict",
-    help="As Vast documents it; or with what its null worker met in May 2026: held workers are downgraded, and a third "
-    "one is not started while two are held at exactly 100 %.",
+    help="strict: scale as Vast documents it. may-2026: also show what was seen of Vast's engine in May 2026: a held "
+    "worker that reports no cur_perf counts for less and less, and no third worker is started while two are held at "
+    "exactly 100 % load.",
 )
-@click.option("--loading-timeout", type=SECONDS, default=60.0, help="Seconds that a worker may take to become ready.")
-@click.option("--worker-port", type=click.IntRange(0, 65535), default=3000, help="External port of the first; 0: any.")
-@click.option("--control-port", type=click.IntRange(0, 65535), default=18999, help="Control port of the first; 0: any.")
+@click.option("--loading-timeout", type=SECONDS, default=60, help="Time within which a started worker must be ready.")
+@click.option(
+    "--worker-port",
+    metavar="PORT",
+    type=click.IntRange(0, 65535),
+    default=3000,
+    help="External port of the first worker, the next ones follow; 0: any free ones.",
+)
+@click.option(
+    "--control-port",
+    metavar="PORT",
+    type=click.IntRange(0, 65535),
+    default=18999,
+    help="Control port of the first worker, the next ones follow; 0: any free ones.",
+)
 @click.option(
     "--folder",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Keep the event logs and the output of workers here. [default: a temporary folder, removed at the end]",
+    help="Keep the workers' event logs and output here.  [default: a temporary folder, removed at the end]",
 )
 def dev(
     *,
@@ -86,10 +130,14 @@ def dev(
 ) -> None:
     """Run a fake Vast Serverless on this machine: real workers, started on demand, for your own client and consumer.
 
-    CONSUMER runs beside each worker, in this folder, with NULL_CONTROL_PORT set; for example: nullworker work --
-    ./job.sh. HEALTH_PORT is a free port on which it may serve its health. Workers take their settings from this
-    environment. The endpoint's parameters have Vast's names. It is a tool for tests; production scaling is done by
-    Vast. Ctrl-C stops all workers in order; a second one cancels what they hold.
+    CONSUMER runs beside each worker, in this folder, with NULL_CONTROL_PORT set, and HEALTH_PORT, a free port for its
+    health endpoint. Workers take their settings from this environment. The options for scaling have Vast's names.
+    This is a tool for tests; in production, Vast does the scaling. Ctrl-C stops all workers in order; a second Ctrl-C
+    cancels what they hold.
+
+    \b
+    Example:
+      nullworker dev -- nullworker work -- ./job.sh
     """
     settings = read_settings(
         {**os.environ, **COMMON, "CONTAINER_ID": "1", "WORKER_PORT": "0", "NULL_CONTROL_PORT": "0"}

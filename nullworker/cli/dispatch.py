@@ -12,7 +12,7 @@ import click
 
 from nullworker import logs
 from nullworker.aio import Interrupted, run_until_signalled
-from nullworker.cli.options import SECONDS, Seconds, json_object
+from nullworker.cli.options import SECONDS, Seconds, json_object, log_format, log_level
 from nullworker.client.vastai_sdk import STAND_IN_KEY
 from nullworker.clock import SystemClock
 from nullworker.dispatch.decision import Policy
@@ -47,59 +47,96 @@ def _metadata(ctx: click.Context, param: click.Parameter, text: str | None) -> d
 
 
 @click.command(short_help="Keep as many workers reserved as a queue needs.", context_settings={"show_default": True})
-@_option("--endpoint", metavar="NAME", required=True, help="The name of the endpoint at Vast.")
+@_option("--endpoint", metavar="NAME", required=True, help="Name of the endpoint at Vast.")
 @_option(
-    "--queue", metavar="URL", variable="NULL_QUEUE", help="The queue: redis://, nats://, amqp://, sqs://, sqlite://."
+    "--queue",
+    metavar="URL",
+    variable="NULL_QUEUE",
+    help="The queue: redis://, nats://, amqp://, sqs:// or sqlite://; docs/dispatch.md has each form.",
 )
-@_option("--command", metavar="CMD", help="For all other queues: prints one or two numbers, waiting and in flight.")
+@_option(
+    "--command",
+    metavar="CMD",
+    help="For any other queue: a command that prints one or two numbers, waiting and in flight.",
+)
 @_option(
     "--max",
     "most",
+    metavar="N",
     type=click.IntRange(1),
-    help="The maximum number of workers. Required.",
+    help="Maximum number of workers held.  [required]",
     variable="NULL_DISPATCH_MAX",
 )
-@_option("--min", "least", type=click.IntRange(0), default=0, help="The minimum number of workers.")
-@_option("--jobs-per-worker", type=click.IntRange(1), default=1, help="More than 1 needs consumers that stay.")
-@_option("--interval", type=POSITIVE_SECONDS, default=5.0, help="Between two polls of the queue.")
-@_option("--settle", type=SECONDS, default=10.0, help="Time after which a hold has taken its job.")
+@_option("--min", "least", metavar="N", type=click.IntRange(0), default=0, help="Minimum number of workers held.")
 @_option(
-    "--lifetime", type=POSITIVE_SECONDS, default=300.0, help="How long an unattended session survives this process."
+    "--jobs-per-worker",
+    metavar="N",
+    type=click.IntRange(1),
+    default=1,
+    help="Jobs for which one worker is held. More than 1 needs consumers that stay, such as work --until.",
 )
-@_option("--attach", type=SECONDS, default="15m", help="Time in which a consumer must attach; 0: they never do.")
-@_option("--stall", type=POSITIVE_SECONDS, default="10m", help="A claim that waits for longer is reported.")
-@_option("--cost", type=click.FloatRange(min=0, min_open=True), default=100, help="Workload of one worker.")
-@_option("--metadata", metavar="JSON", callback=_metadata, help="Passed to each consumer; up to 4 KiB.")
-@_option("--max-hours-per-day", type=click.FloatRange(min=0, min_open=True), help="Maximum of held hours in 24 hours.")
-@_option("--max-dollars-per-day", type=click.FloatRange(min=0, min_open=True), help="Maximum of dollars in 24 hours.")
-@_option("--price", type=click.FloatRange(min=0), help="Dollars an hour. [default: each instance's own]")
-@_option("--at-limit", type=click.Choice(["wait", "end"]), default="wait", help="end: also end held sessions.")
+@_option("--interval", type=POSITIVE_SECONDS, default=5.0, help="Time between two polls of the queue.")
+@_option("--settle", type=SECONDS, default=10.0, help="Time within which a new hold takes its job.")
+@_option(
+    "--lifetime",
+    type=POSITIVE_SECONDS,
+    default=300.0,
+    help="Time that a session without a consumer survives the death of this process.",
+)
+@_option(
+    "--attach", type=SECONDS, default="15m", help="Time within which a consumer must attach; 0: none ever attaches."
+)
+@_option("--stall", type=POSITIVE_SECONDS, default="10m", help="Time after which a claim without a worker is reported.")
+@_option(
+    "--cost",
+    metavar="N",
+    type=click.FloatRange(min=0, min_open=True),
+    default=100,
+    help="Workload of one hold; should equal the workers' NULL_MAX_PERF.",
+)
+@_option("--metadata", metavar="JSON", callback=_metadata, help="A JSON object for each consumer, up to 4 KiB.")
+@_option(
+    "--max-hours-per-day",
+    metavar="HOURS",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Limit on held time, over the last 24 hours.",
+)
+@_option(
+    "--max-dollars-per-day",
+    metavar="DOLLARS",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Limit on the cost of held time, over the last 24 hours.",
+)
+@_option(
+    "--price",
+    metavar="DOLLARS",
+    type=click.FloatRange(min=0),
+    help="Price of an instance per hour.  [default: each instance's own, from Vast]",
+)
+@_option(
+    "--at-limit",
+    type=click.Choice(["wait", "end"]),
+    default="wait",
+    help="At a limit: open nothing new (wait), or also end what is held (end).",
+)
 @_option(
     "--ledger",
     type=click.Path(dir_okay=False, path_type=Path),
     default="nullworker-dispatch.db",
-    help="The SQLite file with all claims.",
+    help="SQLite file with all claims.",
 )
 @_option(
-    "--port", type=click.IntRange(0, 65535), default=18996, help="On 127.0.0.1: /status, /readyz, /metrics; 0: any."
+    "--port",
+    metavar="PORT",
+    type=click.IntRange(0, 65535),
+    default=18996,
+    help="Port of /status, /readyz and /metrics, on 127.0.0.1; 0: any free one.",
 )
-@_option("--autoscaler", metavar="URL", help="A fake autoscaler, as of `nullworker dev`, instead of Vast.")
+@_option("--autoscaler", metavar="URL", help="Fake autoscaler to use instead of Vast, such as `nullworker dev`.")
 @click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Your API key at Vast.")
-@_option(
-    "--log-format",
-    type=click.Choice(["console", "json"]),
-    default="console",
-    help="Format of the log lines on stderr.",
-    variable="NULL_LOG_FORMAT",
-)
-@_option(
-    "--log-level",
-    type=click.Choice(["debug", "info", "warning", "error"]),
-    default="info",
-    help="The lowest level that is shown.",
-    variable="NULL_LOG_LEVEL",
-)
-@click.option("--end-all", is_flag=True, help="End every session of the ledger, and exit.")
+@log_format
+@log_level
+@click.option("--end-all", is_flag=True, help="End every session in the ledger, and exit.")
 def dispatch(
     *,
     endpoint: str,
@@ -129,9 +166,13 @@ def dispatch(
 ) -> None:
     """Reserve as many workers as a queue needs, for as long as it needs them.
 
-    It only opens reservations; consumers end them. It may be stopped or killed at any time: the next start goes on
-    with the sessions in the ledger, and jobs go on meanwhile. Needs `pip install 'nullworker[client,queues]'`.
-    SIGTERM leaves every session as it is; --end-all ends them. Seconds may be written as 90, 15m, 6h or 30d.
+    It only opens reservations; consumers end them. It may be stopped or killed at any time: jobs continue, and the
+    next start continues with the sessions in the ledger. SIGTERM leaves all sessions held; --end-all ends them. Needs
+    `pip install 'nullworker[client,queues]'`. Seconds may be written as 90, 15m, 6h or 30d.
+
+    \b
+    Example:
+      nullworker dispatch --endpoint NAME --queue 'redis://HOST?list=jobs' --max 5
     """
     if autoscaler is not None and not is_absolute_http_url(autoscaler):
         raise BadSettings(f"--autoscaler must be as http://HOST:PORT, not {autoscaler!r}")
@@ -141,7 +182,7 @@ def dispatch(
     if end_all:
         source: Queue = CommandQueue("false")
     elif most is None:
-        raise click.UsageError("--max is missing: never more workers than this")
+        raise click.UsageError("--max is missing: the maximum number of workers held")
     elif least > most:
         raise BadSettings(f"--min {least} is more than --max {most}")
     elif (queue is None) == (command is None):

@@ -16,7 +16,7 @@ from nullworker.doctor.examine import examine
 from nullworker.doctor.finding import Finding, Level
 from nullworker.doctor.machine import Host
 
-#: Columns in front of what is said.
+#: Columns in front of the text of a finding.
 _INDENT: Final = 28
 _COUNTED: Final[tuple[Level, ...]] = ("error", "warning")
 _COLOURS: Final = {"ok": "green", "warning": "yellow", "error": "red"}
@@ -26,21 +26,23 @@ _COLOURS: Final = {"ok": "green", "warning": "yellow", "error": "red"}
 @click.option("--endpoint", metavar="NAME", help="Also check this endpoint's scaling parameters and workers.")
 @click.option(
     "--cost",
+    metavar="N",
     type=click.FloatRange(min=0, min_open=True),
     default=100,
     show_default=True,
-    help="Workload that clients send.",
+    help="Workload that your clients send with each request (their `cost`).",
 )
-@click.option("--autoscaler", metavar="URL", help="A fake autoscaler instead of Vast.")
+@click.option("--autoscaler", metavar="URL", help="Fake autoscaler to use instead of Vast, such as `nullworker dev`.")
 @click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Your API key at Vast.")
-@click.option("--json", "as_json", is_flag=True, help="One line of JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @click.pass_context
 def doctor(
     ctx: click.Context, *, endpoint: str | None, cost: float, autoscaler: str | None, api_key: str | None, as_json: bool
 ) -> None:
     """Check this machine, and with --endpoint an endpoint's scaling parameters, and say what to change.
 
-    Run it on the instance, with the environment of the worker. The exit code is 1 if there is an error.
+    Run it on the instance, with the environment of the worker. It changes nothing. The exit code is 1 if there is an
+    error.
     """
     if endpoint is not None and autoscaler is None and not api_key:
         raise click.UsageError("no API key for --endpoint: set VAST_API_KEY, or give --api-key")

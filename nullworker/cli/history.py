@@ -1,9 +1,9 @@
 """`nullworker history, events`: the event log, for people and for scripts, also while its worker is not running.
 
-The log is a file on this machine, and they read the file: those that are named, or that of the worker that answers on
-the control port, or the one that a worker started here would write; or the database of `nullworker collect`, whose
-rows say which worker they are of. --follow looks at each file again and again, and
-goes on with the new one when it is replaced. Nothing is written, and the worker is asked only where its log is.
+Both read files: those of --log, else the log of the worker that answers on the control port, else the log that a
+worker started here would write. A file may also be the database of `nullworker collect`, whose rows name their worker.
+--follow polls each file, and continues with the new one when it is replaced. Nothing is written, and the worker is
+asked only for the path of its log.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from nullworker.fsm.table import EVENT_KINDS, STATES
 from nullworker.settings import read_seconds
 
 #: Seconds between two polls of a log that is followed.
-LOOK_SECONDS: Final = 0.2
+POLL_SECONDS: Final = 0.2
 _ALL: Final = 2**62
-#: Columns that the name of a log and a reason get at most, and the name of a job at least.
+#: Widths: the maximum of a log's name and of a reason, and the minimum of a job's name.
 _LOG_COLUMNS, _WHY_COLUMNS, _JOB_COLUMNS = 10, 20, 12
 
 
 class _Path(click.types.StringParamType):
-    """A path; its variable holds one, which may have spaces in it."""
+    """A path; the environment variable holds one path, in which spaces do not separate."""
 
     name = "path"
 
@@ -72,7 +72,7 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> float | N
         raise click.BadParameter(f"{text!r} must be an age as 90s, 15m, 6h or 2d, or an ISO 8601 time") from None
 
 
-class Asked(NamedTuple):
+class Query(NamedTuple):
     """The options of both commands. `since`: epoch seconds."""
 
     log: tuple[str, ...]
@@ -83,27 +83,36 @@ class Asked(NamedTuple):
     follow: bool
     as_json: bool
 
-    def wants(self, metadata: Mapping[str, Any] | None) -> bool:
-        """Whether a reservation is of the job that is asked for: the text is in its metadata, as shown or as JSON."""
+    def matches(self, metadata: Mapping[str, Any] | None) -> bool:
+        """Whether --job matches: its text is in the reservation's metadata, as shown or as JSON."""
         if self.job is None:
             return True
         return metadata is not None and (self.job in job_name(metadata) or self.job in _json(metadata))
 
 
-def _options(states: Iterable[str]) -> Callable[[Callable[[ControlClient, Asked], None]], Callable[..., None]]:
-    def decorate(command: Callable[[ControlClient, Asked], None]) -> Callable[..., None]:
+def _options(
+    kind: str, states: Iterable[str]
+) -> Callable[[Callable[[ControlClient, Query], None]], Callable[..., None]]:
+    def decorate(command: Callable[[ControlClient, Query], None]) -> Callable[..., None]:
         @functools.wraps(command)
-        def asked(control: ControlClient, **options: Any) -> None:
-            command(control, Asked(**options))
+        def with_query(control: ControlClient, **options: Any) -> None:
+            command(control, Query(**options))
 
-        decorated: Callable[..., None] = asked
+        decorated: Callable[..., None] = with_query
         for option in (
-            click.option("--json", "as_json", is_flag=True, help="JSON, one object a line."),
-            click.option("--follow", "-f", is_flag=True, help="Print new ones as they come, oldest first."),
-            click.option("--limit", type=click.IntRange(0), default=50, show_default=True, help="Only the newest."),
-            click.option("--job", metavar="TEXT", help="Only those with this text in their metadata."),
-            click.option("--state", type=click.Choice(list(states)), help="Only these."),
-            click.option("--since", metavar="TIME", callback=_since, help="An age as 15m, 6h or 2d, or an ISO time."),
+            click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line."),
+            click.option("--follow", "-f", is_flag=True, help="Keep running, and print new ones as they come."),
+            click.option(
+                "--limit", metavar="N", type=click.IntRange(0), default=50, show_default=True, help="Only the newest N."
+            ),
+            click.option("--job", metavar="TEXT", help="Only those whose metadata contain TEXT."),
+            click.option("--state", type=click.Choice(list(states)), help=f"Only those of this {kind}."),
+            click.option(
+                "--since",
+                metavar="TIME",
+                callback=_since,
+                help="Only since then: an age as 15m, 6h or 2d, or an ISO time.",
+            ),
             click.option(
                 "--log",
                 type=_Path(),
@@ -111,7 +120,8 @@ def _options(states: Iterable[str]) -> Callable[[Callable[[ControlClient, Asked]
                 envvar="NULL_EVENT_LOG",
                 show_envvar=True,
                 multiple=True,
-                help="A log file; may be given several times.  [default: the running worker's]",
+                help="A log, or a database of `nullworker collect`; may be given several times.  "
+                "[default: the log of the running worker]",
             ),
         ):
             decorated = option(decorated)
@@ -121,31 +131,45 @@ def _options(states: Iterable[str]) -> Callable[[Callable[[ControlClient, Asked]
 
 
 @click.command()
-@_options(STATES)
-def history(control: ControlClient, asked: Asked) -> None:
-    """List reservations, newest first. With --follow: oldest first, and each again with every new event."""
-    with _opened(control, asked.log) as logs:
-        found = heapq.merge(*(each.reservations(asked) for each in logs), key=_queued_at, reverse=True)
-        rows = list(itertools.islice(found, asked.limit))
-        printer = _Printer(_columns_of_history(rows, asked, logs), asked)
-        printer.print(rows[::-1] if asked.follow else rows)
-        for log, event in _events_to_come(logs) if asked.follow else ():
+@_options("state", STATES)
+def history(control: ControlClient, query: Query) -> None:
+    """List reservations, newest first. With --follow: oldest first, and each again after every new event.
+
+    The worker need not be running.
+
+    \b
+    Example:
+      nullworker history --job render --since 1h
+    """
+    with _opened(control, query.log) as logs:
+        merged = heapq.merge(*(log.reservations(query) for log in logs), key=_queued_at, reverse=True)
+        rows = list(itertools.islice(merged, query.limit))
+        printer = _Printer(_columns_of_history(rows, query, logs), query)
+        printer.print(rows[::-1] if query.follow else rows)
+        for log, event in _events_to_come(logs) if query.follow else ():
             row = log.reservation(event["reservation_id"])
-            if row is not None and asked.state in (None, row["state"]) and asked.wants(row["metadata"]):
+            if row is not None and query.state in (None, row["state"]) and query.matches(row["metadata"]):
                 printer.print([row])
 
 
 @click.command()
-@_options(EVENT_KINDS)
-def events(control: ControlClient, asked: Asked) -> None:
-    """List the newest --limit events, in order. With --follow: new ones as they come."""
-    with _opened(control, asked.log) as logs:
-        found = heapq.merge(*(each.newest_events(asked) for each in logs), key=_at, reverse=True)
-        rows = list(itertools.islice(found, asked.limit))[::-1]
-        printer = _Printer(_columns_of_events(rows, asked, logs), asked)
+@_options("kind", EVENT_KINDS)
+def events(control: ControlClient, query: Query) -> None:
+    """List the newest events of the log, oldest first.
+
+    The worker need not be running.
+
+    \b
+    Example:
+      nullworker events --follow --state held
+    """
+    with _opened(control, query.log) as logs:
+        merged = heapq.merge(*(log.newest_events(query) for log in logs), key=_at, reverse=True)
+        rows = list(itertools.islice(merged, query.limit))[::-1]
+        printer = _Printer(_columns_of_events(rows, query, logs), query)
         printer.print(rows)
-        for _, event in _events_to_come(logs) if asked.follow else ():
-            if asked.state in (None, event["kind"]) and asked.wants(event["_metadata"]):
+        for _, event in _events_to_come(logs) if query.follow else ():
+            if query.state in (None, event["kind"]) and query.matches(event["_metadata"]):
                 printer.print([event])
 
 
@@ -161,7 +185,7 @@ def _at(row: Mapping[str, Any]) -> str:
 
 
 class _Log:
-    """One log that is read, and read on when another file comes in its place. Its rows say which log they are of."""
+    """One log, read from its file, also after another file has replaced it. Its rows name the log."""
 
     def __init__(self, path: Path, name: str | None) -> None:
         self.name = name
@@ -169,7 +193,7 @@ class _Log:
         self._opened: EventLog | None = open_for_reading(path)
         self._file = _identity(path)
         self.is_fleet = is_fleet(self.conn)
-        #: The last event that has been read: what is to come is after it.
+        #: seq of the last event that was read.
         self.last = self._newest()
 
     def close(self) -> None:
@@ -181,55 +205,55 @@ class _Log:
         assert self._opened is not None
         return self._opened.conn
 
-    def reservations(self, asked: Asked) -> list[dict[str, Any]]:
-        """The newest first, all of one moment, whatever the worker appends meanwhile."""
-        limit = asked.limit if asked.job is None else _ALL
-        with self._in_words(), transaction(self.conn, "DEFERRED"):
+    def reservations(self, query: Query) -> list[dict[str, Any]]:
+        """The newest first, from one snapshot of the log."""
+        limit = query.limit if query.job is None else _ALL
+        with self._errors_named(), transaction(self.conn, "DEFERRED"):
             batches = queries.batches(
-                self.conn, state=asked.state, since=asked.since, limit=limit, by_time=self.is_fleet
+                self.conn, state=query.state, since=query.since, limit=limit, by_time=self.is_fleet
             )
-            rows = (row for row in itertools.chain.from_iterable(batches) if asked.wants(row["metadata"]))
-            return [self._named(row) for row in itertools.islice(rows, asked.limit)]
+            rows = (row for row in itertools.chain.from_iterable(batches) if query.matches(row["metadata"]))
+            return [self._named(row) for row in itertools.islice(rows, query.limit)]
 
     def reservation(self, reservation_id: str) -> dict[str, Any] | None:
-        with self._in_words():
+        with self._errors_named():
             row = queries.reservation(self.conn, reservation_id)
         return None if row is None else self._named(row)
 
-    def newest_events(self, asked: Asked) -> list[dict[str, Any]]:
-        """The newest first, up to the last that had been read when it was opened."""
-        with self._in_words(), contextlib.closing(self.conn.cursor()) as cursor:
+    def newest_events(self, query: Query) -> list[dict[str, Any]]:
+        """The newest first, up to the last one at the time of opening."""
+        with self._errors_named(), contextlib.closing(self.conn.cursor()) as cursor:
             cursor.execute(
                 "SELECT seq, at, reservation_id, kind, reason, data FROM events"
                 " WHERE seq <= ? AND at >= coalesce(?, at) AND kind = coalesce(?, kind)"
                 f" ORDER BY {'at DESC, ' if self.is_fleet else ''}seq DESC",
-                (self.last, asked.since, asked.state),
+                (self.last, query.since, query.state),
             )
-            found = (self._event(queries.event_json(*row)) for row in cursor)
-            rows = (event for event in found if asked.wants(event["_metadata"]))
-            return list(itertools.islice(rows, asked.limit))
+            events = (self._event(queries.event_json(*row)) for row in cursor)
+            matching = (event for event in events if query.matches(event["_metadata"]))
+            return list(itertools.islice(matching, query.limit))
 
     def events_to_come(self) -> list[dict[str, Any]]:
-        """Those after the last that was read; of another file in this one's place, all."""
-        with self._in_words():
+        """Events after the last one that was read; after a replacement, all events of the new file."""
+        with self._errors_named():
             self._reopen_when_replaced()
             if self._opened is None:
                 return []
-            found = queries.events(self.conn, after=self.last)
-            self.last = found[-1]["seq"] if found else self.last
-            return [self._event(event) for event in found]
+            events = queries.events(self.conn, after=self.last)
+            self.last = events[-1]["seq"] if events else self.last
+            return [self._event(event) for event in events]
 
     def _reopen_when_replaced(self) -> None:
         file = _identity(self._path)
         if file is None:
-            return  # what is open is read on: the worker may still write to it
+            return  # the worker may still write to the open file
         if self._opened is not None:
             if file == self._file and self._newest() >= self.last:
                 return
-            click.echo(f"nullworker: the log {self._path} was replaced: going on with the new one", err=True)
+            click.echo(f"nullworker: the log {self._path} was replaced: continuing with the new one", err=True)
             self.close()
             self._opened, self.last = None, 0
-        with contextlib.suppress(CannotStart, sqlite3.Error):  # it is not whole yet
+        with contextlib.suppress(CannotStart, sqlite3.Error):  # it is not complete yet
             opened = open_for_reading(self._path)
             try:
                 opened.conn.execute("SELECT 1 FROM events")
@@ -242,7 +266,7 @@ class _Log:
         return int(self.conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0])
 
     def _event(self, event: queries.EventJson) -> dict[str, Any]:
-        """An event, and beside it its reservation's metadata, which only `queued` has in its data."""
+        """The event with its reservation's metadata, which only the event `queued` contains."""
         metadata = event["data"].get("metadata")
         if event["kind"] != "queued":
             sql = "SELECT data -> 'metadata' FROM events WHERE reservation_id = ? AND kind = 'queued'"
@@ -257,11 +281,11 @@ class _Log:
 
     def _worker(self, row: Mapping[str, Any]) -> str | None:
         sql = "SELECT worker FROM events WHERE reservation_id = ?"
-        found = self.conn.execute(sql, (row["id"] if "id" in row else row["reservation_id"],)).fetchone()
-        return None if found is None else str(found[0])
+        worker = self.conn.execute(sql, (row["id"] if "id" in row else row["reservation_id"],)).fetchone()
+        return None if worker is None else str(worker[0])
 
     @contextlib.contextmanager
-    def _in_words(self) -> Iterator[None]:
+    def _errors_named(self) -> Iterator[None]:
         try:
             yield
         except sqlite3.Error as error:
@@ -269,26 +293,26 @@ class _Log:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Which file is at a path; None: there is none."""
+    """Device and inode of the file at a path; None: there is none."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 @contextlib.contextmanager
 def _opened(control: ControlClient, paths: Sequence[str]) -> Iterator[list[_Log]]:
     with contextlib.ExitStack() as stack:
-        found = [Path(path) for path in paths] or [_find(control)]
-        names = _short_names(found) if len(found) > 1 else [None]
+        files = [Path(path) for path in paths] or [_find(control)]
+        names = _short_names(files) if len(files) > 1 else [None]
         yield [
-            stack.enter_context(contextlib.closing(_Log(path, name))) for path, name in zip(found, names, strict=True)
+            stack.enter_context(contextlib.closing(_Log(path, name))) for path, name in zip(files, names, strict=True)
         ]
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
-    """Each path without what all have in common in front: `7/nullworker.db`; or `7`, when only the folders differ."""
+    """Each path without the common beginning: `7/nullworker.db`; or `7`, when only the folders differ."""
     absolute = [path.absolute() for path in paths]
     for names in ([path.name for path in absolute], [path.parent.name for path in absolute]):
         if len(set(names)) == len(names):
@@ -317,16 +341,16 @@ def _find(control: ControlClient) -> Path:
 
 def _events_to_come(logs: Sequence[_Log]) -> Iterator[tuple[_Log, dict[str, Any]]]:
     while True:
-        found = [(log, event) for log in logs for event in log.events_to_come()]
-        yield from sorted(found, key=lambda each: str(each[1]["at"]))
-        if not found:
-            time.sleep(LOOK_SECONDS)
+        events = [(log, event) for log in logs for event in log.events_to_come()]
+        yield from sorted(events, key=lambda log_and_event: str(log_and_event[1]["at"]))
+        if not events:
+            time.sleep(POLL_SECONDS)
 
 
 # -- the terminal ------------------------------------------------------------------------------------------------------
 
 
-def _columns_of_history(rows: Sequence[Mapping[str, Any]], asked: Asked, logs: Sequence[_Log]) -> list[Column]:
+def _columns_of_history(rows: Sequence[Mapping[str, Any]], query: Query, logs: Sequence[_Log]) -> list[Column]:
     """Those that fit: in 80 columns the time, the state, the reason and the job; in more also the id and the result."""
     columns = [
         *_log_column(logs),
@@ -334,7 +358,7 @@ def _columns_of_history(rows: Sequence[Mapping[str, Any]], asked: Asked, logs: S
         Column("state", 9, lambda row: row["state"]),
         Column("held", 7, lambda row: None if row["held_seconds"] is None else duration(row["held_seconds"])),
     ]
-    columns.append(_why("reason", lambda row: row["reason"], rows, asked, columns))
+    columns.append(_why("reason", lambda row: row["reason"], rows, query, columns))
     further = (
         Column("id", 16, lambda row: row["id"]),
         Column("waited", 7, lambda row: None if row["queued_seconds"] is None else duration(row["queued_seconds"])),
@@ -346,14 +370,14 @@ def _columns_of_history(rows: Sequence[Mapping[str, Any]], asked: Asked, logs: S
     return [*columns, Column("job", _left(columns), _job)]
 
 
-def _columns_of_events(rows: Sequence[Mapping[str, Any]], asked: Asked, logs: Sequence[_Log]) -> list[Column]:
+def _columns_of_events(rows: Sequence[Mapping[str, Any]], query: Query, logs: Sequence[_Log]) -> list[Column]:
     columns = [
         *_log_column(logs),
         Column("seq", max([5, *(len(str(row["seq"])) for row in rows)]), lambda row: row["seq"]),
         Column("at (UTC)", 20, lambda row: clock_time(row["at"])),
         Column("event", 9, lambda row: row["kind"]),
     ]
-    columns.append(_why("what", _story, rows, asked, columns))
+    columns.append(_why("what", _story, rows, query, columns))
     if _left(columns) - 18 >= 2 * _JOB_COLUMNS:
         columns.append(Column("reservation", 16, lambda row: row["reservation_id"]))
     return [*columns, Column("job", _left(columns), _job)]
@@ -368,7 +392,7 @@ def _log_column(logs: Sequence[_Log]) -> list[Column]:
 
 
 def _end_of(name: str) -> str:
-    """Names of logs are different at their ends: nullworker-7.db."""
+    """The end of a log's name, where names differ: nullworker-7.db."""
     return name if len(name) <= _LOG_COLUMNS else f"\N{HORIZONTAL ELLIPSIS}{name[1 - _LOG_COLUMNS :]}"
 
 
@@ -376,11 +400,11 @@ def _why(
     head: str,
     value: Callable[[Mapping[str, Any]], Any],
     rows: Sequence[Mapping[str, Any]],
-    asked: Asked,
+    query: Query,
     before: Sequence[Column],
 ) -> Column:
-    """A column as wide as its words; of what is to come nobody knows. The job must have room beside it."""
-    needed = _WHY_COLUMNS if asked.follow else max([len(head), *(len(str(value(row) or "-")) for row in rows)])
+    """A column as wide as its widest value, or _WHY_COLUMNS for rows to come; it leaves room for the job."""
+    needed = _WHY_COLUMNS if query.follow else max([len(head), *(len(str(value(row) or "-")) for row in rows)])
     return Column(head, min(needed, _WHY_COLUMNS, max(_left(before) - _JOB_COLUMNS - 2, len(head))), value)
 
 
@@ -395,10 +419,10 @@ def _job(row: Mapping[str, Any]) -> str:
 
 
 def _story(event: Mapping[str, Any]) -> str:
-    """Why, or until when; a deadline of the same day without its date."""
+    """The reason, or the deadline, without its date if it is the same day."""
     data = event["data"]
     if event["kind"] == "queued":
-        cap = data.get("duration_cap")  # an event of a fleet may come from anybody
+        cap = data.get("duration_cap")  # a collector stores what workers send, unchecked
         return f"{data.get('kind')} up to {duration(cap)}" if isinstance(cap, (int, float)) else str(data.get("kind"))
     if event["kind"] in ("held", "extended"):
         ends_at = data.get("ends_at")
@@ -414,9 +438,9 @@ def _json(value: Any) -> str:
 class _Printer:
     """Prints rows as JSON lines, or as columns under a head."""
 
-    def __init__(self, columns: Sequence[Column], asked: Asked) -> None:
+    def __init__(self, columns: Sequence[Column], query: Query) -> None:
         self._columns = columns
-        self._as_json = asked.as_json
+        self._as_json = query.as_json
         if not self._as_json:
             click.secho(self._line([fit(column.head, column.width) for column in columns]), bold=True)
 
@@ -425,7 +449,9 @@ class _Printer:
             if self._as_json:
                 click.echo(json.dumps({name: value for name, value in row.items() if name != "_metadata"}))
             else:
-                click.echo(self._line([fit(str(_or_dash(each.value(row))), each.width) for each in self._columns]))
+                click.echo(
+                    self._line([fit(str(_or_dash(column.value(row))), column.width) for column in self._columns])
+                )
 
     def _line(self, cells: Sequence[str]) -> str:
         padded = (cell.ljust(column.width) for cell, column in zip(cells, self._columns, strict=True))

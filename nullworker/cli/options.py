@@ -16,7 +16,7 @@ from nullworker.settings import read_seconds
 
 
 class Seconds(click.FloatRange):
-    """Seconds from 0 up, as 90, 15m, 6h or 30d; `inf` and `nan`, which float() takes, are none."""
+    """Seconds from 0 up, as 90, 15m, 6h or 30d; `inf` and `nan` are refused."""
 
     name = "seconds"
 
@@ -59,21 +59,47 @@ def _url(_: click.Context, __: click.Parameter, text: str | None) -> str | None:
 def with_control(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that locate the control port; the command gets the argument `control`."""
 
-    @click.option("--control-url", metavar="URL", callback=_url, help="The control port, as http://HOST:PORT.")
+    @click.option(
+        "--control-url",
+        metavar="URL",
+        callback=_url,
+        help="The worker's control port as http://HOST:PORT, instead of --control-port.",
+    )
     @click.option(
         "--control-port",
+        metavar="PORT",
         envvar="NULL_CONTROL_PORT",
         show_envvar=True,
         type=click.IntRange(1, 65535),
         default=18999,
         show_default=True,
-        help="The control port, on 127.0.0.1.",
+        help="The worker's control port, on 127.0.0.1.",
     )
     @functools.wraps(command)
     def wrapped(control_url: str | None, control_port: int, **options: Any) -> None:
         command(control=ControlClient(control_url or f"http://127.0.0.1:{control_port}"), **options)
 
     return wrapped
+
+
+log_format = click.option(
+    "--log-format",
+    envvar="NULL_LOG_FORMAT",
+    show_envvar=True,
+    type=click.Choice(["console", "json"]),
+    default="console",
+    show_default=True,
+    help="Format of the log lines on stderr.",
+)
+log_level = click.option(
+    "--log-level",
+    envvar="NULL_LOG_LEVEL",
+    show_envvar=True,
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="Lowest level of the log lines shown.",
+)
 
 
 def json_object(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, Any] | None:

@@ -31,22 +31,32 @@ def _age(_: click.Context, __: click.Parameter, text: str) -> float:
 
 
 @click.command()
-@click.option("--keep", required=True, metavar="AGE", callback=_age, help="Keep what ended since then: 30d, 12h, 15m.")
-@click.option("--dry-run", is_flag=True, help="Only print what would be removed; works beside a running worker.")
-@click.option("--json", "as_json", is_flag=True, help="JSON.")
+@click.option(
+    "--keep",
+    required=True,
+    metavar="AGE",
+    callback=_age,
+    help="Remove what ended longer ago than this, such as 30d, 12h or 15m.",
+)
+@click.option("--dry-run", is_flag=True, help="Only print what would be removed; allowed while the worker runs.")
+@click.option("--json", "as_json", is_flag=True, help="Print one line of JSON.")
 @click.option(
     "--log",
     "path",
     metavar="PATH",
     envvar="NULL_EVENT_LOG",
     show_envvar=True,
-    help="The log file.  [default: that of a worker started here]",
+    help="The log file.  [default: the log of a worker started here]",
 )
 def prune(keep: float, *, dry_run: bool, as_json: bool, path: str | None) -> None:
     """Remove the reservations that ended more than AGE ago, with all their events, in one transaction.
 
-    Live reservations stay, and those that the autoscaler has not acknowledged or whose callback is pending. The worker
-    must not be running; with NULL_LOG_KEEP a running worker prunes its log daily.
+    Live reservations stay, and so do those that the autoscaler has not acknowledged or whose callback is pending. The
+    worker must not be running; with NULL_LOG_KEEP, a running worker prunes its log daily.
+
+    \b
+    Example:
+      nullworker prune --keep 30d --dry-run
     """
     file = Path(path) if path else read_settings({**os.environ, "UNSECURED": "true"}).event_log
     if not file.exists():

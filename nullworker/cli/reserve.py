@@ -34,32 +34,47 @@ NOT_HELD, ENDED_EARLY, JOB_FAILED = 1, 3, 4
 
 
 @click.command(short_help="Hold a worker until its consumer releases it.")
-@click.option("--endpoint", metavar="NAME", help="The name of the endpoint at Vast.")
-@click.option("--url", help="Instead of --endpoint: the address of an UNSECURED worker.")
-@click.option("--duration", type=SECONDS, help="Such as 90, 15m, 6h. [default: the cap of the worker]")
-@click.option("--metadata", metavar="JSON", callback=json_object, help="Passed to the consumer; up to 4 KiB.")
+@click.option("--endpoint", metavar="NAME", help="Name of the endpoint at Vast.")
+@click.option("--url", metavar="URL", help="Instead of --endpoint: the address of an UNSECURED worker.")
+@click.option("--duration", type=SECONDS, help="Hold it for no longer than this.  [default: the worker's cap]")
+@click.option("--metadata", metavar="JSON", callback=json_object, help="A JSON object for the consumer, up to 4 KiB.")
 @click.option(
-    "--cost", type=click.IntRange(1), default=100, show_default=True, help="Workload; the same as NULL_MAX_PERF."
+    "--cost",
+    metavar="N",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Workload of the request; should equal the workers' NULL_MAX_PERF.",
 )
-@click.option("--session", is_flag=True, help="Hold a session of the endpoint, which survives restarts of the worker.")
+@click.option(
+    "--session", is_flag=True, help="Hold a session instead of a request: it survives restarts of the worker."
+)
 @click.option(
     "--state",
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Keep the session in FILE, so that this command run again goes on with it. Implies --session.",
+    help="Keep the session in FILE. The same command, run again, continues the session. Implies --session.",
 )
 @click.option(
     "--lifetime",
     type=Seconds(more_than_0=True),
-    default=LIFETIME_SECONDS,
+    default=f"{LIFETIME_SECONDS:g}",
     show_default=True,
-    help="How long a session without a consumer outlives this client, if it dies.",
+    help="Time that a session without a consumer survives the death of this client.",
 )
-@click.option("--autoscaler", metavar="URL", help="A fake autoscaler instead of Vast.")
+@click.option("--autoscaler", metavar="URL", help="Fake autoscaler to use instead of Vast, such as `nullworker dev`.")
 @click.option("--api-key", envvar="VAST_API_KEY", show_envvar=True, help="Your API key at Vast.")
-@click.option("--timeout", type=SECONDS, default=WAIT_SECONDS, show_default=True, help="Longest wait for a worker.")
-@click.option("--stream/--no-stream", default=True, help="Wait on a stream of events (default) or on a plain request.")
-@click.option("--json", "as_json", is_flag=True, help="Only the final answer, as one line of JSON.")
+@click.option(
+    "--timeout",
+    type=SECONDS,
+    default=f"{WAIT_SECONDS:g}",
+    show_default=True,
+    help="Longest wait until a worker is held.",
+)
+@click.option(
+    "--stream/--no-stream", default=True, help="Wait on a stream of events (the default), or on one plain request."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print only the answer, as one line of JSON.")
 @click.pass_context
 def reserve(
     ctx: click.Context,
@@ -80,8 +95,12 @@ def reserve(
 ) -> None:
     """Hold one worker until its consumer releases it, or for --duration.
 
-    Ctrl-C closes the connection, which ends the reservation; a session is ended. With --state, SIGTERM leaves the
-    session as it is. Needs `pip install 'nullworker[client]'`, unless --url is given.
+    Ctrl-C ends the reservation; with --state, SIGTERM leaves the session held. Needs `pip install
+    'nullworker[client]'`, unless --url is given. Seconds may be written as 90, 15m or 6h.
+
+    \b
+    Example:
+      nullworker reserve --endpoint NAME --duration 2h --metadata '{"job": "42"}'
 
     Exit codes: 0 released and the job succeeded, or the time is over; 1 not held, or lost; 2 wrong use; 3 ended early
     by a cap, or cancelled; 4 released, and the job failed (exit_code not 0, or `error`); 130 Ctrl-C; 143 SIGTERM.

@@ -55,7 +55,9 @@ def serve(**options: str | None) -> None:
     30d. SIGTERM and SIGINT stop the worker: it refuses new reservations, lets the held one finish for up to
     --drain-seconds, and sends its last reports.
 
-    For a trial on this machine: UNSECURED=true nullworker serve
+    \b
+    For a trial on this machine:
+      UNSECURED=true nullworker serve
     """
     values = dict(os.environ)
     port = options.get("worker_port") or values.get("WORKER_PORT", "").strip() or "3000"

@@ -8,7 +8,7 @@ import shutil
 import click
 
 from nullworker import logs
-from nullworker.cli.options import SECONDS, with_control
+from nullworker.cli.options import SECONDS, log_format, log_level, with_control
 from nullworker.consumer.reservations import PATIENCE_SECONDS
 from nullworker.consumer.work import Work, run
 from nullworker.control_client import ControlClient
@@ -20,34 +20,52 @@ from nullworker.control_client import ControlClient
     "--kill-after",
     metavar="SECONDS",
     type=SECONDS,
-    default=5.0,
+    default="5",
     show_default=True,
-    help="Between SIGTERM and SIGKILL. Vast's supervisor kills after 10 s.",
+    help="Time from SIGTERM to SIGKILL for a CMD that must end. Vast's supervisor kills after 10 s.",
 )
-@click.option("--extend", is_flag=True, help="While CMD runs, extend a request too, as is done for a session.")
+@click.option(
+    "--extend",
+    is_flag=True,
+    help="Extend the deadline of a request for as long as CMD runs. A session is always extended.",
+)
 @click.option(
     "--until",
     metavar="CODE",
     type=click.IntRange(1, 255),
-    help='Run CMD again in the same reservation until it exits with CODE, "the queue is empty".',
+    help='Run CMD again and again in the same reservation. Exit code CODE means "the queue is empty": release.',
 )
 @click.option(
-    "--idle", metavar="SECONDS", type=SECONDS, default=0.0, help="With --until: how long an empty queue is asked again."
+    "--idle",
+    metavar="SECONDS",
+    type=SECONDS,
+    default="0",
+    show_default=True,
+    help="With --until: time for which an empty queue is polled again, before the release.",
 )
-@click.option("--run-timeout", metavar="SECONDS", type=SECONDS, help="End a CMD that runs for longer: exit code 124.")
-@click.option("--health-port", type=click.IntRange(0, 65535), help="Serve GET /health here, for BACKEND_HEALTH_URL.")
+@click.option(
+    "--run-timeout",
+    metavar="SECONDS",
+    type=SECONDS,
+    help="End a CMD that runs for longer; its exit code is 124.  [default: no limit]",
+)
+@click.option(
+    "--health-port",
+    metavar="PORT",
+    type=click.IntRange(0, 65535),
+    help="Serve GET /health on this port of 127.0.0.1, for the worker's BACKEND_HEALTH_URL; 0: any free one.  "
+    "[default: none]",
+)
 @click.option(
     "--patience",
     metavar="SECONDS",
     type=SECONDS,
-    default=PATIENCE_SECONDS,
+    default=f"{PATIENCE_SECONDS:g}",
     show_default=True,
-    help="How long the worker may not answer before CMD is ended.",
+    help="Time for which the worker may be silent before CMD is ended.",
 )
-@click.option("--log-format", envvar="NULL_LOG_FORMAT", type=click.Choice(["console", "json"]), default="console")
-@click.option(
-    "--log-level", envvar="NULL_LOG_LEVEL", type=click.Choice(["debug", "info", "warning", "error"]), default="info"
-)
+@log_format
+@log_level
 @with_control
 def work(
     command: tuple[str, ...],
@@ -65,8 +83,13 @@ def work(
     """Run CMD once for each reservation. Its exit releases the reservation, with the exit code as the result.
 
     CMD has NULLWORKER_RESERVATION_ID, NULLWORKER_RESERVATION_DEADLINE and NULLWORKER_RESERVATION_METADATA (JSON) in
-    its environment. When the reservation ends first, CMD and its process group get SIGTERM, then SIGKILL. SIGTERM to
-    this command does the same and releases the reservation; a second SIGTERM kills at once.
+    its environment. If the reservation ends first, CMD and its process group get SIGTERM, then SIGKILL. SIGTERM to
+    this command does the same and releases the reservation; a second SIGTERM kills at once. Seconds may be written as
+    90, 15m or 6h.
+
+    \b
+    Example:
+      nullworker work --until 3 --idle 30s -- python job.py
     """
     if shutil.which(command[0]) is None:
         raise click.UsageError(f"there is no command {command[0]!r}: give a path, or set PATH")

@@ -152,7 +152,7 @@ async def test_no_worker_is_one_line_that_says_what_to_do(arguments: tuple[str, 
         (("release", "--result", "{"), "--result: it is not JSON"),
         (("release", "--control-url", "https://127.0.0.1:1"), "must be http://HOST:PORT"),
         (("release", "--control-port", "0"), "--control-port"),
-        (("extend",), "say for how long"),
+        (("extend",), "SECONDS is missing"),
         (("extend", "-1"), "-1"),
         (("history", "--since", "yesterday"), "must be an age"),
         (("events", "--state", "lost"), "'lost' is not one of"),
@@ -250,7 +250,7 @@ async def test_invalid_seconds_are_wrong_use(seconds: str) -> None:
 
 
 async def test_giving_the_seconds_twice_is_wrong_use() -> None:
-    assert "say it once" in await nullworker("extend", "5", "--seconds", "90", code=2)
+    assert "give the time once" in await nullworker("extend", "5", "--seconds", "90", code=2)
 
 
 async def test_every_command_is_in_the_help() -> None:
