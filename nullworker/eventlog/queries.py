@@ -100,8 +100,8 @@ def batches(
         limit: the maximum number of reservations.
         before: only reservations older than this id or ISO 8601 time.
         since: only reservations queued at or after this time, in epoch seconds.
-        by_time: newest by their times, in one batch that costs a search of all: the database of a fleet has its events
-            in the order in which they came, and those of a worker that had no way to it come hours late.
+        by_time: newest by their times, in one batch that searches all events: a fleet's database has them in order of
+            arrival, and a worker without a connection sends them hours later.
 
     Raises:
         ValueError: before is neither a known id nor a time.
@@ -132,13 +132,14 @@ def batches(
     step = (
         max(last, 1) if by_time or state in LIVE else STEP
     )  # live reservations are found by the table `live` and need no search
+    # a fleet's database keeps two contents of one event: such a reservation is listed once
+    order = "GROUP BY reservation_id ORDER BY min(at) DESC, min(seq) DESC" if by_time else "ORDER BY seq DESC"
     for top in range(last, first - 1, -step):
         ids = conn.execute(
-            f"SELECT reservation_id FROM events q WHERE {' AND '.join(where)} AND seq BETWEEN ? AND ?"
-            f" ORDER BY {'at DESC, ' if by_time else ''}seq DESC LIMIT ?",
+            f"SELECT reservation_id FROM events q WHERE {' AND '.join(where)} AND seq BETWEEN ? AND ? {order} LIMIT ?",
             (*values, top - step + 1, top, limit),
         ).fetchall()
-        yield [row for (each,) in ids if (row := reservation(conn, each)) is not None]
+        yield [row for (reservation_id,) in ids if (row := reservation(conn, reservation_id)) is not None]
         limit -= len(ids)
         if limit <= 0:
             return

@@ -17,6 +17,7 @@ from nullworker.collector.batch import Received
 from nullworker.collector.store import Added, Store, StoreUnavailable, open_store
 from nullworker.errors import CannotStart, Forbidden
 from nullworker.eventlog import cloudevents
+from nullworker.eventlog import queries as log_queries
 
 NOW = float(int(wall()))
 ONE, TWO = "nullworker/1/a", "nullworker/2/b"
@@ -98,6 +99,15 @@ def test_same_id_with_another_content_is_flagged_too(store: Store) -> None:
     body["data"]["data"]["metadata"] = {"job": 2}
     store.add([first], "k", NOW)
     assert store.add(batch.parse(json.dumps([body]).encode()), "k", NOW).conflicts == 1
+
+
+def test_a_reservation_whose_claim_has_two_contents_is_listed_once(store: Store) -> None:
+    """An unanswered batch is sent again; after a restart with NULL_SINK_METADATA=false, without the metadata."""
+    store.add(story(), "k", NOW)
+    store.add([event(ONE, 1, "queued", "r1", NOW)], "k", NOW)
+    store.add(story(rid="r2", first=4), "k", NOW)
+    listed = log_queries.reservations(store.conn, by_time=True, limit=2)
+    assert sorted(row["id"] for row in listed) == ["r1", "r2"]
 
 
 def test_log_restored_from_a_backup_shows_both_futures(store: Store) -> None:
