@@ -51,7 +51,7 @@ async def reserved(worker: WorkerProcess, **payload: Any) -> AsyncIterator[str]:
 
 
 def row(page: Page, reservation_id: str) -> Any:
-    return page.locator(f'#rows li[data-id="{reservation_id}"]')
+    return page.locator(f'#rows li[data-key="{reservation_id}"]')
 
 
 async def test_page_follows_a_reservation_from_its_claim_to_its_release(

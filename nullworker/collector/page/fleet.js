@@ -1,5 +1,5 @@
 // The fleet's page: asks /status every few seconds and draws what it says. The database is the truth.
-import { $, jobOf, make, text, announce, facts, span, clockOf, REASONS } from "./lib.js";
+import { $, jobOf, make, text, announce, facts, span, clockOf, keyed, makeRow, REASONS } from "./lib.js";
 
 const POLL_MS = 3000; // a batch of a worker comes at most five times a second; a person needs less
 const PATIENCE_MS = 8000; // for one answer: behind it, a tunnel that has died without a word
@@ -69,19 +69,6 @@ function drawFigures({ workers, today }, holders, silent) {
   }
 }
 
-// Keeps the node of each key, so that focus and open details survive a look.
-function keyed(list, items, key, create, fill) {
-  const old = new Map([...list.children].map((node) => [node.dataset.key, node]));
-  items.forEach((item, index) => {
-    const node = old.get(key(item)) ?? create(item);
-    node.dataset.key = key(item);
-    if (list.children[index] !== node) list.insertBefore(node, list.children[index] ?? null);
-    old.delete(key(item));
-    fill(node, item);
-  });
-  for (const node of old.values()) node.remove();
-}
-
 function drawHolders(holders) {
   $("nothing").hidden = holders.length > 0;
   const create = () => make("li", {}, make("span", { class: "chip" }), ...[1, 2, 3].map(() => make("p", {}, make("span"), make("small"))));
@@ -107,8 +94,7 @@ function drawRows(workers, holds) {
     $("axis").replaceChildren(...[4, 3, 2, 1, 0].map((tick) => make("span", {}, tick ? `−${span(tick * step * 3600)}` : "now")));
   }
   const byWorker = Map.groupBy ? Map.groupBy(holds, (hold) => hold.worker) : holds.reduce((map, hold) => map.set(hold.worker, [...(map.get(hold.worker) ?? []), hold]), new Map());
-  const create = () => make("li", {}, make("details", {}, make("summary", {}, make("span", { class: "chip" }), make("code"), make("span", { class: "lane", "aria-hidden": "true" }), make("span", { class: "story" }, make("span", { class: "why" }), make("span", { class: "took" }))), make("dl")));
-  keyed($("rows"), workers, (worker) => worker.worker, create, (node, worker) => fillRow(node, worker, byWorker.get(worker.worker) ?? []));
+  keyed($("rows"), workers, (worker) => worker.worker, () => makeRow(make("code")), (node, worker) => fillRow(node, worker, byWorker.get(worker.worker) ?? []));
 }
 
 function fillRow(node, worker, holds) {

@@ -1,4 +1,4 @@
-// What the pages share: nodes, words and times. It asks nothing and keeps nothing.
+// Shared by both pages: nodes, words and times. It sends no request and has no state.
 
 export const REASONS = {
   explicit: "released by its consumer", session_end: "session closed by its owner", consumer_exit: "its command has ended",
@@ -20,7 +20,7 @@ export function make(tag, attributes = {}, ...children) {
 }
 
 const plain = (value) => (typeof value === "string" ? value : JSON.stringify(value));
-// What a reservation is called: its caller's metadata as `job=42 user=ada`, and nothing where there is none.
+// The name of a reservation: its caller's metadata as `job=42 user=ada`; empty without metadata.
 export const jobOf = (metadata) => Object.entries(metadata ?? {}).map(([name, value]) => `${name}=${plain(value)}`).join(" ");
 
 export const text = (node, value) => { if (node.textContent !== value) node.textContent = value; };
@@ -28,7 +28,7 @@ export const announce = (words) => text($("announce"), words);
 
 const clockFormat = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" });
 const dayFormat = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short" });
-// A time of today, or of another day with that; `now`: the time in ms by the clock that counts.
+// A time, preceded by its day if that is not today. `now`: ms, by the server's clock.
 export function clockOf(iso, now) {
   const moment = new Date(iso);
   return (moment.toDateString() === new Date(now).toDateString() ? "" : dayFormat.format(moment) + ", ") + clockFormat.format(moment);
@@ -44,7 +44,27 @@ export function span(seconds) {
   return `${Math.round(minutes / 1440)} days`;
 }
 
-// A list of what is known, drawn anew only when it has changed.
+// Makes the children of `list` one node for each item. A node is kept for its key, so that focus and open details survive.
+export function keyed(list, items, key, create, fill) {
+  const old = new Map([...list.children].map((node) => [node.dataset.key, node]));
+  items.forEach((item, index) => {
+    const node = old.get(key(item)) ?? create(item);
+    node.dataset.key = key(item);
+    if (list.children[index] !== node) list.insertBefore(node, list.children[index] ?? null);
+    old.delete(key(item));
+    fill(node, item);
+  });
+  for (const node of old.values()) node.remove();
+}
+
+// A row of a timeline: state, name, lane of bars and story; opened, it shows facts.
+export function makeRow(name, ...bars) {
+  const lane = make("span", { class: "lane", "aria-hidden": "true" }, ...bars);
+  const story = make("span", { class: "story" }, make("span", { class: "why" }), make("span", { class: "took" }));
+  return make("li", {}, make("details", {}, make("summary", {}, make("span", { class: "chip" }), name, lane, story), make("dl")));
+}
+
+// A list of names and values, redrawn only when it has changed.
 export function facts(list, values) {
   const shown = Object.entries(values).filter(([, value]) => value !== null && value !== undefined);
   if (list.dataset.key === JSON.stringify(shown)) return;

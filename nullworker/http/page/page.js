@@ -1,6 +1,6 @@
 // The status page: asks /status and /reservations, is woken by /events, and draws what they say.
 // Everything shown is read from the worker: an event only triggers a new read, so the page cannot drift from the log.
-import { $, REASONS, announce, clockOf, facts, jobOf, make, span, text } from "./lib.js";
+import { $, REASONS, announce, clockOf, facts, jobOf, keyed, make, makeRow, span, text } from "./lib.js";
 
 const ROWS = 12; // reservations at first, and with each "Show older"
 const WAITING_SHOWN = 5, FEED = 100; // of the queue, those whose turn comes first; of the events, the newest
@@ -152,23 +152,10 @@ function drawRows() {
   const waiting = seen.list.filter((row) => row.state === "queued");
   const rest = seen.list.filter((row) => row.state !== "queued");
   const shown = [...waiting.slice(-WAITING_SHOWN), ...rest.slice(0, seen.limit)];
-  const old = new Map([...$("rows").children].map((row) => [row.dataset.id, row]));
-  shown.forEach((each, index) => {
-    const row = old.get(each.id) ?? makeRow(each.id);
-    if ($("rows").children[index] !== row) $("rows").insertBefore(row, $("rows").children[index] ?? null);
-    old.delete(each.id);
-    fillRow(row, each);
-  });
-  for (const row of old.values()) row.remove();
+  const bars = () => ["wait", "bar", "rest"].map((part) => make("span", { class: part }));
+  keyed($("rows"), shown, (each) => each.id, () => makeRow(make("span", { class: "job" }), ...bars()), fillRow);
   $("none").hidden = !($("axis").hidden = shown.length === 0);
   $("older").hidden = rest.length <= seen.limit;
-}
-
-function makeRow(id) {
-  const lane = make("span", { class: "lane", "aria-hidden": "true" }, ...["wait", "bar", "rest"].map((part) => make("span", { class: part })));
-  const story = make("span", { class: "story" }, make("span", { class: "why" }), make("span", { class: "took" }));
-  const summary = make("summary", {}, make("span", { class: "chip" }), make("span", { class: "job" }), lane, story);
-  return make("li", { "data-id": id }, make("details", {}, summary, make("dl")));
 }
 
 function fillRow(row, each) {
