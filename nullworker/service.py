@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import secrets
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -77,7 +77,7 @@ Observer = Callable[[Commit], None]
 
 def new_id() -> str:
     """A new reservation id: 16 letters and digits with 80 random bits, since a session's id must not be guessed."""
-    return base64.b32encode(secrets.token_bytes(10)).decode().lower()
+    return base64.b32encode(os.urandom(10)).decode().lower()
 
 
 class Service:
@@ -87,8 +87,8 @@ class Service:
         book: the live reservations; read it, but change it only through the commands here.
         readiness: whether claims are taken.
         observers: called with every commit, in order; their exceptions are logged and ignored.
-        on_attachment: called when a consumer has attached or its connection has broken: a request's is no commit.
-        on_retry: called when the log has failed: `next_deadline` is then the time to try it again.
+        on_deadline: called when `next_deadline` may have moved: by a commit, by a consumer's connection, or because the
+            log has failed and is tried again.
         unwritten: commits that are applied but not yet in the log, in order.
     """
 
@@ -103,8 +103,7 @@ class Service:
         self.book = Book(limits)
         self.readiness = readiness
         self.observers: list[Observer] = []
-        self.on_attachment: list[Callable[[], None]] = []
-        self.on_retry: list[Callable[[], None]] = []
+        self.on_deadline: list[Callable[[], None]] = []
         self.unwritten: list[Commit] = []
         self._journal = journal
         self._clock = clock
@@ -153,8 +152,7 @@ class Service:
         now, reservation_id = self.now(), self._make_id()
         if self.refusal is None:
             try:
-                commits = self._commit(self.book.claim(reservation_id, claim, now), must=False)
-                return commits[-1].reservation
+                return self._commit(self.book.claim(reservation_id, claim, now), must=False)[-1].reservation
             except LogUnavailable:
                 pass  # `refusal` now has the cause; the refused claim below is logged when the log is back
         if len(self.unwritten) >= MAX_UNWRITTEN:
@@ -179,7 +177,7 @@ class Service:
         events = self.book.extend(reservation_id, seconds, self.now())
         return self._commit(events, must=False)[0].reservation
 
-    def renew(self, reservation_id: str) -> Reservation:
+    def renew(self, reservation_id: str) -> None:
         """A session's owner is there: it lives for its lifetime from now, but for less than a tenth of it.
 
         Raises:
@@ -187,11 +185,8 @@ class Service:
             LogUnavailable: it could not be logged; nothing has changed.
         """
         self._commit(self.book.renew(reservation_id, self.now()), must=False)
-        held = self.book.held
-        assert held is not None
-        return held
 
-    def attach(self, reservation_id: str, extends: Extends) -> Reservation:
+    def attach(self, reservation_id: str, extends: Extends) -> None:
         """A consumer holds its liveness connection to the held reservation from now on, until `detach`.
 
         Raises:
@@ -201,23 +196,21 @@ class Service:
         now = self.now()
         self._commit(self.book.attach(reservation_id, extends, now), must=False)
         self.book.attached(reservation_id, extends, now)
-        self._tell_attachment()
-        assert self.book.held is not None
-        return self.book.held
+        self._tell_deadline()
 
     def detach(self, reservation_id: str, *, by_worker: bool = False) -> None:
         """The liveness connection has ended; unless the worker has closed it or stops, the grace begins."""
         if self.book.held is None or self.book.held.id != reservation_id:
             return
         self.book.detached(reservation_id, None if by_worker or self.readiness.draining else self.now())
-        self._tell_attachment()
+        self._tell_deadline()
 
     def listening(self) -> None:
         """The control port answers: from now on consumers are waited for, also for one from before a restart."""
         now = self.now()
         self._commit(self.book.reopen(now))
         self.book.count_from(now)
-        self._tell_attachment()
+        self._tell_deadline()
 
     def cancel(self, reservation_id: str, reason: str) -> None:
         """Cancel a live reservation; does nothing if it has ended."""
@@ -269,9 +262,10 @@ class Service:
 
     def next_deadline(self) -> float | None:
         """When to call `tick`, in epoch seconds; None while there is no deadline."""
-        down = self.log_is_down
-        deadlines = [self.book.next_deadline(log_is_down=down), self._retry_at if down else None]
-        return min((deadline for deadline in deadlines if deadline is not None), default=None)
+        deadline = self.book.next_deadline(log_is_down=self.log_is_down)
+        if not self.log_is_down:
+            return deadline
+        return self._retry_at if deadline is None else min(deadline, self._retry_at)
 
     # -- notifications ------------------------------------------------------------------------------------------
 
@@ -311,13 +305,13 @@ class Service:
             with contextlib.suppress(LogUnavailable):
                 self._commit(self.book.give_time(now), must=False)
 
-    def _tell_attachment(self) -> None:
-        for listener in self.on_attachment:
+    def _tell_deadline(self) -> None:
+        for listener in self.on_deadline:
             listener()
 
     def _commit(self, events: list[Event], *, must: bool = True) -> list[Commit]:
         """Log, apply, tell. With `must`, ends that cannot be logged wait in memory; else raise LogUnavailable."""
-        numbered = self._store(events, must=must)
+        numbered = self._store(events, must=must) if events else []
         if not numbered:
             return []
         self._seq += len(numbered)
@@ -332,27 +326,27 @@ class Service:
                     log.exception("observer_failed", seq=commit.seq)
             if commit.event.kind in ENDED:
                 self._watchers.pop(commit.event.reservation_id, None)
+        self._tell_deadline()
         self._hand_on()
         return commits
 
     def _store(self, events: list[Event], *, must: bool) -> list[tuple[int, Event]]:
         """Write these events. Returns those that are true now, with their seqs: all, or only what must not wait."""
-        numbered = list(enumerate(events, self._seq + 1))
-        ends = _seen_before_its_commit(events)
-        if events and (not self.unwritten or self._flush(self.now())):
+        if not self.unwritten or self._flush(self.now()):
+            numbered = list(enumerate(events, self._seq + 1))
             try:
                 self._journal.append(numbered)
             except LogUnavailable as error:
                 # what becomes true in any case may be found by a restart; behind somebody's lock nothing was begun
-                if not (must and ends == events) and not error.momentary:
+                if not (must and _seen_before_its_commit(events) == events) and not error.momentary:
                     self._journal.take_back()
                 self._log_failed(error)
             else:
                 self._log_works()
                 return numbered
-        if events and not must:
+        if not must:
             raise LogUnavailable(str(self._trouble))
-        return list(enumerate(ends, self._seq + 1))
+        return list(enumerate(_seen_before_its_commit(events), self._seq + 1))
 
     def _try_log(self) -> None:
         """If the log could not be written, find out whether it can be now."""
@@ -388,8 +382,7 @@ class Service:
         self._trouble, self._retry_at = error, now + RETRY_SECONDS
         if not error.momentary or now - self._trouble_since >= PATIENCE_SECONDS:
             self.readiness.log_has_failed(str(error))
-        for listener in self.on_retry:
-            listener()
+        self._tell_deadline()
 
     def _log_works(self) -> None:
         if self._trouble is not None:
@@ -399,7 +392,7 @@ class Service:
 
     def _follow_the_wall_clock(self) -> None:
         """If it was set, and nothing is live that was timed by it, neither here nor in what waits for the log."""
-        busy = self.log_is_down or self.unwritten or any(True for _ in self.book.live())
+        busy = self.book.held is not None or self.book.queue or self.log_is_down or self.unwritten
         if busy or (anchor := self._clock.moved()) is None:
             return
         try:
@@ -418,7 +411,7 @@ def _seen_before_its_commit(events: list[Event]) -> list[Event]:
 
 
 class DeadlineTimer:
-    """Calls `tick` at the service's next deadline. `set` is an observer, since each commit may move that deadline.
+    """Calls `tick` at the service's next deadline; the service calls `set` when that may have moved.
 
     Timers use the event loop's time, because the worker's time may jump (`WorkerClock.follow`).
     """
@@ -426,28 +419,31 @@ class DeadlineTimer:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._timer: asyncio.TimerHandle | None = None
+        service.on_deadline.append(self.set)
 
-    def set(self, _: Commit | None = None) -> None:
-        """Set the timer to the next deadline."""
+    def set(self, not_before: float = 0.0) -> None:
+        """Set the timer to the next deadline, at least `not_before` seconds from now."""
         deadline = self._service.next_deadline()
         if deadline is None:
             return
         loop = asyncio.get_running_loop()
-        due = loop.time() + max(deadline - self._service.now(), 0.0)
-        if self._timer is not None:
-            if self._timer.when() < due + SAME_SECONDS:
-                return
-            self._timer.cancel()
-        self._timer = loop.call_at(due, self._run)
+        due = loop.time() + max(deadline - self._service.now(), not_before)
+        if self._timer is None or self._timer.when() >= due + SAME_SECONDS:
+            self.stop()
+            self._timer = loop.call_at(due, self._run)
 
     def _run(self) -> None:
         self._timer = None
         try:
             self._service.tick()
-        finally:
-            self.set()
+        except BaseException:
+            self.stop()  # what it did set to a deadline that has passed
+            self.set(RETRY_SECONDS)
+            raise
+        self.set()
 
     def stop(self) -> None:
         """Cancel the timer."""
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None

@@ -182,10 +182,7 @@ class Worker:
         if self.reporter is not None:
             service.observers.append(self.reporter.observe)
             readiness.listeners.append(self.reporter.changed)
-        service.observers += [exporter.observe, self.callbacks.observe, self.timer.set, write_log_line]
-        service.on_attachment.append(self.timer.set)
-        service.on_retry.append(self.timer.set)
-        readiness.listeners.append(self.timer.set)  # a failing log has a deadline: the next try
+        service.observers += [exporter.observe, self.callbacks.observe, write_log_line]
 
         self.servers = ports.servers(
             service,

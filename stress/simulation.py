@@ -69,10 +69,8 @@ class Incarnation:
         self.reporter = Reporter(me, self.service, self.log, simulation.autoscaler, lambda *_: None)
         self.callbacks = Callbacks(self.service, self.log, simulation.owners, lambda _: None)
         self.alarm = DeadlineTimer(self.service)
-        self.service.observers += [self.reporter.observe, self.callbacks.observe, self.alarm.set, simulation.hear]
-        readiness.listeners += [self.reporter.changed, self.alarm.set]
-        self.service.on_attachment.append(self.alarm.set)
-        self.service.on_retry.append(self.alarm.set)
+        self.service.observers += [self.reporter.observe, self.callbacks.observe, simulation.hear]
+        readiness.listeners.append(self.reporter.changed)
         simulation.found(self.service)
         self.service.resume()
         self.alarm.set()

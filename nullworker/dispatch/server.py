@@ -38,7 +38,7 @@ def server(dispatcher: Dispatcher, listener: socket.socket) -> Server:
     return Server(app, listener, max_connections=LOCAL_CONNECTIONS)
 
 
-def _only_local(request: web.Request) -> None:
+def _only_local(request: web.BaseRequest) -> None:
     """A page of another site, or a rebound name, must not read what is held."""
     origin = request.headers.get("Origin")
     hosts = [urlsplit(f"//{request.host}").hostname, urlsplit(origin).hostname if origin is not None else "localhost"]

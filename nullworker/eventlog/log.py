@@ -59,6 +59,7 @@ class EventLog:
         self.last_seq: int = conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
         self.log_id = self._meta("log_id") or ""
         self.sink_key = self._meta("sink_key") or ""
+        self._names = [f"{path}{suffix}" for suffix in ("", "-wal", "-shm")]
         self._files = self._stat_files()
         self._note()
 
@@ -239,16 +240,16 @@ class EventLog:
         if self._lock is not None:
             self._lock.note(self.log_id, self.last_seq)
 
-    def _stat_files(self) -> dict[str, tuple[int, int] | None]:
-        """By suffix, which file has each name now."""
-        files = dict[str, tuple[int, int] | None]()
-        for suffix in ("", "-wal", "-shm"):
+    def _stat_files(self) -> list[tuple[int, int] | None]:
+        """Which files the log, its -wal and its -shm are now."""
+        files = list[tuple[int, int] | None]()
+        for name in self._names:
             try:
-                stat = os.stat(f"{self.path}{suffix}")
+                stat = os.stat(name)
             except OSError:
-                files[suffix] = None
+                files.append(None)
             else:
-                files[suffix] = stat.st_dev, stat.st_ino
+                files.append((stat.st_dev, stat.st_ino))
         return files
 
     def _check_files(self) -> None:
@@ -256,7 +257,7 @@ class EventLog:
         files = self._stat_files()
         if files == self._files:
             return
-        if files[""] != self._files[""]:
+        if files[0] != self._files[0]:
             raise LogUnavailable(f"{self.path} was moved or removed; restart the worker to begin a new one")
         self._rescue_wal()
 

@@ -34,6 +34,8 @@ BODY_LIMIT: web.AppKey[int] = web.AppKey("body_limit", int)
 async def read_body(request: web.Request) -> bytes:
     """The whole body, which is JSON or nothing.
 
+    Unlike `request.read`, the request does not keep it: 1.4 kB less for each waiting caller.
+
     Raises:
         UnsupportedMedia: it is compressed.
         BodyTooLarge: over the app's BODY_LIMIT; nothing more of it is read.
@@ -45,7 +47,12 @@ async def read_body(request: web.Request) -> bytes:
     limit = request.app.get(BODY_LIMIT, MAX_BODY_BYTES)
     if request.content_length is not None and request.content_length > limit:
         raise _too_large(limit)
-    body = await _all_of(request.content, limit) if request.content.is_eof() else await _in_time(request.content, limit)
+    if request.content.is_eof():  # it came with the head
+        body = request.content.read_nowait()
+        if len(body) > limit:
+            raise _too_large(limit)
+    else:
+        body = await _in_time(request.content, limit)
     if nests_deeper(body, MAX_BODY_DEPTH):
         raise Invalid(f"the body is not JSON, or nests more than {MAX_BODY_DEPTH} deep")
     return body
@@ -79,14 +86,6 @@ async def _in_time(content: StreamReader, limit: int) -> bytes:
     # asyncio.wait_for, before Python 3.12, loses a cancellation (a hang-up) that comes together with the last byte
     late = SlowBody(f"the body did not arrive within {BODY_SECONDS:g} s")
     timer = asyncio.get_running_loop().call_later(BODY_SECONDS, content.set_exception, late)
-    try:
-        return await _all_of(content, limit)
-    finally:
-        timer.cancel()
-
-
-async def _all_of(content: StreamReader, limit: int) -> bytes:
-    """Like `request.read`, but the request does not keep the body: 1.4 kB less for each waiting caller."""
     body = bytearray()  # a list of parts would be forty times as large where they come byte by byte
     try:
         while part := await content.readany():
@@ -95,6 +94,7 @@ async def _all_of(content: StreamReader, limit: int) -> bytes:
                 raise _too_large(limit)
         return bytes(body)
     finally:
+        timer.cancel()
         body.clear()  # where the caller is gone, this frame may be in a reference cycle that is kept for a while
 
 

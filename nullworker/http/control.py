@@ -218,7 +218,7 @@ async def openapi(request: web.Request) -> web.Response:
     return web.Response(body=OPENAPI, content_type="application/json", headers={"Cache-Control": "no-cache"})
 
 
-def local_only(request: web.Request) -> None:
+def local_only(request: web.BaseRequest) -> None:
     """Refuse requests that a browser may have been tricked into sending.
 
     Raises:

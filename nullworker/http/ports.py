@@ -197,7 +197,7 @@ async def _serve_metrics_late(settings: Settings, app: web.Application) -> None:
 
 
 def _metrics_app(exporter: Exporter, token: str | None) -> web.Application:
-    def guard(request: web.Request) -> None:
+    def guard(request: web.BaseRequest) -> None:
         given = request.headers.get("Authorization", "")
         if token and not same_secret(given, f"Bearer {token}"):
             raise Unauthorized("the token is not NULL_METRICS_TOKEN", reason="token")

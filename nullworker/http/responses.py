@@ -51,12 +51,23 @@ def json_response(body: Any, status: int = 200, headers: dict[str, str] | None =
     )
 
 
-class Answers:
-    """Error responses and counters of one port."""
+Guard = Callable[[web.BaseRequest], None]
 
-    def __init__(self, port: str, counts: Counts) -> None:
+
+class Answers:
+    """What is done around the handlers of one port: its guard, error responses, headers of its own, counters."""
+
+    def __init__(self, port: str, counts: Counts, guard: Guard | None, instance: int | None) -> None:
         self._port = port
         self._counts = counts
+        self.guard = guard
+        self._instance = None if instance is None else str(instance)
+
+    def sign(self, response: web.StreamResponse) -> None:
+        """Say who answers; before the response is prepared."""
+        response.headers["Server"] = SERVER_NAME
+        if self._instance is not None and RESERVATION_HEADER in response.headers:
+            response.headers[INSTANCE_HEADER] = self._instance
 
     def to_error(self, request: web.BaseRequest, error: Exception) -> web.Response:
         """The response for an exception; call it in the `except` block, since a bug is logged with its traceback."""
@@ -82,8 +93,9 @@ class Answers:
 
     def count(self, request: web.BaseRequest, status: int, seconds: float) -> None:
         """Count an answered request. The seconds of one that waited for a reservation are not counted."""
-        info = request.match_info.route.resource if isinstance(request, web.Request) else None
-        route = info.canonical if info is not None else "unknown"
+        found = getattr(request, "_match_info", None)  # `match_info` asserts that a route was looked for
+        resource = None if found is None else found.route.resource
+        route = "unknown" if resource is None else resource.canonical
         self._counts.count_request(self._port, route, status, None if request.get(HELD) else seconds)
 
     def count_unreadable(self, status: int) -> None:
@@ -95,29 +107,13 @@ class Answers:
 ANSWERS: web.AppKey[Answers] = web.AppKey("answers", Answers)
 
 
-def make_app(
-    port: str, counts: Counts, guard: Callable[[web.Request], None] | None = None, *, instance: int | None = None
-) -> web.Application:
-    """An app with JSON errors and counted answers. `guard` is called before each handler and may raise.
+def make_app(port: str, counts: Counts, guard: Guard | None = None, *, instance: int | None = None) -> web.Application:
+    """An app with JSON errors and counted answers. `guard` is called before a route is looked for, and may raise.
 
     `instance`: this worker's CONTAINER_ID, told in each answer about a reservation.
     """
-
-    @web.middleware
-    async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
-        assert guard is not None
-        guard(request)
-        return await handler(request)
-
-    async def name_server(request: web.Request, response: web.StreamResponse) -> None:
-        response.headers["Server"] = SERVER_NAME
-        if instance is not None and RESERVATION_HEADER in response.headers:
-            response.headers[INSTANCE_HEADER] = str(instance)
-
-    # no middleware without a guard: each costs 0.7 kB for every waiting request
-    app = web.Application(middlewares=[] if guard is None else [guarded])
-    app.on_response_prepare.append(name_server)
-    app[ANSWERS] = Answers(port, counts)
+    app = web.Application()
+    app[ANSWERS] = Answers(port, counts, guard, instance)
     return app
 
 

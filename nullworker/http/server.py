@@ -25,7 +25,6 @@ from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 
 from nullworker.clock import stopwatch
-from nullworker.control_client import SERVER_NAME
 from nullworker.errors import SlowBody
 from nullworker.http.responses import ANSWERS, json_response
 from nullworker.logs import get_log
@@ -111,7 +110,8 @@ class Connection(web.RequestHandler):
             log.exception("bug", route=request.path, method=request.method)
             error = "a bug in nullworker; its log has the details"
         self._port.answers.count_unreadable(status)
-        answer = json_response({"error": error}, status, {"Server": SERVER_NAME})
+        answer = json_response({"error": error}, status)
+        self._port.answers.sign(answer)
         answer.force_close()
         return answer
 
@@ -177,7 +177,7 @@ class Server:
         self._server = self._runner.server
         self._answer = self._server.request_handler
         # Undocumented attributes without an underscore. `_handle` wraps the app, since aiohttp answers `Expect` before
-        # any middleware, and a middleware's frame costs memory for every waiting request.
+        # any middleware, and a middleware costs time, and memory for every waiting request.
         self._server.request_handler = self._handle
         self._listener.setblocking(False)
         self._look = self._loop.call_later(LOOK_SECONDS, self._close_late)
@@ -232,6 +232,8 @@ class Server:
             self._take_off(connection)
         started, status = stopwatch(), 499
         try:
+            if self.answers.guard is not None:
+                self.answers.guard(request)
             response = await self._answer(request)
             status = response.status
         except Exception as error:
@@ -244,6 +246,8 @@ class Server:
             if connection.line is not None:
                 self._take_off(connection)
                 self._idle[connection] = self._loop.time() + KEEPALIVE_SECONDS + PATIENCE_SECONDS
+        if not response.prepared:
+            self.answers.sign(response)
         if connection.discards:
             response.force_close()  # nobody knows how much is still to come
         return response

@@ -179,7 +179,8 @@ class SessionHandlers:
         """
         held = self._service.book.held
         if held is not None and held.terms.session is not None and held.terms.auth_sha256 == auth_sha256:
-            return self._service.renew(held.id)
+            self._service.renew(held.id)
+            return held
         if (row := self._ended.made_with("session", auth_sha256)) is not None:
             raise ended_error(row)
         return None

@@ -23,7 +23,7 @@ from nullworker.eventlog.log import EventLog
 from nullworker.fsm.book import Reservation
 from nullworker.fsm.table import ENDED
 from nullworker.http.reservations import verdict, verdict_response
-from nullworker.http.responses import HELD, RESERVATION_HEADER
+from nullworker.http.responses import ANSWERS, HELD, RESERVATION_HEADER
 from nullworker.logs import get_log
 from nullworker.service import Service
 
@@ -188,6 +188,7 @@ async def _begin(
     if close:
         response.force_close()
     request[HELD] = True
+    request.app[ANSWERS].sign(response)
     await response.prepare(request)
     await response.write(b": open\n\n")
     return response

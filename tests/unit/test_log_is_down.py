@@ -222,7 +222,7 @@ def test_a_full_disk_is_told_at_once(desk: Desk) -> None:
 
 def test_whoever_sets_a_timer_hears_of_each_failure(desk: Desk, journal: Locked) -> None:
     calls: list[float | None] = []
-    desk.service.on_retry.append(lambda: calls.append(desk.service.next_deadline()))
+    desk.service.on_deadline.append(lambda: calls.append(desk.service.next_deadline()))
     journal.locked = True
     desk.service.probe()
     assert calls == [desk.clock.now() + RETRY_SECONDS]

@@ -290,7 +290,6 @@ def test_a_tick_that_raises_is_not_the_last(office: Office, monkeypatch: pytest.
 
     async def story() -> None:
         timer = DeadlineTimer(office.service)
-        office.service.observers.append(timer.set)
         office.loop.set_exception_handler(lambda *_: None)
         monkeypatch.setattr(office.service, "tick", fails_once)
         held = office.service.claim(Claim(duration=5.0))
@@ -302,13 +301,34 @@ def test_a_tick_that_raises_is_not_the_last(office: Office, monkeypatch: pytest.
     office.loop.run_until_complete(story())
 
 
+def test_a_tick_that_raises_each_time_leaves_others_their_turn(office: Office, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks: list[float] = []
+
+    def fails() -> None:
+        ticks.append(office.loop.time())
+        if len(ticks) == 100:
+            office.loop.stop()
+        raise ValueError("a bug")
+
+    async def story() -> None:
+        timer = DeadlineTimer(office.service)
+        office.loop.set_exception_handler(lambda *_: None)
+        monkeypatch.setattr(office.service, "tick", fails)
+        office.service.claim(Claim(duration=5.0))
+        await asyncio.sleep(6.0)
+        assert ticks == pytest.approx([5.0, 5.25, 5.5, 5.75, 6.0][: len(ticks)], abs=0.01)
+        assert len(ticks) >= 4
+        timer.stop()
+
+    office.loop.run_until_complete(story())
+
+
 def test_a_deadline_that_is_brought_forward_comes_in_time_and_one_put_off_does_not_come_early(office: Office) -> None:
     def open_ones() -> int:
         return len(list(office.service.book.live()))
 
     async def story() -> None:
         timer = DeadlineTimer(office.service)
-        office.service.observers.append(timer.set)
         office.service.extend(office.service.claim(Claim(duration=100.0)).id, 5.0)
         await asyncio.sleep(5.01)
         assert open_ones() == 0
