@@ -72,7 +72,7 @@ class MemoryLedger:
     def append(self, events: list[Event], credentials: dict[str, Credential] | None = None) -> None:
         """It is not kept."""
 
-    def probe(self) -> None:
+    def probe(self, size: int = 0) -> None:
         """It can be written."""
 
     def open_claims(self) -> dict[str, Claim]:
