@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Final
 
 from nullworker.clock import Clock
 from nullworker.dispatch.claims import (
@@ -29,8 +29,11 @@ from nullworker.dispatch.claims import (
 )
 from nullworker.dispatch.decision import Counts, Open
 from nullworker.dispatch.ledger import Credential, Ledger
+from nullworker.dispatch.trouble import Trouble
 from nullworker.errors import LogUnavailable
 
+#: Bytes that must fit into the ledger before a trouble is over: less than a claim needs may fit on a full disk.
+RECOVERY_BYTES: Final = 64 * 1024
 #: Called with the claim after an event, and the event.
 Observer = Callable[[Claim, Event], None]
 
@@ -40,7 +43,6 @@ class Book:
 
     Attributes:
         unwritten: events that have happened and are not in the ledger yet.
-        trouble: why the ledger cannot be written; None when it can.
     """
 
     def __init__(self, ledger: Ledger, clock: Clock) -> None:
@@ -48,8 +50,13 @@ class Book:
         self._clock = clock
         self.claims: dict[str, Claim] = ledger.open_claims()
         self.unwritten: list[Event] = []
-        self.trouble: str | None = None
+        self._trouble = Trouble("ledger_unwritable", "nothing is opened; what is held stays")
         self.observers: list[Observer] = []
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the ledger cannot be written; None when it can."""
+        return self._trouble.why
 
     def in_state(self, state: str) -> list[Claim]:
         """The open claims in a state."""
@@ -107,27 +114,29 @@ class Book:
         Raises:
             LogUnavailable: it cannot.
         """
-        try:
+        with self._said():
             if self.unwritten:
                 self._ledger.append(self.unwritten)
                 self.unwritten = []
             else:
-                self._ledger.probe()
-        except LogUnavailable as error:
-            self.trouble = str(error)
-            raise
-        self.trouble = None
+                self._ledger.probe(RECOVERY_BYTES if self.trouble else 0)
 
     def _decided(self, claim_id: str, kind: EventKind, data: Data, credential: Credential | None = None) -> Claim:
         event = Event(self._clock.now(), claim_id, kind, data)
         claim = apply(self.claims.get(claim_id), event)
-        try:
+        with self._said():
             self._ledger.append([*self.unwritten, event], {claim_id: credential} if credential else None)
-        except LogUnavailable as error:
-            self.trouble = str(error)
-            raise
-        self.unwritten, self.trouble = [], None
+        self.unwritten = []
         return self._apply(claim, event)
+
+    @contextlib.contextmanager
+    def _said(self) -> Iterator[None]:
+        try:
+            yield
+        except LogUnavailable as error:
+            self._trouble.met(str(error))
+            raise
+        self._trouble.over()
 
     def _happened(self, claim_id: str, kind: EventKind, data: Data, reason: str | None = None) -> Claim:
         event = Event(self._clock.now(), claim_id, kind, data, reason)

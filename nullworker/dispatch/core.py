@@ -69,6 +69,11 @@ class Core:
         """The claims that are open now. Call it before the queue is read."""
         return self.book.open
 
+    def clock_was_set(self, seconds: float) -> None:
+        """The clock has gone forward by so many seconds, or back; it does so only while no claim is open."""
+        self.memory = self.memory.shifted(seconds)
+        self._ended = [over.shifted(seconds) for over in self._ended]
+
     def room(self) -> Room:
         """What the limits leave."""
         now = self._clock.now()
@@ -106,7 +111,8 @@ class Core:
     def _ended_before(self, now: float) -> list[EndedHold]:
         """The holds whose pause may still last: a dispatcher that is started again and again must not forget them.
 
-        What the queue showed at the time is known only from the claims that were held later.
+        What the queue showed at the time is known only from the claims that were held later. Ends in the future are of
+        before the clock was set back.
         """
         recent = self._ledger.ended_since(now - 2 * LONGEST_PAUSE_SECONDS)
         looks = [claim.hold for claim in (*recent, *self.book.claims.values()) if claim.held is not None]
@@ -119,4 +125,5 @@ class Core:
                 useless.append(over)
             else:
                 useless.clear()
-        return useless
+        ahead = max(0.0, max((over.ended_at for over in useless), default=now) - now)
+        return [over.shifted(-ahead) for over in useless]

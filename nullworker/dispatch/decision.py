@@ -53,6 +53,11 @@ class EndedHold(NamedTuple):
     failed: bool  # cancelled, expired, or released with a result that says so
     worked: bool = False  # its result says that jobs were done: no need to look at the queue
 
+    def shifted(self, seconds: float) -> EndedHold:
+        """The same by a clock that was set forward by so many seconds, or back."""
+        hold = self.hold._replace(opened_at=self.hold.opened_at + seconds, held_at=self.hold.held_at + seconds)
+        return self._replace(hold=hold, ended_at=self.ended_at + seconds)
+
 
 class Open(NamedTuple):
     """The claims that were open when the read of the queue began."""
@@ -83,6 +88,14 @@ class Memory(NamedTuple):
     lengthened_at: float = 0.0  # epoch seconds of the end that set the length
     useful: frozenset[str] = frozenset()  # claims, held now, that have brought something
     surplus: int = 0  # open claims more than were needed
+
+    def shifted(self, seconds: float) -> Memory:
+        """The same by a clock that was set forward by so many seconds, or back."""
+        return self._replace(
+            dropped_since=None if self.dropped_since is None else self.dropped_since + seconds,
+            pauses=tuple(pause._replace(until=pause.until + seconds) for pause in self.pauses),
+            lengthened_at=self.lengthened_at + seconds,
+        )
 
 
 #: Of a dispatcher that has decided nothing yet.

@@ -16,7 +16,7 @@ import aiohttp
 
 from nullworker import __version__
 from nullworker.aio import AutoResetEvent, Backoff
-from nullworker.clock import WorkerClock, iso, wall
+from nullworker.clock import WorkerClock, iso, stopwatch, wall
 from nullworker.dispatch.claims import Claim, Event
 from nullworker.dispatch.core import Core, Step
 from nullworker.dispatch.decision import Policy
@@ -93,13 +93,13 @@ class Dispatcher:
         self.step: Step | None = None
         self.room: Room = self.core.room()
         self.polled_at = 0.0
+        self._polled = 0.0  # the same by the stopwatch: the wall clock may be set
         self.queue_errors = 0
         self.stalled = False
         self.foreign = 0
-        self.queue_trouble = Trouble("queue_unreadable")
-        self.ledger_trouble = Trouble("ledger_unwritable")
+        self.queue_trouble = Trouble("queue_unreadable", "nothing is opened or given up; what is held stays")
         self._limit_trouble = Trouble("limit_reached")
-        self._vast_trouble = Trouble("workers_not_listed")
+        self._price_trouble = Trouble("prices_unreadable")
         self._tls = tls
         self._url_met = AutoResetEvent()  # a worker whose instance is not known
 
@@ -160,24 +160,23 @@ class Dispatcher:
     async def _look(self) -> None:
         now = self.clock.now()
         self._check_stall(now)
-        try:
+        with contextlib.suppress(LogUnavailable):  # the book has said so
             self.book.write()
-            self.ledger_trouble.over()
-        except LogUnavailable as error:
-            self.ledger_trouble.met(str(error), now, message="nothing is opened; what is held stays")
         open_ = self.core.snapshot()
         try:
             counts = await look(self.queue)
         except QueueUnreadableError as error:
             self.queue_errors += 1
-            self.queue_trouble.met(str(error), now, message="nothing is opened or given up; what is held stays")
+            self.queue_trouble.met(str(error))
             return
         self.queue_trouble.over()
-        self.polled_at = wall()
+        self.polled_at, self._polled = wall(), stopwatch()
         if not self.book.claims and (anchor := self.clock.moved()) is not None:
             with contextlib.suppress(LogUnavailable):
                 self.ledger.store_anchor(anchor)
+                before = self.clock.now()
                 self.clock.follow(anchor)
+                self.core.clock_was_set(self.clock.now() - before)
         self.step = step = self.core.step(counts, open_)
         self.room = step.room
         log.info("decided", **step.decision.numbers, opened=len(step.opened), given_up=len(step.given_up))
@@ -185,9 +184,9 @@ class Dispatcher:
             self.driver.abandon(claim)
         for claim in step.opened:
             self.driver.start(claim)
-        self._apply_limit(step, now)
+        self._apply_limit(step)
 
-    def _apply_limit(self, step: Step, now: float) -> None:
+    def _apply_limit(self, step: Step) -> None:
         room = step.room
         if room.reached is None or not (step.decision.opens or room.over):
             if room.reached is None:
@@ -198,7 +197,6 @@ class Dispatcher:
             again = "never: one --lifetime is more than the limit"
         self._limit_trouble.met(
             f"--max-{room.reached}-per-day",
-            now,
             hours=round(room.spent.hours, 3),
             dollars=round(room.spent.dollars, 2),
             opens_again_at=again,
@@ -230,16 +228,13 @@ class Dispatcher:
 
     async def connect(self) -> None:
         failures = Backoff(1.0, 10.0)
-        trouble = Trouble("autoscaler_unreachable")
         while True:
             try:
                 await self.vast.connect()
                 trust(self._tls, await self.vast.ssl_context())
-            except Unreachable as error:
-                trouble.met(str(error), self.clock.now(), message="no worker can be asked for; what is held stays")
+            except Unreachable:  # `vast` has said so
                 await asyncio.sleep(failures.failed())
             else:
-                trouble.over()
                 log.info("endpoint_found", endpoint=self.vast.endpoint)
                 return
 
@@ -248,15 +243,16 @@ class Dispatcher:
         workers_at = -WATCH_SECONDS
         loop = asyncio.get_running_loop()
         while True:
-            try:
-                if loop.time() - workers_at >= WATCH_SECONDS:
-                    workers_at = loop.time()
+            if loop.time() - workers_at >= WATCH_SECONDS:
+                workers_at = loop.time()
+                with contextlib.suppress(Unreachable):  # `vast` has said so
                     await self._watch_workers()
-                if self.plan.limits.price is None:
+            if self.plan.limits.price is None:
+                try:
                     await self._watch_prices()
-                self._vast_trouble.over()
-            except Unreachable as error:
-                self._vast_trouble.met(str(error), self.clock.now())
+                    self._price_trouble.over()
+                except Unreachable as error:
+                    self._price_trouble.met(str(error), message=f"{ASSUMED_PRICE:.2f} an hour is assumed meanwhile")
             await asyncio.sleep(PRICE_SECONDS)
             await self._url_met.wait(WATCH_SECONDS / 2)
 
@@ -315,7 +311,7 @@ class Dispatcher:
 
     def readiness(self) -> dict[str, str | None]:
         """Each check, and why it fails; None: it does not."""
-        late = wall() - self.polled_at > 3 * self.plan.policy.interval + 10
+        late = stopwatch() - self._polled > 3 * self.plan.policy.interval + 10
         unread = "it has not been read yet" if not self.polled_at else "the last look is too long ago"
         return {
             "queue": self.queue_trouble.why or (unread if late else None),

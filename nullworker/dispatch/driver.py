@@ -7,6 +7,7 @@ again with the same body, and a held one is followed and renewed. A session is o
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 from collections.abc import Callable, Mapping
@@ -22,7 +23,6 @@ from nullworker.dispatch.book import Book
 from nullworker.dispatch.claims import Claim, Ended
 from nullworker.dispatch.decision import Counts
 from nullworker.dispatch.ledger import Credential, Ledger
-from nullworker.dispatch.trouble import Trouble
 from nullworker.dispatch.vast import Routed, Unreachable
 from nullworker.errors import LogUnavailable
 from nullworker.logs import get_log
@@ -81,8 +81,6 @@ class Driver:
         self._http = http
         self._terms = terms
         self._counts = counts
-        self._started_at = clock.now()
-        self._vast_trouble = Trouble("autoscaler_unreachable")
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._ending: dict[str, str] = {}  # claims that are to be ended, and why
         self._told_to_end: dict[str, asyncio.Event] = {}  # of the held ones
@@ -149,8 +147,7 @@ class Driver:
             credential = Credential(routed.grant.url, body)
             try:
                 self._book.granted(claim.id, *credential)
-            except LogUnavailable as error:
-                log.error("ledger_unwritable", claim=claim.id, why=str(error), message="no worker is asked")
+            except LogUnavailable:  # the book has said so; no worker is asked
                 await asyncio.sleep(POLL_SECONDS)
                 continue
             session = self._session(claim.id, credential)
@@ -178,12 +175,10 @@ class Driver:
         while True:
             try:
                 routed = await self._vast.route(self._terms.cost, request_idx)
-            except Unreachable as error:
-                self._vast_trouble.met(str(error), self._clock.now(), message="no worker can be asked for")
+            except Unreachable:  # `vast` has said so
                 await asyncio.sleep(failures.failed())
                 continue
             failures.worked()
-            self._vast_trouble.over()
             if routed.grant is not None:
                 return routed
             request_idx = routed.request_idx
@@ -261,7 +256,7 @@ class Driver:
     async def _keep(self, claim: Claim, session: _Session) -> None:
         """Renew and follow it until it has ended."""
         assert claim.held_at is not None
-        gone = False
+        began, gone = self._clock.now(), False
 
         def renews() -> bool:
             if session.attached or not self._terms.attach:
@@ -292,7 +287,7 @@ class Driver:
                 return
             except Refused as error:
                 log.warning("worker_refuses", claim=claim.id, why=str(error))
-                last = max(self._ledger.renewed_at(claim.id) or claim.held_at, self._started_at)
+                last = max(self._ledger.renewed_at(claim.id) or claim.held_at, began)
                 if self._clock.now() - last > (session.lifetime or self._terms.lifetime):
                     self._book.ended(claim.id, "lost", self._lost(claim, str(error)))
                     return
@@ -314,10 +309,8 @@ class Driver:
                 await asyncio.sleep(AGAIN_SECONDS)
 
     def _renewed(self, claim_id: str) -> None:
-        try:
+        with contextlib.suppress(LogUnavailable):  # the book says so at the next look
             self._ledger.renewed(claim_id, self._clock.now())
-        except LogUnavailable as error:
-            log.warning("renewal_not_written", claim=claim_id, why=str(error))
 
     def _over(self, claim_id: str, final: Mapping[str, Any] | None, why: str | None) -> None:
         """The worker has told of its end. An end that this dispatcher has asked for keeps its own reason."""

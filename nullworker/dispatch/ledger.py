@@ -141,13 +141,13 @@ class Ledger:
         """
         self._set("clock", f"{anchor.boot_id} {anchor.offset!r}")
 
-    def probe(self) -> None:
-        """Find out whether the ledger can be written.
+    def probe(self, size: int = 0) -> None:
+        """Find out whether the ledger can be written. `size`: bytes that must fit.
 
         Raises:
             LogUnavailable: it cannot.
         """
-        self._set("probe", str(self._seq))
+        self._set("probe", f"{self._seq} {'.' * size}")
 
     def close(self) -> None:
         """Close the file and give the lock back. A second call does nothing."""

@@ -43,11 +43,15 @@ class Room(NamedTuple):
 
 
 def spent(now: float, holds: Iterable[HeldTime], price: float, window: float = DAY_SECONDS) -> Spent:
-    """Hours and dollars of the last 24 hours. `price`: dollars an hour where a hold's own is not known."""
+    """Hours and dollars of the last 24 hours. `price`: dollars an hour where a hold's own is not known.
+
+    A hold that ended in the future, by a clock that was set back, counts as one that has just ended.
+    """
     hours = dollars = 0.0
     for hold in holds:
-        end = now if hold.seconds is None else min(now, hold.held_at + hold.seconds)
-        held = max(0.0, end - max(hold.held_at, now - window)) / 3600
+        seconds = now - hold.held_at if hold.seconds is None else hold.seconds
+        end = min(now, hold.held_at + seconds)
+        held = max(0.0, min(seconds, end - (now - window))) / 3600
         hours += held
         dollars += held * (price if hold.price is None else hold.price)
     return Spent(hours, dollars)

@@ -1,34 +1,42 @@
-"""Logs a repeated failure once, and again at intervals."""
+"""Logs a trouble once when it begins and once when it is over, however often it is met."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
+from nullworker.clock import stopwatch
 from nullworker.logs import get_log
 
 log = get_log(__name__)
 
-#: Seconds for which the same trouble is not said again.
+#: Seconds until a trouble that has changed its cause is said again.
 QUIET_SECONDS: Final = 60.0
 
 
 class Trouble:
-    """One kind of trouble, by the word of its log line.
+    """One kind of trouble.
+
+    Args:
+        event: the word of its log line; `<event>_over` is that of its end.
+        message: what it leads to, for that line.
 
     Attributes:
-        why: what it is now; None while there is none.
+        why: its cause; None while there is none.
     """
 
-    def __init__(self, event: str) -> None:
+    def __init__(self, event: str, message: str = "") -> None:
         self.why: str | None = None
         self._event = event
+        self._message = message
+        self._said = ""
         self._said_at = 0.0
 
-    def met(self, why: str, now: float, **fields: Any) -> None:
-        """It is there."""
-        if self.why is None or now - self._said_at >= QUIET_SECONDS:
-            self._said_at = now
-            log.warning(self._event, why=why, **fields)
+    def met(self, why: str, **fields: Any) -> None:
+        """It is there. `fields` go into the log line; `message` replaces that of the constructor."""
+        changed = why != self._said and stopwatch() - self._said_at >= QUIET_SECONDS
+        if self.why is None or changed:
+            self._said, self._said_at = why, stopwatch()
+            log.warning(self._event, why=why, **{"message": self._message, **fields})
         self.why = why
 
     def over(self) -> None:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 from nullworker.aio import wait_for
 from nullworker.client.vastai_sdk import Patience, VastUnreachable, connect
 from nullworker.client.worker_http import HoldError
+from nullworker.dispatch.trouble import Trouble
 from nullworker.errors import CannotStart
 from nullworker.logs import get_log
 from nullworker.outgoing import describe_failure
@@ -67,12 +68,18 @@ class Vast:
 
     def __init__(self, endpoint: str, api_key: str, autoscaler: str | None) -> None:
         self.endpoint = endpoint
-        self.trouble: str | None = "no call has been answered yet"
+        self._answered = False
+        self._trouble = Trouble("autoscaler_unreachable", "no worker can be asked for; what is held stays")
         self._ready = asyncio.Event()
         self._key = api_key
         self._autoscaler = autoscaler
         self._stack = contextlib.AsyncExitStack()
         self._found: Any = None
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the last call was not answered; None: it was."""
+        return self._trouble.why or (None if self._answered else "no call has been answered yet")
 
     async def connect(self) -> None:
         """Find the endpoint.
@@ -86,11 +93,10 @@ class Vast:
             context = connect(self.endpoint, self._key, self._autoscaler, patience)
             self._found = (await self._stack.enter_async_context(context)).sdk
         except VastUnreachable as error:
-            self.trouble = self._words(error)
-            raise Unreachable(self.trouble) from None
+            raise self._unreachable(error) from None
         except HoldError as error:
             raise CannotStart(self._without_key(str(error))) from None
-        self.trouble = None
+        self._worked()
         self._ready.set()
 
     async def route(self, cost: float, request_idx: int) -> Routed:
@@ -157,10 +163,17 @@ class Vast:
         try:
             answer = await wait_for(call, API_SECONDS)
         except Exception as error:  # the SDK raises bare ones
-            self.trouble = self._words(error)
-            raise Unreachable(self.trouble) from None
-        self.trouble = None
+            raise self._unreachable(error) from None
+        self._worked()
         return answer
+
+    def _unreachable(self, error: BaseException) -> Unreachable:
+        self._trouble.met(self._words(error))
+        return Unreachable(self._trouble.why)
+
+    def _worked(self) -> None:
+        self._answered = True
+        self._trouble.over()
 
     def _words(self, error: BaseException) -> str:
         text = " ".join(str(error).split())

@@ -1,0 +1,291 @@
+"""A whole dispatcher in virtual time while its queue, the autoscaler, its ledger, its clock or its money fails."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from dispatch_world import World, dispatching, play
+
+from nullworker.dispatch.decision import Counts, Policy
+from nullworker.dispatch.dispatcher import Dispatcher
+from nullworker.dispatch.driver import Terms
+from nullworker.dispatch.limits import Limits
+from stress.faulty_disk import FaultyDisk
+
+TEN_MINUTES = 600.0
+FREE = Limits(price=1.0)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[FaultyDisk]:
+    faulty = FaultyDisk(tmp_path, Random(1))
+    faulty.install()
+    yield faulty
+    faulty.remove()
+
+
+def rows(folder: Path, query: str) -> list[Any]:
+    conn = sqlite3.connect(folder / "ledger.db")
+    try:
+        return conn.execute(query).fetchall()
+    finally:
+        conn.close()
+
+
+async def until(what: Callable[[], Any], seconds: float) -> None:
+    for _ in range(int(seconds)):
+        if what():
+            return
+        await asyncio.sleep(1)
+    raise AssertionError(f"not within {seconds} s")
+
+
+async def work_is_done(world: World, dispatcher: Dispatcher, jobs: int) -> None:
+    await until(lambda: world.done == jobs, 2000)
+    await until(lambda: not dispatcher.book.claims, 60)
+
+
+async def refused() -> Counts:
+    raise ConnectionRefusedError(111, "Connection refused")
+
+
+async def slow() -> Counts:
+    await asyncio.sleep(60)
+    raise AssertionError
+
+
+async def negative() -> Counts:
+    return Counts(-3, 0)
+
+
+async def no_number() -> Counts:
+    raise ValueError("one or two numbers from 0 up are wanted, and there is 'ERR'")
+
+
+@pytest.mark.parametrize("fault", [refused, slow, negative, no_number])
+def test_a_queue_that_fails_for_ten_minutes_opens_and_ends_nothing_and_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: Callable[[], Coroutine[Any, Any, Counts]]
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [900.0]
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            await until(lambda: len(world.held) == 1, 30)
+            world.queue_fault = fault
+            world.jobs += [1.0] * 5
+            claims, renewals = world.claims, world.renewals
+            await asyncio.sleep(TEN_MINUTES)
+            assert (world.claims, len(world.held)) == (claims, 1)
+            assert world.renewals - renewals >= TEN_MINUTES / 10 - 2
+            assert world.count("queue_unreadable") == 1
+            assert dispatcher.readiness()["queue"] is not None
+            world.queue_fault = None
+            await asyncio.sleep(10)
+            assert world.count("queue_unreadable_over") == 1
+            assert dispatcher.readiness()["queue"] is None
+            await until(lambda: world.done == 6, 600)
+
+    play(monkeypatch, scene)
+
+
+def test_an_autoscaler_that_is_down_for_ten_minutes_is_said_once_and_what_is_held_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [900.0, 200.0]
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            await until(lambda: len(world.held) == 2, 30)
+            world.engine_down = True
+            world.jobs += [1.0] * 7
+            await asyncio.sleep(TEN_MINUTES)
+            assert world.done == 1
+            assert len(dispatcher.book.in_state("held")) == 1
+            assert len(dispatcher.book.claims) == 4
+            assert world.count("autoscaler_unreachable") == 1
+            assert dispatcher.readiness()["autoscaler"] == "connection refused"
+            world.engine_down = False
+            await work_is_done(world, dispatcher, 9)
+            assert world.count("autoscaler_unreachable_over") == 1
+            assert world.most_held <= 4
+        assert len(rows(tmp_path, "SELECT 1 FROM claims")) == world.claims == 9
+
+    play(monkeypatch, scene)
+
+
+def test_an_autoscaler_that_is_down_at_the_start_is_waited_for_while_held_sessions_are_renewed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [900.0]
+        async with dispatching(world, tmp_path, limits=FREE):
+            await until(lambda: len(world.held) == 1, 30)
+        world.engine_down = True
+        renewals = world.renewals
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            await asyncio.sleep(TEN_MINUTES)
+            assert world.renewals - renewals >= TEN_MINUTES / 10 - 2
+            assert world.count("autoscaler_unreachable") == 1
+            world.engine_down = False
+            await work_is_done(world, dispatcher, 1)
+
+    play(monkeypatch, scene)
+
+
+def test_a_limit_that_is_reached_in_the_middle_opens_nothing_until_the_day_has_moved_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"limits": Limits(hours=2.0, price=1.0), "policy": Policy(4, interval=300.0)}
+
+    async def scene(world: World) -> None:
+        world.jobs = [1800.0] * 10
+        async with dispatching(world, tmp_path, terms=Terms(lifetime=600.0), **options) as dispatcher:
+            await asyncio.sleep(4 * 3600)
+            assert (world.done, len(world.held), len(world.jobs)) == (4, 0, 6)
+            assert world.count("limit_reached") == 1
+            said = next(fields for word, fields in world.lines if word == "limit_reached")
+            assert said["opens_again_at"].startswith("2027-01-16")
+            await asyncio.sleep(22 * 3600)  # the first four are a day old
+            assert world.count("limit_reached_over") >= 1
+            assert (world.done, len(world.jobs), dispatcher.room.reached) == (8, 2, "hours")
+
+    play(monkeypatch, scene)
+
+
+def test_a_limit_of_dollars_with_at_limit_end_ends_what_is_held(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [7200.0] * 4
+        limits = Limits(dollars=3.0, price=1.0)
+        async with dispatching(world, tmp_path, limits=limits, at_limit="end") as dispatcher:
+            await asyncio.sleep(3600)
+            assert (len(world.held), dispatcher.book.claims) == (0, {})
+            assert dispatcher.room.spent.dollars == pytest.approx(3.0, abs=0.02)
+        assert rows(tmp_path, "SELECT DISTINCT reason FROM claims") == [("limit",)]
+
+    play(monkeypatch, scene)
+
+
+@pytest.mark.parametrize("step", [6 * 3600.0, -6 * 3600.0])
+def test_a_clock_that_is_set_while_something_is_held_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: float
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [400.0] * 3
+        async with dispatching(world, tmp_path, limits=Limits(hours=5.0, price=1.0)) as dispatcher:
+            await until(lambda: len(world.held) == 3, 30)
+            world.wall += step
+            assert dispatcher.readiness()["queue"] is None
+            await asyncio.sleep(60)
+            assert dispatcher.readiness() == {"queue": None, "ledger": None, "autoscaler": None}
+            assert (len(world.held), dispatcher.stalled) == (3, False)
+            assert dispatcher.room.spent.hours == pytest.approx(3 * 65 / 3600, rel=0.2)
+            await work_is_done(world, dispatcher, 3)
+        for reason, seconds in rows(tmp_path, "SELECT reason, held_seconds FROM claims"):
+            assert (reason, seconds) == ("consumer_exit", pytest.approx(400, abs=5))
+
+    play(monkeypatch, scene)
+
+
+@pytest.mark.parametrize("step", [6 * 3600.0, -6 * 3600.0])
+def test_a_clock_that_is_set_while_nothing_is_held_moves_the_ledgers_times_and_no_limit_falls(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, step: float
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [1800.0] * 2
+        async with dispatching(world, tmp_path, limits=Limits(hours=2.0, price=1.0)) as dispatcher:
+            await work_is_done(world, dispatcher, 2)
+            await asyncio.sleep(30)
+            world.wall += step
+            world.jobs = [60.0]
+            await asyncio.sleep(8)
+            assert len(world.held) == 1
+            await asyncio.sleep(100)
+            assert world.done == 3
+            assert dispatcher.room.spent.hours == pytest.approx(1 + 60 / 3600, rel=0.01)
+            assert dispatcher.readiness() == {"queue": None, "ledger": None, "autoscaler": None}
+        first, second = rows(tmp_path, "SELECT unixepoch(min(opened_at)), unixepoch(max(opened_at)) FROM claims")[0]
+        assert abs(second - first) == pytest.approx(abs(step), rel=0.2)
+
+    play(monkeypatch, scene)
+
+
+def flapping(monkeypatch: pytest.MonkeyPatch, folder: Path, step: float, *, reboot: bool) -> int:
+    """How many holds that bring nothing are opened, while the clock is set once, or at a reboot."""
+    folder.mkdir()
+
+    async def scene(world: World) -> None:
+        async def one_job() -> Counts:
+            return Counts(1, 0)
+
+        world.queue_fault = one_job
+        monkeypatch.setattr("nullworker.clock._BOOT_ID", folder / "boot")
+        (folder / "boot").write_text("one")
+        for boot in ("one", "two") if reboot else ("one",):
+            (folder / "boot").write_text(boot)
+            async with dispatching(world, folder, policy=Policy(1), limits=FREE):
+                await asyncio.sleep(400)
+                world.wall += step
+                await asyncio.sleep(0 if reboot else 600)
+
+    return play(monkeypatch, scene).claims
+
+
+@pytest.mark.parametrize(("hours", "reboot"), [(6, False), (-6, False), (-6, True)])
+def test_a_clock_that_is_set_neither_shortens_nor_prolongs_a_pause(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hours: int, reboot: bool
+) -> None:
+    expected = flapping(monkeypatch, tmp_path / "steady", 0.0, reboot=reboot)
+    assert flapping(monkeypatch, tmp_path / "set", hours * 3600.0, reboot=reboot) == expected
+
+
+def test_a_ledger_on_a_full_disk_opens_nothing_keeps_what_is_held_and_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, disk: FaultyDisk
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [100.0, 1000.0]
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            await until(lambda: len(world.held) == 2, 30)
+            world.jobs += [1.0] * 4
+            disk.full = 1.0
+            renewals = world.renewals
+            await asyncio.sleep(TEN_MINUTES)
+            assert world.count("ledger_unwritable") == 1
+            assert (world.done, len(world.held), len(dispatcher.book.claims)) == (1, 1, 1)
+            assert world.renewals - renewals >= TEN_MINUTES / 10 - 2
+            assert dispatcher.readiness()["ledger"] is not None
+            disk.full = 0.0
+            await work_is_done(world, dispatcher, 6)
+            assert world.count("ledger_unwritable_over") == 1
+            assert dispatcher.book.unwritten == []
+        ends = rows(tmp_path, "SELECT reason, count(*) FROM claims GROUP BY reason")
+        assert ends == [("consumer_exit", 6)]
+
+    play(monkeypatch, scene)
+
+
+def test_a_dispatcher_that_dies_on_a_full_disk_asks_for_the_ends_that_it_could_not_write(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, disk: FaultyDisk
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [50.0, 1000.0]
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            await until(lambda: len(world.held) == 2, 30)
+            disk.full = 1.0
+            await asyncio.sleep(100)
+            assert len(dispatcher.book.unwritten) == 1
+            disk.kill()
+        disk.start()
+        disk.full = 0.0
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            await work_is_done(world, dispatcher, 2)
+        ends = rows(tmp_path, "SELECT reason, count(*) FROM claims GROUP BY reason")
+        assert ends == [("consumer_exit", 2)]
+        assert world.most_held == 2
+
+    play(monkeypatch, scene)
