@@ -392,7 +392,7 @@ class Service:
 
     def _follow_the_wall_clock(self) -> None:
         """If it was set, and nothing is live that was timed by it, neither here nor in what waits for the log."""
-        busy = self.book.held is not None or self.book.queue or self.log_is_down or self.unwritten
+        busy = self.book.held is not None or self.book.queue or self.log_is_down
         if busy or (anchor := self._clock.moved()) is None:
             return
         try:

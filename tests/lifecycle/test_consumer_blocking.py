@@ -61,6 +61,21 @@ async def test_a_process_and_its_children_end_with_the_reservation(worker: Worke
     await found.aclose()
 
 
+async def test_a_stopped_process_hears_sigterm(worker: WorkerProcess) -> None:
+    file = worker.folder / "said"
+    found = reservations(worker.control)
+    hang_up = contextlib.AsyncExitStack()
+    await hang_up.enter_async_context(caller(worker))
+    async with await first(found) as reservation:
+        job = asyncio.ensure_future(reservation.run_process(blocking_jobs.stand_still, file, kill_after=PATIENCE))
+        await until(lambda: file.exists() and file.read_text() == "stopped")
+        await hang_up.aclose()
+        await job
+    assert job.cancelled()
+    assert file.read_text() == "told"
+    await found.aclose()
+
+
 async def test_the_loop_is_free_while_a_process_works(worker: WorkerProcess) -> None:
     gate = worker.folder / "gate"
     async with caller(worker):

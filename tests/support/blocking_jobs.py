@@ -39,6 +39,19 @@ def ignore_sigterm(file: Path) -> None:
     hang(file)
 
 
+def stand_still(file: Path) -> None:
+    """Is stopped, as by Ctrl-Z; says so, and whether it has heard SIGTERM."""
+
+    def told(*_: object) -> None:
+        file.write_text("told")
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, told)
+    file.write_text("stopped")
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(1000)
+
+
 def until_file(file: Path) -> None:
     """Blocks until there is a file."""
     while not file.exists():

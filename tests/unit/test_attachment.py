@@ -104,6 +104,29 @@ def test_one_connection_at_a_time(desk: Desk) -> None:
         desk.attach(session)
 
 
+def test_a_timer_hears_of_each_change_of_a_connection_also_where_none_is_a_commit(desk: Desk) -> None:
+    heard: list[str] = []
+    request = desk.request()
+    desk.service.on_deadline.append(lambda: heard.append(request.attachment.state))
+    desk.service.listening()
+    desk.attach(request)
+    desk.service.detach(request.id)
+    assert heard == ["awaited", "attached", "broken"]
+    assert desk.service.seq == 2
+
+
+def test_the_break_of_a_connection_whose_hold_has_ended_is_nothing(desk: Desk) -> None:
+    first, second = desk.request(), desk.request()
+    desk.attach(first)
+    desk.service.release(first.id)
+    desk.attach(second)
+    desk.service.detach(first.id)
+    assert second.attachment.state == "attached"
+    desk.service.release(second.id)
+    desk.service.detach(second.id)
+    assert [reservation.state for reservation in (first, second)] == ["released", "released"]
+
+
 def test_a_broken_connection_ends_the_hold_after_the_grace(desk: Desk) -> None:
     session = desk.session()
     desk.attach(session)

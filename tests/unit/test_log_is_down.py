@@ -99,6 +99,30 @@ def test_who_waits_gives_up_in_his_time_also_without_a_log(desk: Desk) -> None:
     assert [event.kind for _, event in desk.journal.rows[-3:]] == ["released", "expired", "expired"]
 
 
+def test_what_has_ended_without_a_log_is_found_until_its_end_is_written(desk: Desk) -> None:
+    def found(reservation_id: str) -> str | None:
+        reservation = desk.service.find(reservation_id)
+        return None if reservation is None else reservation.state
+
+    first, second, third = three(desk)
+    desk.journal.failing = FULL
+    desk.service.release(first)
+    desk.service.cancel(second, "client_disconnect")
+    assert [found(each) for each in (first, second, third, "nobody")] == ["released", "cancelled", "queued", None]
+    over(desk)
+    assert [found(each) for each in (first, second, third, "nobody")] == [None, None, "held", None]
+
+
+def test_who_comes_when_the_log_is_back_has_the_place_of_the_one_that_is_held_now(desk: Desk) -> None:
+    first, *_ = three(desk)
+    assert desk.service.claim(Claim()).state == "queued", "the last place"
+    desk.journal.failing = FULL
+    desk.service.release(first)
+    desk.journal.failing = None
+    desk.clock.advance(RETRY_SECONDS)
+    assert desk.service.claim(Claim()).state == "queued"
+
+
 def test_who_comes_waits_behind_those_who_waited_for_the_log(desk: Desk) -> None:
     first, second, third = three(desk)
     desk.journal.failing = FULL
@@ -137,6 +161,29 @@ def test_a_slot_that_could_not_be_handed_on_although_its_end_was_written_is_hand
     journal.failing, journal.fills_up_after = None, 1_000
     desk.service.probe()
     assert states(desk, second) == ["held"]
+
+
+def test_nothing_is_written_past_the_events_that_wait(desk: Desk, journal: Locked) -> None:
+    first, second, _ = three(desk)
+    journal.failing = FULL
+    desk.service.release(first)
+    desk.clock.advance(RETRY_SECONDS)
+    before = journal.batches
+    desk.service.cancel(second, "client_disconnect")
+    assert journal.batches == before + 1
+
+
+def test_more_time_for_a_consumer_does_not_wait_in_memory(desk: Desk, journal: Locked) -> None:
+    held = desk.service.claim(Claim(duration=50.0))
+    desk.service.attach(held.id, "all")
+    deadline = held.ends_at
+    desk.clock.advance(25.0)
+    journal.failing = FULL
+    desk.service.tick()
+    assert held.ends_at == deadline
+    assert not desk.service.unwritten
+    over(desk)
+    assert held.ends_at == desk.clock.now() + 60.0
 
 
 def test_of_one_that_asked_for_no_time_neither_the_hold_nor_its_end_comes_before_the_commit(desk: Desk) -> None:

@@ -1,15 +1,18 @@
-"""OrphanGuard: which process groups it kills. Tests of work, dev and demo use it with real kills."""
+"""Which process groups OrphanGuard kills, and the end of a ChildProcess. Tests of work, dev and demo do the rest."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import psutil
 import pytest
 
-from nullworker.processes import OrphanGuard
+from nullworker.processes import ChildProcess, OrphanGuard
 
 pytestmark = pytest.mark.process
 
@@ -49,3 +52,18 @@ def test_a_group_that_has_ended_by_itself_does_not_spare_the_others() -> None:
         gone.wait()
         guard.close()
         assert left.wait(20) == -signal.SIGTERM
+
+
+def test_a_child_that_is_stopped_hears_sigterm(tmp_path: Path) -> None:
+    """SIGTERM waits for a stopped process until it is continued: without SIGCONT only SIGKILL would end it."""
+    script = "trap 'exit 5' TERM; kill -STOP $$; exit 1"
+    with contextlib.closing(OrphanGuard(signal.SIGKILL)) as guard:
+        child = ChildProcess(["/bin/sh", "-c", script], env={}, cwd=tmp_path, out=tmp_path / "out", guard=guard)
+        while psutil.Process(child.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.01)
+        child.end(kill_at=20.0)
+        for now in range(20):
+            if (code := child.poll(now)) is not None:
+                break
+            time.sleep(0.1)
+        assert code == 5

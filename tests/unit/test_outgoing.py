@@ -306,6 +306,12 @@ async def test_a_redirect_to_elsewhere_is_the_answer() -> None:
         assert paths == ["/begin"]
 
 
+async def test_a_callback_follows_no_redirect() -> None:
+    async with redirecting("/end") as (place, paths):
+        assert await posted(f"http://{place}/begin") == "it answered 307"
+        assert paths == ["/begin"]
+
+
 async def test_redirects_without_end_are_not_followed_without_end() -> None:
     async with redirecting("/more") as (place, paths):
         assert await got(f"http://{place}/begin") == 307

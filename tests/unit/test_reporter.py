@@ -323,23 +323,27 @@ def test_a_tick_that_raises_each_time_leaves_others_their_turn(office: Office, m
     office.loop.run_until_complete(story())
 
 
-def test_a_deadline_that_is_brought_forward_comes_in_time_and_one_put_off_does_not_come_early(office: Office) -> None:
+def test_a_deadline_that_is_brought_forward_comes_in_time_and_one_put_off_does_not_come_early(
+    office: Office, logged: Callable[[], list[str]]
+) -> None:
     def open_ones() -> int:
         return len(list(office.service.book.live()))
 
     async def story() -> None:
         timer = DeadlineTimer(office.service)
-        office.service.extend(office.service.claim(Claim(duration=100.0)).id, 5.0)
-        await asyncio.sleep(5.01)
-        assert open_ones() == 0
+        for before in (100.0, 5.5):
+            office.service.extend(office.service.claim(Claim(duration=before)).id, 5.0)
+            await asyncio.sleep(5.01)
+            assert open_ones() == 0
         office.service.extend(office.service.claim(Claim(duration=5.0)).id, 100.0)
         await asyncio.sleep(99.9)
         assert open_ones() == 1
         await asyncio.sleep(0.2)
         assert open_ones() == 0
-        office.service.claim(Claim(duration=5.0))
+        office.service.extend(office.service.claim(Claim(duration=8.0)).id, 5.0)
         timer.stop()
         await asyncio.sleep(10.0)
         assert open_ones() == 1, "it was stopped"
+        assert logged() == []
 
     office.loop.run_until_complete(story())

@@ -27,6 +27,7 @@ class Journal(MemoryJournal):
         self.batches = self.writes = 0
 
     def append(self, events: Sequence[tuple[int, Event]]) -> None:
+        assert events, "to ask whether it can be written there is probe"
         self.batches += 1
         super().append(events)
 
@@ -73,6 +74,23 @@ def test_while_all_is_well_nothing_is_written_but_events(desk: Desk) -> None:
         desk.service.release(desk.service.claim(Claim()).id)
         desk.service.tick()
     assert (desk.journal.batches, desk.journal.writes) == (6, 6)
+
+
+def test_before_the_end_of_a_hold_the_log_is_asked_only_if_a_consumer_is_attached(desk: Desk) -> None:
+    """Its end must not come while the log is down; for every other hold the question would cost a commit."""
+    desk.service.claim(Claim(duration=5.0))
+    desk.clock.advance(5.0)
+    desk.service.tick()
+    assert desk.kinds()[-1] == "expired/duration_elapsed"
+    held = desk.service.claim(Claim(duration=5.0))
+    desk.service.attach(held.id, "")
+    desk.clock.advance(4.0)
+    desk.service.tick()
+    assert desk.journal.writes == desk.journal.batches
+    desk.clock.advance(1.0)
+    desk.service.tick()
+    assert held.state == "expired"
+    assert desk.journal.writes == desk.journal.batches + 1
 
 
 def test_a_claim_finds_that_the_log_is_back(desk: Desk) -> None:
@@ -186,6 +204,15 @@ def test_claims_are_refused_while_errored_or_draining(desk: Desk) -> None:
     assert desk.service.claim(Claim()).reason == "draining"
 
 
+@pytest.mark.parametrize(("claim", "ended"), [(Claim(), "draining"), (SESSION, None)])
+def test_the_end_of_a_drain_cancels_a_request_and_spares_a_session(desk: Desk, claim: Claim, ended: str | None) -> None:
+    held = desk.service.claim(claim)
+    desk.service.drain("told to")
+    assert held.state == "held"
+    desk.service.end_drain()
+    assert held.reason == ended
+
+
 def test_a_session_whose_time_passed_while_nobody_ran_is_over_at_the_start(desk: Desk) -> None:
     desk.service.claim(SESSION)
     desk.clock.advance(61)
@@ -277,6 +304,17 @@ def test_a_clock_set_back_does_not_keep_the_log_from_being_tried(desk: Desk) -> 
     assert desk.service.claim(Claim()).reason == "log_unavailable"
     desk.clock.advance(RETRY_SECONDS)
     assert desk.service.claim(Claim()).state == "held"
+
+
+def test_a_claim_is_refused_when_the_clock_was_set_and_only_that_cannot_be_written(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object) -> None:
+        raise LogUnavailable("the disk is full")
+
+    monkeypatch.setattr(desk.journal, "store_anchor", fail)
+    desk.clock.step_wall(-3600.0)
+    assert desk.service.claim(Claim()).reason == "log_unavailable"
 
 
 def test_an_anchor_that_cannot_be_kept_is_a_log_that_fails(desk: Desk) -> None:
