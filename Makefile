@@ -7,6 +7,11 @@ STEPS ?= 100000
 KILLS ?= 300
 CUTS ?= 500
 MINUTES ?= 60
+# four on two cores, since most tests wait most of the time; a file stays together with its servers
+PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
+
+# else each process of the tests compiles them anew
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help install tools demo test quick lint oldest stress simulate days cuts crash kills fleet consumers caller soak bench dist audit pythons clean
@@ -20,10 +25,10 @@ demo: install  ## run the demo: a fleet of workers on this machine, without an a
 	$(BIN)/nullworker demo
 
 test: tools install  ## run all tests; installs the servers they need first, unless TOOLS=no
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	$(BIN)/python -m pytest $(PARALLEL)
 
 quick: install  ## run the tests that start no other programs, in seconds
-	$(BIN)/python -m pytest -n 3 --dist loadfile -q -m "not process and not slow" tests/unit tests/eventlog
+	$(BIN)/python -m pytest $(PARALLEL) -q -m "not process and not slow" tests/unit tests/eventlog
 
 lint: install  ## run ruff and mypy
 	$(BIN)/ruff check .
@@ -31,7 +36,7 @@ lint: install  ## run ruff and mypy
 	$(BIN)/mypy
 
 oldest: $(VENV)-3.10/.installed  ## run the tests on Python 3.10, the version in Vast's template
-	$(VENV)-3.10/bin/python -m pytest -n 3 --dist loadfile -m "not slow"
+	$(VENV)-3.10/bin/python -m pytest $(PARALLEL) -m "not slow"
 
 pythons: install  ## run the core's tests on each Python from 3.10 to 3.13 that is on this machine
 	@.ci/pythons tests/unit tests/eventlog

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from dispatching import Dispatch, fleet
-from harness import PATIENCE
+from harness import PATIENCE, anew
 from programs import free_port, nullworker, run
 
 from nullworker.testing import FakeAutoscaler
@@ -177,7 +177,7 @@ async def test_the_queue_comes_from_the_environment_and_no_secret_is_said(tmp_pa
     url = f"redis://me:hunter2@127.0.0.1:{port}/0?list=jobs"
     async with FakeAutoscaler(api_key="sesame") as vast:
         env = {"NULL_QUEUE": url, "NULL_DISPATCH_MAX": "1", "VAST_API_KEY": "sesame", "NULL_DISPATCH_INTERVAL": "0.2"}
-        async with Dispatch(tmp_path, vast.url, **env) as dispatch:
+        async with anew(Dispatch(tmp_path, vast.url, **env)) as dispatch:
             line = await dispatch.line("queue_unreadable")
             assert line["why"].startswith(f"redis://127.0.0.1:{port}/0?list=jobs cannot be read")
             shown = (await dispatch.ask("/status"))[1]

@@ -9,6 +9,7 @@ import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import forks
 import pytest
 from fake_worker import FakeWorker, Json
 
@@ -41,16 +42,15 @@ async def no_command_is_left() -> AsyncIterator[None]:
 class Command:
     """One run of `python -m workers.null.client`."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process | forks.ForkedProcess) -> None:
         self.process = process
         self.said = ""
 
     @classmethod
     async def start(cls, *args: str, env: dict[str, str] | None = None) -> Command:
-        pipe = asyncio.subprocess.PIPE
         argv = [sys.executable, "-W", "error", "-m", "workers.null.client", *args]
         env = {"PATH": "/usr/bin:/bin", **(env or {})}
-        command = cls(await asyncio.create_subprocess_exec(*argv, cwd=ROOT, env=env, stdout=pipe, stderr=pipe))
+        command = cls(await forks.start(argv, cwd=ROOT, env=env))
         started.append(command)
         return command
 

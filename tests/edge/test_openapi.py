@@ -15,8 +15,6 @@ import msgspec
 import pytest
 from aiohttp import web
 from harness import PATIENCE, ROOT, WorkerProcess, secured
-from openapi_schema_validator import OAS31Validator, oas31_format_checker
-from openapi_spec_validator import OpenAPIV31SpecValidator
 
 from nullworker import __version__
 from nullworker.eventlog import queries
@@ -65,6 +63,12 @@ def routes(app: web.Application) -> set[tuple[str, str]]:
 
 def conforms(value: Any, name: str) -> None:
     """A value is as the schema of that name says."""
+    # it takes 2 s, for which no other test should wait
+    from openapi_schema_validator import (
+        OAS31Validator,
+        oas31_format_checker,
+    )
+
     OAS31Validator(
         {"$ref": f"#/components/schemas/{name}", "components": DESCRIPTION["components"]},
         format_checker=oas31_format_checker,
@@ -79,6 +83,8 @@ def words(schema: Any) -> set[str]:
 
 
 def test_it_is_valid_and_of_this_version() -> None:
+    from openapi_spec_validator import OpenAPIV31SpecValidator
+
     OpenAPIV31SpecValidator(DESCRIPTION).validate()
     assert DESCRIPTION["info"]["version"] == __version__
 

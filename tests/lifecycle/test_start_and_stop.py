@@ -17,7 +17,7 @@ import aiohttp
 import pytest
 import trustme
 from claims import data_of, reserve
-from harness import ROOT, WorkerProcess, post, secured, signed
+from harness import ROOT, WorkerProcess, anew, post, secured, signed
 from programs import inherited
 
 from nullworker.testing import FakeAutoscaler
@@ -198,7 +198,7 @@ async def test_a_failed_start_waits_for_no_autoscaler(tmp_path: Path, vast: Fake
 async def test_every_entry_point_starts_the_same_worker(
     tmp_path: Path, vast: FakeAutoscaler, door: tuple[str, ...]
 ) -> None:
-    async with secured(tmp_path, vast, module=door) as worker:
+    async with anew(secured(tmp_path, vast, module=door)) as worker:
         await worker.line("key_loaded")
         claim = await reserve(worker, vast)
         assert await worker.release() == {"released": True}
@@ -207,7 +207,7 @@ async def test_every_entry_point_starts_the_same_worker(
 
 
 async def test_each_entry_point_exits_with_2_for_bad_settings(tmp_path: Path) -> None:
-    worker = WorkerProcess(tmp_path, module=(str(ROOT / "worker.py"),), NULL_MAX_PERF="fast")
+    worker = anew(WorkerProcess(tmp_path, module=(str(ROOT / "worker.py"),), NULL_MAX_PERF="fast"))
     await worker.spawn()
     assert await worker.exit_code() == 2
     assert said(worker) == [

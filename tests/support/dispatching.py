@@ -75,9 +75,8 @@ class Dispatch(Program):
         command = (sys.executable, "-m", "nullworker", "dispatch", "--endpoint", "null", "--port", "0")
         url = dev if isinstance(dev, str) else dev.url
         self.ledger = folder / "nullworker-dispatch.db"
-        super().__init__(
-            folder, *command, "--autoscaler", url, *arguments, NULL_LOG_FORMAT="json", PYTHONWARNINGS="default", **env
-        )
+        env = {"NULL_LOG_FORMAT": "json", "PYTHONWARNINGS": "default", **env}
+        super().__init__(folder, *command, "--autoscaler", url, *arguments, **env)
 
     async def ask(self, path: str) -> tuple[int, Any]:
         """GET from its port: the status, and JSON or text."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
+import forks
 
 from nullworker.eventlog.opening import open_log
 from nullworker.fsm.events import Ended, Event, Held, Queued, SessionTerms
@@ -84,7 +85,7 @@ class LogLines:
     A line that is no JSON has the word "" and its `text`.
     """
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process | forks.ForkedProcess) -> None:
         self.lines: list[dict[str, Any]] = []
         self._process = process
         self._arrived = asyncio.Condition()
@@ -130,11 +131,14 @@ P = TypeVar("P", bound="LoggedProcess")
 
 
 class LoggedProcess:
-    """A command in a folder, told by signals and read by its log lines. Its stdout goes to the file `out`, if any."""
+    """A command in a folder, told by signals and read by its log lines. Its stdout goes to the file `out`, if any.
+
+    Python programs are forks (forks.py), but for those that are made by `anew`.
+    """
 
     def __init__(self, folder: Path, command: Sequence[str], env: dict[str, str], out: Path = Path(os.devnull)) -> None:
-        self.folder, self.env, self.out = folder, env, out
-        self.process: asyncio.subprocess.Process
+        self.folder, self.env, self.out, self.new = folder, env, out, False
+        self.process: asyncio.subprocess.Process | forks.ForkedProcess
         self._command = command
         self._said: LogLines
 
@@ -160,9 +164,7 @@ class LoggedProcess:
     async def spawn(self) -> None:
         """Start it, or start it again, without waiting for anything."""
         with self.out.open("ab") as out:
-            self.process = await asyncio.create_subprocess_exec(
-                *self._command, cwd=self.folder, env=self.env, stdout=out, stderr=asyncio.subprocess.PIPE
-            )
+            self.process = await forks.start(self._command, cwd=self.folder, env=self.env, out=out, new=self.new)
         self._said = LogLines(self.process)
 
     async def start(self) -> None:
@@ -188,6 +190,12 @@ class LoggedProcess:
         code = await asyncio.wait_for(self.process.wait(), PATIENCE)
         await self._said.to_the_end()
         return code
+
+
+def anew(process: P) -> P:
+    """The same, started as a new interpreter."""
+    process.new = True
+    return process
 
 
 class WorkerProcess(LoggedProcess):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import forks
 from harness import PATIENCE, ROOT, LoggedProcess, WorkerProcess
 
 
@@ -33,12 +34,8 @@ def nullworker_work(worker: WorkerProcess, *arguments: str, **env: str) -> Progr
 
 async def run(*command: str, code: int = 0, **env: str) -> str:
     """Run it to its end, which must be of that code. What it printed: stdout, or stderr if it failed."""
-    process = await asyncio.create_subprocess_exec(
-        *command,
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **env},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    own = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **env}
+    process = await forks.start(command, cwd=Path.cwd(), env=own)
     out, err = await asyncio.wait_for(process.communicate(), PATIENCE)
     assert process.returncode == code, (process.returncode, out, err)
     return (err if code else out).decode()
