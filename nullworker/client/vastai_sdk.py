@@ -41,6 +41,11 @@ CONNECT_SECONDS: Final = 3.0
 REPLAY_SECONDS: Final = 60.0
 
 
+#: What Vast lists a worker as whose machine does not run: no process of it is left, though it may be started again
+#: (docs.vast.ai/documentation/serverless/worker-states).
+OFF: Final = frozenset(("STOPPED", "DESTROYING"))
+
+
 class VastUnreachable(HoldError):
     """Vast does not answer, or not now."""
 
@@ -152,12 +157,17 @@ class VastEndpoint:
             raise HoldError(_with_advice(str(error) or type(error).__name__)) from error
 
     async def gone(self, instance: str | None) -> bool:
-        """Whether the worker of that CONTAINER_ID is known to be no worker of the endpoint any more."""
+        """Whether the worker of that CONTAINER_ID is known to run no more: it is not listed, or as stopped."""
         if instance is None:
             return False
         with suppress(HoldError):
-            return all(str(worker.id) != instance for worker in await self.workers())
+            return all(str(worker.id) != instance or is_off(worker) for worker in await self.workers())
         return False
+
+
+def is_off(worker: Any) -> bool:
+    """Whether the machine of one of the SDK's `Worker`s does not run."""
+    return str(worker.status).upper() in OFF
 
 
 def _with_advice(error: str) -> str:

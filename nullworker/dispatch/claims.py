@@ -60,7 +60,7 @@ OWN_REASONS: Final = {
     "dispatcher_restart": "the dispatcher was stopped before a worker was asked",
     "refused": "the worker that was asked before a restart of the dispatcher did not take it",
     "lost": "the worker was silent for a lifetime, and no consumer had attached",
-    "gone": "the worker was silent, and Vast lists it no more",
+    "gone": "the worker was silent, and Vast lists it no more, or as stopped",
     "silent": "the worker was silent for a day",
     "limit": "a spending limit was reached, with --at-limit end",
     "end_all": "--end-all",
@@ -169,11 +169,16 @@ class Claim(msgspec.Struct, frozen=True):
 
     @property
     def held_seconds(self) -> float | None:
-        """By the worker's clock where it told; None of one that was never held, or has not ended."""
-        if self.held_at is None or self.ended_at is None or self.end is None:
+        """By the worker's clock where it told; None of one that was never held, or has not ended.
+
+        Of a `lost` one that may have been held, it is the lifetime.
+        """
+        if self.ended_at is None or self.end is None:
             return None
         reported = self.end.held_seconds
-        return max(0.0, self.ended_at - self.held_at) if reported is None else reported
+        if reported is None and self.held_at is not None:
+            return max(0.0, self.ended_at - self.held_at)
+        return reported
 
     @property
     def ended_hold(self) -> EndedHold | None:

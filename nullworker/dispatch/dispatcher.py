@@ -258,8 +258,7 @@ class Dispatcher:
 
     async def _watch_workers(self) -> None:
         workers = await self.vast.workers()
-        self.driver.listed = frozenset(each.instance for each in workers)
-        working = sum(each.working > 0 for each in workers)
+        working = sum(each.working > 0 for each in workers if not each.off)
         ours = len(self.book.in_state("held")) + len(self.book.in_state("granted"))
         foreign = max(0, working - ours)
         if foreign > self.foreign:

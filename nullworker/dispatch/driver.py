@@ -46,6 +46,10 @@ class Router(Protocol):
         """Ask once."""
         ...
 
+    async def running(self) -> frozenset[int]:
+        """The instances whose machines run."""
+        ...
+
 
 class Terms(NamedTuple):
     """How sessions are held."""
@@ -56,11 +60,7 @@ class Terms(NamedTuple):
 
 
 class Driver:
-    """All claims of one dispatcher.
-
-    Attributes:
-        listed: the instances that Vast lists, as of the last look; None before the first.
-    """
+    """All claims of one dispatcher."""
 
     def __init__(
         self,
@@ -73,7 +73,6 @@ class Driver:
         counts: Callable[[], Counts],
     ) -> None:
         self._sessions: dict[str, _Session] = {}  # those that are held, by claim
-        self.listed: frozenset[int] | None = None
         self._book = book
         self._ledger = ledger
         self._clock = clock
@@ -203,7 +202,8 @@ class Driver:
             if not error.sent:
                 return str(error), None
             log.warning("claim_lost", claim=claim_id, why=str(error))
-            self._book.ended(claim_id, "lost", Ended(why=f"{error}, for a lifetime"))
+            why = f"{error}, for a lifetime"  # which it may have been held for
+            self._book.ended(claim_id, "lost", Ended(held_seconds=self._terms.lifetime, why=why))
             return None, None
         lifetime = session.lifetime or self._terms.lifetime
         self._book.held(claim_id, str(session.session_id), lifetime, counts, number(session.instance))
@@ -271,7 +271,8 @@ class Driver:
         async def is_gone() -> bool:
             nonlocal gone
             instance = self._book.claims[claim.id].instance
-            gone = self.listed is not None and instance is not None and instance not in self.listed
+            with contextlib.suppress(Unreachable):
+                gone = instance is not None and instance not in await self._vast.running()
             return gone
 
         def say(line: str) -> None:
@@ -320,11 +321,12 @@ class Driver:
         self._book.ended(claim_id, str(reason), Ended(dict(final) if final else None, held_seconds, why))
 
     def _lost(self, claim: Claim, why: str) -> Ended:
-        """It was held until a lifetime after the last renewal at most, but for a consumer that may still work."""
+        """It was held until a lifetime after the last renewal at most; until now, where a consumer has kept it."""
         assert claim.held is not None
         assert claim.held_at is not None
-        renewed_at = self._ledger.renewed_at(claim.id) or claim.held_at
-        until = min(self._clock.now(), renewed_at + claim.held.lifetime)
+        now, renewed_at = self._clock.now(), self._ledger.renewed_at(claim.id) or claim.held_at
+        attached = self._book.claims[claim.id].attached_at is not None
+        until = now if attached else min(now, renewed_at + claim.held.lifetime)
         return Ended(held_seconds=max(0.0, until - claim.held_at), why=why)
 
 

@@ -107,7 +107,7 @@ class Ledger:
         return float(row[0]) if row else None
 
     def held_time(self, since: float, *, open_too: bool = True) -> list[HeldTime]:
-        """Every hold that has ended since then, or has not."""
+        """Every hold that has ended since then, or has not; also a claim that was lost, and may have been held."""
         rows = self._conn.execute(
             "SELECT h.at, iif(e.seq IS NULL, NULL, max(0, coalesce(e.data ->> 'held_seconds', e.at - h.at))),"
             " (SELECT p.data ->> 'price' FROM events p WHERE p.claim_id = h.claim_id AND p.kind = 'priced'"
@@ -117,7 +117,15 @@ class Ledger:
             "  OR h.claim_id IN (SELECT claim_id FROM events WHERE kind = 'ended' AND at >= ?))",
             (open_too, since),
         )
-        return [HeldTime(*row) for row in rows]
+        lost = self._conn.execute(
+            "SELECT max(g.at), e.data ->> 'held_seconds', NULL FROM events e"
+            " JOIN events g ON g.claim_id = e.claim_id AND g.kind = 'granted'"
+            " WHERE e.kind = 'ended' AND e.at >= ? AND e.data ->> 'held_seconds' IS NOT NULL"
+            "  AND NOT EXISTS (SELECT 1 FROM events h WHERE h.claim_id = e.claim_id AND h.kind = 'held')"
+            " GROUP BY e.claim_id",
+            (since,),
+        )
+        return [HeldTime(*row) for row in (*rows, *lost)]
 
     def anchor(self) -> Anchor | None:
         """The clock's anchor, if a claim is open that was timed by it."""

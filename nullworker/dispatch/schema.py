@@ -99,10 +99,9 @@ def _last(kind: str) -> str:
     return f"(SELECT max(seq) FROM events WHERE claim_id = o.claim_id AND kind = '{kind}')"
 
 
-#: Seconds that a claim has held a worker; of an open one until now, by the clock of whoever asks.
+#: Seconds that a claim has held a worker; of an open one until now, by the clock of whoever asks. NULL: never held.
 _HELD_SECONDS: Final = (
-    "iif(h.at IS NULL, NULL, max(0, coalesce(e.data ->> 'held_seconds', e.at - h.at,"
-    " (julianday('now') - 2440587.5) * 86400.0 - h.at)))"
+    "max(0, coalesce(e.data ->> 'held_seconds', e.at - h.at, (julianday('now') - 2440587.5) * 86400.0 - h.at))"
 )
 
 _CLAIMS: Final = f"""

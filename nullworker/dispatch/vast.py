@@ -14,8 +14,9 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 from nullworker.aio import wait_for
-from nullworker.client.vastai_sdk import Patience, VastUnreachable, connect
+from nullworker.client.vastai_sdk import Patience, VastUnreachable, connect, is_off
 from nullworker.client.worker_http import HoldError
+from nullworker.clock import stopwatch
 from nullworker.dispatch.trouble import Trouble
 from nullworker.errors import CannotStart
 from nullworker.logs import get_log
@@ -27,6 +28,8 @@ log = get_log(__name__)
 REPLAY_SECONDS: Final = 60.0
 #: Seconds that a call of the account's API may take.
 API_SECONDS: Final = 20.0
+#: Seconds for which a list of the workers serves all claims that ask for it.
+FRESH_SECONDS: Final = 5.0
 #: Seconds until one that does not answer is said; the SDK tries five times in them.
 CONNECT_SECONDS: Final = 8.0
 
@@ -54,6 +57,7 @@ class WorkerSeen(NamedTuple):
 
     instance: int
     working: int  # requests and sessions that it has
+    off: bool  # its machine is stopped: nothing can run there
 
 
 class Instance(NamedTuple):
@@ -69,6 +73,8 @@ class Vast:
     def __init__(self, endpoint: str, api_key: str, autoscaler: str | None) -> None:
         self.endpoint = endpoint
         self._answered = False
+        self._asking = asyncio.Lock()
+        self._running: tuple[float, frozenset[int]] | None = None
         self._trouble = Trouble("autoscaler_unreachable", "no worker can be asked for; what is held stays")
         self._ready = asyncio.Event()
         self._key = api_key
@@ -112,7 +118,17 @@ class Vast:
     async def workers(self) -> list[WorkerSeen]:
         """The endpoint's workers."""
         found = self._connected()
-        return [WorkerSeen(each.id, each.reqs_working) for each in await self._call(found.get_workers())]
+        listed = await self._call(found.get_workers())
+        return [WorkerSeen(each.id, each.reqs_working, is_off(each)) for each in listed]
+
+    async def running(self) -> frozenset[int]:
+        """The instances of the endpoint whose machines run, as of some seconds ago."""
+        async with self._asking:
+            if self._running is None or stopwatch() - self._running[0] > FRESH_SECONDS:
+                asked_at = stopwatch()
+                workers = await self.workers()
+                self._running = asked_at, frozenset(each.instance for each in workers if not each.off)
+            return self._running[1]
 
     async def instances(self) -> dict[str, Instance]:
         """The account's instances by their number, and by `host:port` of their external ports, with what each costs.

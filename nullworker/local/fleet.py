@@ -203,6 +203,7 @@ class Fleet:
         self.members[member.number] = member
         self._vast.fleet.workers.pop(member.number, None)
         self._vast.fleet.retired.discard(member.number)
+        self._vast.fleet.stopped.discard(member.number)
         taken = {port for other in self.processes for port in (other.port, other.port + 1, other.control_port)}
         member.start(self._vast.url, self._vast.mtoken or "", taken)
         member.started_at = self._now()
@@ -233,4 +234,8 @@ class Fleet:
     def _change(self, member: FleetWorker, state: State, why: str = "") -> None:
         if member.state != state:
             member.state, member.since = state, self._now()
+            if state == "cold":
+                self._vast.fleet.stopped.add(member.number)
+            elif state == "gone":
+                self._vast.fleet.workers.pop(member.number, None)
             self._tell(Change(member.since, member.number, state, why))

@@ -218,7 +218,9 @@ class FakeAutoscaler(Recorder):
     async def _workers(self, request: web.Request) -> web.Response:
         body = await json_object(request)
         self._check_account(body.get("api_key"))
-        return web.json_response([payloads.worker(worker, self._clock()) for worker in self.fleet.workers.values()])
+        now, fleet = self._clock(), self.fleet
+        workers = [payloads.worker(worker, now, stopped=id in fleet.stopped) for id, worker in fleet.workers.items()]
+        return web.json_response(workers)
 
     async def _instances(self, request: web.Request) -> web.Response:
         self._check_account(request.headers.get("Authorization", "").removeprefix("Bearer "))

@@ -53,10 +53,11 @@ def endpoint(name: str, parameters: Parameters, created_at: float) -> dict[str, 
     }
 
 
-def worker(reported: ReportedWorker, now: float) -> dict[str, Any]:
-    """An entry of POST /get_endpoint_workers/ (client/worker.py, Worker.from_dict)."""
+def worker(reported: ReportedWorker, now: float, *, stopped: bool = False) -> dict[str, Any]:
+    """An entry of POST /get_endpoint_workers/ (client/worker.py, Worker.from_dict; states as in docs.vast.ai)."""
     status = reported.status
     state = "ERROR" if status["error_msg"] else "IDLE" if reported.ready else "MODEL_LOADING"
+    state = "STOPPED" if stopped else state
     return {
         "id": status["id"],
         "status": state,

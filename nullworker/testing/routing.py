@@ -64,6 +64,7 @@ class Router:
     engine: str = "strict"
     workers: dict[int | str, ReportedWorker] = field(default_factory=dict)
     retired: set[int | str] = field(default_factory=set)  # ids of workers that get no more requests
+    stopped: set[int | str] = field(default_factory=set)  # ids of those whose machine is stopped, and still listed
 
     def report(self, status: Mapping[str, Any], now: float) -> None:
         """Process a worker_status. Grants that it lists are now part of its reported load."""

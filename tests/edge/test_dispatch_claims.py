@@ -37,6 +37,7 @@ class Engine:
         self.urls = list(urls)
         self.asked = 0
         self.down = False
+        self.instances: frozenset[int] = frozenset()
 
     async def route(self, cost: float, request_idx: int) -> Routed:
         if self.down:
@@ -46,6 +47,11 @@ class Engine:
             return Routed(None, 7)
         url = self.urls.pop(0) if len(self.urls) > 1 else self.urls[0]
         return Routed(Grant(url, {"url": url, "signature": "c2VjcmV0", "reqnum": next(REQNUMS), "cost": cost}), 7)
+
+    async def running(self) -> frozenset[int]:
+        if self.down:
+            raise Unreachable("the engine is down")
+        return self.instances
 
 
 class Life:
@@ -259,7 +265,9 @@ async def test_a_silent_worker_with_a_consumer_stays_held_until_it_answers_or_is
     worker: ContractWorker, start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(session, "SILENT_SECONDS", 0.2)
-    life = start(Engine(worker.url), Terms(lifetime=0.9, attach=0.0))
+    engine = Engine(worker.url)
+    engine.instances = frozenset((17, 18))
+    life = start(engine, Terms(lifetime=0.9, attach=0.0))
     claim = life.open()
     await life.until(lambda: worker.calls["/reserve"])
     worker.attach()
@@ -267,14 +275,14 @@ async def test_a_silent_worker_with_a_consumer_stays_held_until_it_answers_or_is
     life.book.priced(claim.id, 0.4, 17)
     worker.cut()
     await life.until(lambda: claim.id in life.driver.silent)
-    life.driver.listed = frozenset((17, 18))
+    engine.instances = frozenset((17, 18))
     await asyncio.sleep(0.5)
     assert life.state(claim) == "held"
     worker.silent = False
     await life.until(lambda: claim.id not in life.driver.silent)
     worker.cut()
     await life.until(lambda: claim.id in life.driver.silent)
-    life.driver.listed = frozenset((18,))
+    engine.instances = frozenset((18,))
     await life.until(lambda: life.state(claim) == "ended")
     assert life.rows()[0]["reason"] == "gone"
 

@@ -19,7 +19,7 @@ import pytest
 from nullworker import clock as clocks
 from nullworker.client import session
 from nullworker.client.vastai_sdk import VastUnreachable
-from nullworker.client.worker_http import Reply
+from nullworker.client.worker_http import INSTANCE_HEADER, NoAnswer, Reply
 from nullworker.dispatch import book, dispatcher, driver, trouble, vast
 from nullworker.dispatch.decision import Counts, Policy
 from nullworker.dispatch.dispatcher import Dispatcher, Plan, running
@@ -54,8 +54,11 @@ class World:
 
     Attributes:
         jobs: seconds of the jobs that wait, first come first served; in_flight, done: numbers of jobs.
+        listed: instances that Vast lists; stopped: the urls of those whose machine is stopped; unreachable: urls that
+            do not answer, although their machine runs.
         wall: seconds by which the wall clock has been set forward.
-        engine_down, queue_fault: faults; the latter is what a read of the queue does instead.
+        engine_down, loses_answers, queue_fault: faults: of the engine, of workers that are asked for a session, and
+            what a read of the queue does instead.
         held: sessions that are held now; most_held: the most at once.
         lines: log lines of the dispatcher, by their word.
     """
@@ -65,7 +68,10 @@ class World:
         self.jobs: list[float] = []
         self.in_flight = self.done = self.most_held = self.claims = 0
         self.wall = 0.0
-        self.engine_down = False
+        self.listed: set[int] = set()
+        self.stopped: set[str] = set()
+        self.unreachable: set[str] = set()
+        self.engine_down = self.loses_answers = False
         self.queue_fault: Callable[[], Coroutine[Any, Any, Counts]] | None = None
         self.held: dict[str, asyncio.Task[None]] = {}
         self.finals: dict[str, dict[str, Any]] = {}
@@ -97,14 +103,21 @@ class World:
         if self.engine_down:
             raise OSError("connection refused")
         self.claims += 1
-        worker = f"http://worker-{self.claims}"
+        worker = self.url(self.claims)
+        self.listed.add(self.claims)
         body = {"signature": f"s{self.claims}", "reqnum": self.claims, "cost": cost}
         return SimpleNamespace(status="READY", request_idx=self.claims, body=body, get_url=lambda: worker)
 
     async def _get_workers(self) -> list[Any]:
         if self.engine_down:
             raise OSError("connection refused")
-        return []
+        states = {number: "STOPPED" if self.url(number) in self.stopped else "IDLE" for number in self.listed}
+        return [SimpleNamespace(id=number, status=state, reqs_working=0) for number, state in states.items()]
+
+    @staticmethod
+    def url(number: int) -> str:
+        """Of the worker of an instance."""
+        return f"http://worker-{number}"
 
     async def get_ssl_context(self) -> Any:
         import ssl
@@ -115,6 +128,9 @@ class World:
 
     async def post(self, http: Any, url: str, path: str, body: Any, *, seconds: float = 10.0) -> Reply:
         await asyncio.sleep(0.05)
+        if url in self.stopped | self.unreachable:
+            raise NoAnswer(url, ConnectionRefusedError(111, "Connection refused"))
+        instance = {INSTANCE_HEADER: url.rpartition("-")[2]}
         if path == "/session/create":
             signature = body["auth_data"]["signature"]
             if signature not in self.sessions:
@@ -122,9 +138,11 @@ class World:
                 self.held[name] = asyncio.ensure_future(self._consume(name))
                 self.most_held = max(self.most_held, len(self.held))
             name = self.sessions[signature]
+            if self.loses_answers:
+                raise NoAnswer(url, asyncio.TimeoutError())
             if name in self.finals:
                 return Reply(410, self.finals[name], {})
-            return Reply(201, {"session_id": name, "lifetime": body["payload"]["lifetime"]}, {})
+            return Reply(201, {"session_id": name, "lifetime": body["payload"]["lifetime"]}, instance)
         name = body["session_id"]
         if path == "/session/end" and name in self.held:
             self.held[name].cancel()
@@ -135,6 +153,8 @@ class World:
     async def stream(
         self, http: Any, url: str, path: str, body: Any, **options: Any
     ) -> AsyncGenerator[dict[str, Any], None]:
+        if url in self.stopped | self.unreachable:
+            raise NoAnswer(url, ConnectionRefusedError(111, "Connection refused"))
         if (task := self.held.get(body["session_id"])) is not None:
             yield {"seq": 1, "kind": "extended", "reason": "attached"}
             await asyncio.wait({task})
@@ -212,6 +232,9 @@ def play(monkeypatch: pytest.MonkeyPatch, scene: Callable[[World], Coroutine[Any
     try:
         loop.run_until_complete(scene(world))
     finally:
+        for task in (tasks := asyncio.all_tasks(loop)):
+            task.cancel()
+        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
     return world

@@ -136,6 +136,46 @@ def test_an_autoscaler_that_is_down_at_the_start_is_waited_for_while_held_sessio
     play(monkeypatch, scene)
 
 
+@pytest.mark.parametrize("listed", [True, False])
+def test_claims_whose_machines_were_stopped_while_no_dispatcher_ran_end_and_make_room(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, listed: bool
+) -> None:
+    """Their jobs were done and the endpoint has scaled to zero: nobody is left who could tell how they ended."""
+
+    async def scene(world: World) -> None:
+        world.jobs = [60.0] * 4
+        async with dispatching(world, tmp_path, limits=FREE):
+            await until(lambda: len(world.held) == 4, 30)
+        await asyncio.sleep(3600)
+        assert world.done == 4
+        world.stopped = {world.url(number) for number in world.listed}
+        world.listed = world.listed if listed else set()
+        world.jobs = [60.0] * 4
+        async with dispatching(world, tmp_path, limits=FREE):
+            await until(lambda: len(world.held) == 4, 60)
+            assert rows(tmp_path, "SELECT reason, count(*) FROM claims GROUP BY reason") == [(None, 4), ("gone", 4)]
+
+    play(monkeypatch, scene)
+
+
+def test_a_claim_whose_machine_runs_and_does_not_answer_stays_held(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [20 * 3600.0]
+        async with dispatching(world, tmp_path, policy=Policy(4, interval=600.0), limits=FREE) as dispatcher:
+            await until(lambda: len(dispatcher.driver.silent) == 0 and dispatcher.book.in_state("held"), 30)
+            await asyncio.sleep(10)
+            world.unreachable = {world.url(number) for number in world.listed}
+            await asyncio.sleep(18 * 3600)
+            assert len(dispatcher.driver.silent) == 1
+            world.unreachable = set()
+            await asyncio.sleep(120)
+            assert (len(dispatcher.driver.silent), len(dispatcher.book.in_state("held"))) == (0, 1)
+
+    play(monkeypatch, scene)
+
+
 def test_a_limit_that_is_reached_in_the_middle_opens_nothing_until_the_day_has_moved_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -287,5 +327,23 @@ def test_a_dispatcher_that_dies_on_a_full_disk_asks_for_the_ends_that_it_could_n
         ends = rows(tmp_path, "SELECT reason, count(*) FROM claims GROUP BY reason")
         assert ends == [("consumer_exit", 2)]
         assert world.most_held == 2
+
+    play(monkeypatch, scene)
+
+
+def test_a_session_whose_answers_are_lost_counts_in_the_limits_for_a_lifetime(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [1.0] * 20
+        world.loses_answers = True
+        limits, terms = Limits(hours=0.1, price=1.0), Terms(lifetime=60.0)
+        async with dispatching(world, tmp_path, limits=limits, terms=terms) as dispatcher:
+            await asyncio.sleep(3600)
+            assert (world.claims, dispatcher.room.reached) == (6, "hours")
+        assert rows(tmp_path, "SELECT reason, held_at, held_seconds FROM claims") == [("lost", None, 60.0)] * 6
+        async with dispatching(world, tmp_path, limits=limits, terms=terms) as dispatcher:
+            await asyncio.sleep(60)
+            assert world.claims == 6
 
     play(monkeypatch, scene)
