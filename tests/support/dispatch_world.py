@@ -234,7 +234,8 @@ def play(monkeypatch: pytest.MonkeyPatch, scene: Callable[[World], Coroutine[Any
     finally:
         for task in (tasks := asyncio.all_tasks(loop)):
             task.cancel()
-        loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        if tasks:
+            loop.run_until_complete(asyncio.wait(tasks))
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
     return world
