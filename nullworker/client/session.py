@@ -1,8 +1,8 @@
 """WorkerSession: one session at one worker, from the claim to its final status, without the SDK.
 
-A session survives its client: another process can renew, follow and end it with its url, auth_data and id. `saved()` is
-therefore stored before the first request, and after a lost answer the same body is sent to the same worker again. Its
-states: granted -> held (-> silent -> held) -> ended or lost.
+A session survives its client: with its url, auth_data and id, another process can renew, follow and end it. Therefore
+`saved()` is stored before the first request, and after a lost answer the same body is sent to the same worker again.
+The states are: granted -> held (-> silent -> held) -> ended or lost.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-#: Seconds for which a lost answer to /session/create is asked for again.
+#: Seconds for which /session/create and /session/end are repeated while no answer comes.
 PATIENCE_SECONDS: Final = 30.0
 #: Seconds between two requests to a worker that is silent while a consumer is attached.
 SILENT_SECONDS: Final = 60.0
-#: Seconds for which it may be silent.
+#: Seconds after which such a session is lost.
 SILENT_LIMIT: Final = 86_400.0
-#: Of a session that did not say (the SDK's default, client/endpoint.py).
+#: Seconds of lifetime if the payload has none (the SDK's default, client/endpoint.py).
 LIFETIME_SECONDS: Final = 60.0
 #: Events that end a reservation.
 ENDS: Final = ("released", "expired", "cancelled")
 
 
 class FinalStatus(TypedDict):
-    """How a reservation has ended. Times are ISO 8601 UTC; None never came."""
+    """How a reservation ended. Times are ISO 8601 UTC; None: it was never held."""
 
     state: str  # released, expired or cancelled
     reason: str | None
@@ -52,31 +52,35 @@ class FinalStatus(TypedDict):
 
 
 class SavedSession(TypedDict):
-    """All that another process needs to go on with a session; JSON. `auth_data` is a credential."""
+    """What another process needs to continue a session; JSON. `auth_data` is a credential."""
 
     url: str
     auth_data: dict[str, Any]
-    session_id: str | None  # None: not known to be held yet
+    session_id: str | None  # None: not known to be held
     body: dict[str, Any]  # the payload of /session/create
     lifetime: float | None  # seconds, as the worker has capped it
-    attached: bool  # a consumer has attached: it is not lost when its worker is silent
+    attached: bool  # a consumer has attached, so a silent worker does not mean that it is lost
     instance: str | None  # the worker's CONTAINER_ID
 
 
 class SessionEnded(HoldError):
-    """The session has ended. `final` is its final status, None when its worker does not know (or tell) it any more."""
+    """The session has ended. `final` is its final status; None: its worker does not know it, or does not return it."""
 
     def __init__(self, url: str, answer: Mapping[str, Any]) -> None:
         self.final: FinalStatus | None = None
         if answer.get("state") in ENDS:
             fields = {name: answer.get(name) for name in FinalStatus.__annotations__}
             self.final = cast(FinalStatus, fields)
-        how = f"as {self.final['state']} ({self.final['reason']})" if self.final else "in a way that it does not know"
+        how = (
+            f"as {self.final['state']} ({self.final['reason']})"
+            if self.final
+            else "in a way that the worker does not know"
+        )
         super().__init__(f"the session at {url} has ended {how}", dict(answer))
 
 
 class SessionLost(HoldError):
-    """Nobody can know how the session has ended, or whether."""
+    """It cannot be known whether and how the session has ended."""
 
 
 class WorkerSession:
@@ -86,11 +90,11 @@ class WorkerSession:
         url: the worker's.
         auth_data: of the grant; with `session_id`, the session's key.
         body: the payload of /session/create: lifetime, metadata.
-        session_id: None until it is known to be held.
+        session_id: None until the session is known to be held.
         lifetime: seconds, as the worker has capped it; None until then.
         attached: whether a consumer has attached (event `extended`, reason `attached`).
         silent: whether its worker has been silent for more than a lifetime, while a consumer is attached.
-        instance: the worker's CONTAINER_ID, once it has said so.
+        instance: the worker's CONTAINER_ID, if an answer had it.
     """
 
     def __init__(self, url: str, auth_data: Mapping[str, Any], body: Mapping[str, Any]) -> None:
@@ -100,11 +104,11 @@ class WorkerSession:
         self.lifetime: float | None = None
         self.attached = self.silent = False
         self.instance: str | None = None
-        self._renewed_at: float | None = None  # loop time at which the last renewal that was answered was sent
+        self._renewed_at: float | None = None  # loop time at which the last answered renewal was sent
         self._seq = 0
 
     def saved(self) -> SavedSession:
-        """What to keep; `load` makes the same session of it."""
+        """The session as JSON; `load` restores it."""
         return {
             "url": self.url,
             "auth_data": self.auth_data,
@@ -117,21 +121,21 @@ class WorkerSession:
 
     @classmethod
     def load(cls, saved: SavedSession) -> WorkerSession:
-        """The session that was saved, also by another process."""
+        """Restore a session from `saved()`, also in another process."""
         session = cls(saved["url"], saved["auth_data"], saved["body"])
         session.session_id = saved["session_id"]
         session.lifetime, session.attached = saved["lifetime"], saved["attached"]
         session.instance = saved["instance"]
         return session
 
-    # -- one call each -------------------------------------------------------------------------------------------
+    # -- single calls --------------------------------------------------------------------------------------------
 
     async def create(self, http: aiohttp.ClientSession, *, patience: float = PATIENCE_SECONDS) -> None:
-        """Claim the slot, or find it claimed by the same grant. A lost answer is asked for again with the same body.
+        """Create the session, or find the one that this grant has created. The request is repeated if no answer comes.
 
         Raises:
             SessionEnded: it was held, and has ended.
-            Refused: the worker does not give it; nothing is held there by this grant.
+            Refused: the worker refused; it holds nothing for this grant.
             NoAnswer: none came within `patience` seconds. If it was `sent`, the worker may hold it, for a lifetime.
         """
         body = {"auth_data": self.auth_data, "payload": self.body, "session_id": None}
@@ -149,7 +153,7 @@ class WorkerSession:
                     raise
             except Refused as error:
                 pause = backoff.failed()
-                # after a lost answer a worker that restarts has no key yet: it cannot tell what it holds
+                # after a restart, the worker has no key yet and cannot know which session this is
                 if not sent or not error.again or "reservation_id" in (error.answer or {}):
                     raise
                 if loop.time() + pause > give_up_at:
@@ -158,11 +162,11 @@ class WorkerSession:
         if reply.status != 201:
             raise SessionEnded(self.url, reply.answer)
         self.session_id, self._renewed_at = str(reply.answer["session_id"]), asked_at
-        self.lifetime = float(reply.answer.get("lifetime", self._lifetime))  # the SDK's own worker does not say
+        self.lifetime = float(reply.answer.get("lifetime", self._lifetime))  # the SDK's own worker does not return it
         self.instance = reply.headers.get(INSTANCE_HEADER)
 
     async def renew(self, http: aiohttp.ClientSession) -> None:
-        """Renew it by its lifetime.
+        """Renew the session: its deadline becomes one lifetime from now.
 
         Raises:
             SessionEnded, Refused, NoAnswer.
@@ -175,7 +179,7 @@ class WorkerSession:
         self._renewed_at, self.instance = asked_at, reply.headers.get(INSTANCE_HEADER, self.instance)
 
     async def ask(self, http: aiohttp.ClientSession) -> FinalStatus | None:
-        """Its final status; None while it is held.
+        """Return its final status; None while it is held.
 
         Raises:
             SessionEnded: its worker does not know it.
@@ -190,11 +194,11 @@ class WorkerSession:
         return ended.final
 
     async def end(self, http: aiohttp.ClientSession, *, patience: float = PATIENCE_SECONDS) -> FinalStatus:
-        """End it, if it is held; its final status.
+        """End the session if it is held, and return its final status.
 
         Raises:
             SessionEnded: its worker does not know it.
-            Refused, NoAnswer: it ends by itself, a lifetime after its last renewal or its consumer's detaching.
+            Refused, NoAnswer: it ends a lifetime after its last renewal, or after the end of its consumer.
         """
         loop = asyncio.get_running_loop()
         give_up_at, backoff = loop.time() + patience, Backoff(0.5, 5.0)
@@ -212,10 +216,10 @@ class WorkerSession:
             await asyncio.sleep(backoff.failed())
 
     async def events(self, http: aiohttp.ClientSession) -> AsyncGenerator[dict[str, Any], None]:
-        """The events of its reservation, from the first on, as the log has them; the last one has its end.
+        """The events of its reservation as in the log, from the first one to its end.
 
         Raises:
-            SessionEnded: it ended before the stream began; its final status is there too.
+            SessionEnded: it ended before the stream began; `final` is its final status.
             Refused, NoAnswer: nothing came for 45 s, or the stream broke off.
         """
         try:
@@ -228,7 +232,7 @@ class WorkerSession:
                 raise SessionEnded(self.url, error.answer or {}) from error
             raise
 
-    # -- for as long as it lives ---------------------------------------------------------------------------------
+    # -- renewing and following ----------------------------------------------------------------------------------
 
     async def keep(
         self,
@@ -242,19 +246,19 @@ class WorkerSession:
     ) -> FinalStatus:
         """Renew it at a third of its lifetime, and follow its events, until it has ended.
 
-        To cancel this leaves the session as it is: another process, or another call, may go on with it.
+        Cancelling this leaves the session held: another process, or another call, can continue it.
 
         Args:
-            renews: asked before each renewal; False lets the session run out.
+            renews: called before each renewal; False lets the session expire.
             on_event: gets each event of the reservation once.
             on_change: called when `saved()` has changed.
-            gone: whether its worker is known to be gone; asked while it is silent.
+            gone: says whether its worker is known to be gone; called while it is silent.
             say: gets a line of prose when something has changed.
 
         Raises:
-            SessionLost: nobody can know how it ended: its worker has not answered for a lifetime since the last
+            SessionLost: it cannot be known how it ended. Its worker has not answered for a lifetime since the last
                 renewal; or, once a consumer has attached, is gone, or silent for 24 h; or does not know it any more.
-            Refused: a question of ours is wrong for good (401, 422).
+            Refused: the worker will never accept our requests (401, 422).
         """
         tasks = {
             asyncio.ensure_future(self._renewing(http, renews, gone, say)),
@@ -273,7 +277,7 @@ class WorkerSession:
             await asyncio.wait(tasks)
             for task in tasks:
                 if not task.cancelled():
-                    task.exception()  # retrieved, or asyncio logs that nobody did
+                    task.exception()  # marks it as retrieved, or asyncio logs it
 
     async def _renewing(
         self,
@@ -304,7 +308,7 @@ class WorkerSession:
                     trouble = True
             else:
                 if trouble:
-                    say(f"{self.url} answers again: the session is held")
+                    say(f"{self.url} answers again: the session is still held")
                 backoff.worked()
                 pause, trouble, self.silent, answered_at = lifetime / 3, False, False, asked_at
                 continue
@@ -319,7 +323,7 @@ class WorkerSession:
             if not self.silent:
                 self.silent, silent_since = True, loop.time()
                 say(
-                    f"{self.url} is silent: its consumer may be at work, and keeps the session; asked again each "
+                    f"{self.url} is silent: its consumer may still work and keep the session; asking again each "
                     f"{SILENT_SECONDS:.0f} s"
                 )
             if gone is not None and await gone():
@@ -353,7 +357,7 @@ class WorkerSession:
                 if isinstance(error, Refused) and not error.again:
                     raise
             else:
-                # the stream ended with the reservation, or was closed by a worker that stops: it knows
+                # the reservation has ended, or the worker is stopping
                 try:
                     if (final := await self.ask(http)) is not None:
                         return final

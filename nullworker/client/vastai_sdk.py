@@ -1,7 +1,7 @@
 """Wraps the official `vastai` SDK (1.9.1): finds an endpoint, and asks the autoscaler for workers, with backoff.
 
-All use of the SDK's private attributes is in this file: `_session`, `_ssl_context` and `Endpoint._route`. Workers are
-not called through the SDK, which would send them the endpoint's API key.
+Only this file uses private attributes of the SDK: `_session`, `_ssl_context` and `Endpoint._route`. Workers are not
+called through the SDK, which would send them the endpoint's API key.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ STAND_IN_KEY: Final = "stand-in"
 WAIT_SECONDS: Final = 600.0
 #: Seconds between two calls of /route/ at most: the SDK's own max_poll_interval.
 PAUSE_SECONDS: Final = 5.0
-#: Seconds between two lines that say no more than that it still waits.
+#: Seconds between two lines that say that it still waits.
 NEWS_SECONDS: Final = 10.0
-#: Seconds in which an autoscaler that was named must take a connection.
+#: Seconds in which a given autoscaler must accept a connection.
 CONNECT_SECONDS: Final = 3.0
-#: Seconds for which the autoscaler replays a claim that waits (the SDK's own).
+#: Seconds for which the autoscaler replays a waiting claim (the SDK's value).
 REPLAY_SECONDS: Final = 60.0
 
 
@@ -47,11 +47,11 @@ OFF: Final = frozenset(("STOPPED", "DESTROYING"))
 
 
 class VastUnreachable(HoldError):
-    """Vast does not answer, or not now."""
+    """Vast does not answer, or refuses for now."""
 
 
 class Patience:
-    """How long a claim may take, and what is said while it waits. `trouble`: why the last try failed."""
+    """The time limit of a claim, its backoff, and its progress messages. `trouble`: why the last try failed."""
 
     def __init__(self, say: Say, timeout: float) -> None:
         self.say, self.timeout = say, timeout
@@ -62,11 +62,11 @@ class Patience:
 
     @property
     def left(self) -> float:
-        """Seconds of the timeout that are left, at least 0."""
+        """Seconds left of the timeout, at least 0."""
         return max(0.0, self.since + self.timeout - self.now())
 
     async def within(self, awaitable: Awaitable[T]) -> T:
-        """The result, within what is left of the timeout.
+        """Await it within the rest of the timeout.
 
         Raises:
             HoldError: it took longer.
@@ -77,10 +77,10 @@ class Patience:
             raise self.over() from None
 
     async def pause(self, trouble: str) -> None:
-        """After a try that has failed, before the next one.
+        """Wait after a failed try.
 
         Raises:
-            HoldError: there is no time for one.
+            HoldError: the timeout is over.
         """
         self.trouble = trouble
         self.say(f"{trouble}: trying again")
@@ -89,17 +89,17 @@ class Patience:
             raise self.over()
 
     def over(self, worker: str = "") -> HoldError:
-        """The error that says that the timeout is over. `asked`: the worker that was asked last, and did not answer."""
+        """The error for the end of the timeout. `worker`: the last one that was asked and did not answer."""
         trouble = f" (last: {self.trouble})" if self.trouble else ""
         advice = "raise --timeout, or the endpoint's max_workers"
         if worker:
-            trouble = f": {worker} was asked, and did not say that it holds"
+            trouble = f": {worker} was asked, and did not begin to hold"
             advice = "raise --timeout; for a worker that cannot stream, use --no-stream"
         return HoldError(f"no worker within {self.timeout:g} s{trouble}; {advice}")
 
 
 class Grant(NamedTuple):
-    """A worker's url, and the autoscaler's signed word that it may be asked."""
+    """A worker's url, and the autoscaler's signed permission to reserve it."""
 
     url: str
     auth_data: dict[str, Any]
@@ -178,10 +178,10 @@ def _with_advice(error: str) -> str:
 async def connect(
     endpoint: str, api_key: str, autoscaler: str | None, patience: Patience
 ) -> AsyncIterator[VastEndpoint]:
-    """The endpoint of that name. `autoscaler`: the url of a fake one; None is Vast itself.
+    """Connect to the endpoint of that name. `autoscaler`: the url of a fake one; None is Vast itself.
 
     Raises:
-        VastUnreachable: nobody answers at `autoscaler`, or at Vast.
+        VastUnreachable: `autoscaler`, or Vast, does not answer.
         HoldError: the SDK is not installed, the key is refused, or there is no such endpoint.
     """
     import aiohttp
@@ -189,7 +189,7 @@ async def connect(
     sdk = _sdk()
     patience.since = patience.now()  # not before: the import alone blocks for 0.8 s
     if autoscaler is not None:
-        await _somebody_at(autoscaler)
+        await _check_listening(autoscaler)
     urls = {} if autoscaler is None else {"autoscaler_url": autoscaler, "webserver_url": autoscaler}
     client = sdk(api_key, **urls)
     if autoscaler is not None:
@@ -197,31 +197,31 @@ async def connect(
     try:
         connector = aiohttp.TCPConnector(ssl=await client.get_ssl_context())
     except Exception as error:  # the SDK raises bare Exceptions, and aiohttp's
-        raise VastUnreachable(f"Vast's root certificate cannot be had: {error or type(error).__name__}") from error
+        raise VastUnreachable(f"Vast's root certificate cannot be fetched: {error or type(error).__name__}") from error
     client._session = aiohttp.ClientSession(connector=connector)
     async with client:
         where = autoscaler or client.vast_web_url
         patience.say(f"looking for endpoint {endpoint!r} at {where}")
         try:
-            known = {each.name: each for each in await wait_for(client.get_endpoints(), patience.left)}
+            endpoints = {found.name: found for found in await wait_for(client.get_endpoints(), patience.left)}
         except asyncio.TimeoutError:
             raise VastUnreachable(f"{where} does not answer") from None
         except Exception as error:  # as above
             words = _with_advice(str(error) or type(error).__name__)
             raise (HoldError if "VAST_API_KEY" in words else VastUnreachable)(words) from error
-        if endpoint not in known:
-            names = ", ".join(sorted(known)) or "none"
+        if endpoint not in endpoints:
+            names = ", ".join(sorted(endpoints)) or "none"
             raise HoldError(f"no endpoint named {endpoint!r} at {where}; there is: {names}")
-        yield VastEndpoint(known[endpoint], client._session)
+        yield VastEndpoint(endpoints[endpoint], client._session)
 
 
-async def _somebody_at(url: str) -> None:
+async def _check_listening(url: str) -> None:
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:
         _, writer = await wait_for(asyncio.open_connection(parts.hostname, port), CONNECT_SECONDS)
     except (OSError, asyncio.TimeoutError) as error:
-        raise VastUnreachable(f"nobody at {url}, the --autoscaler; is `nullworker dev` running there?") from error
+        raise VastUnreachable(f"--autoscaler: nothing answers at {url}; is `nullworker dev` running there?") from error
     writer.close()
 
 

@@ -1,7 +1,7 @@
-"""HTTP from a client to a worker's external port: one POST, one stream, and why either failed.
+"""HTTP from a client to a worker's external port: a POST, a stream, and why either failed.
 
-The endpoint's API key is never sent to a worker. The SDK puts it into the query of each request, where the next tenant
-of the machine could find it in an access log.
+The endpoint's API key is never sent to a worker. (The SDK puts it into the query of each request, where the next tenant
+of the machine could find it in an access log.)
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 Answer = dict[str, Any]
 
-#: The CONTAINER_ID of the worker, in its answers about a reservation.
+#: Header of answers about a reservation: the worker's CONTAINER_ID.
 INSTANCE_HEADER: Final = "Nullworker-Instance"
-#: Seconds for one POST that is answered at once.
+#: Seconds for a POST that is answered at once.
 CALL_SECONDS: Final = 10.0
-#: Seconds without a byte on a stream after which it is given up. A worker sends a comment each 15 s.
+#: Seconds without a byte after which a stream is given up. A worker sends a comment each 15 s.
 SILENCE_SECONDS: Final = 45.0
-#: Bytes of a line: a result of 64 KiB may be several times as long once it is escaped.
+#: Bytes of a line: a result of 64 KiB may be several times as long when escaped.
 LINE_BYTES: Final = 2**20
 #: The root of the certificates of Vast's instances (vastai 1.9.1, client/client.py, SSL_CERT_URL).
 VAST_ROOT: Final = "https://console.vast.ai/static/jvastai_root.cer"
 
 ADVICE: Final = {
-    401: "the worker takes its grants from another autoscaler: check its REPORT_ADDR",
+    401: "the worker accepts grants of another autoscaler: check its REPORT_ADDR",
     404: "this is not the external port of a nullworker: check --url, or the endpoint's template",
-    422: "correct what it names",
+    422: "correct the named fields",
     429: "every worker is taken: try later, or raise the endpoint's max_workers",
     503: "the worker is stopping or cannot work: try again, or look at its /readyz",
 }
@@ -53,13 +53,13 @@ class HoldError(NullworkerError):
     """No worker could be held, or the hold broke off. `answer` is the worker's body, if there was one."""
 
     def __init__(self, message: str, answer: Answer | None = None) -> None:
-        # aiohttp shows a TLS setting with each address, even as a Python object
+        # aiohttp adds a TLS setting to each address
         super().__init__(" ".join(re.sub(r" ssl:(default|True|False|<[^>]*>)", "", message).split()))
         self.answer = answer
 
 
 class Refused(HoldError):
-    """The worker answered with a status that says no. `again`: it may say yes later, or another worker may."""
+    """The worker answered with an error status."""
 
     def __init__(self, url: str, status: int, text: str) -> None:
         try:
@@ -67,14 +67,14 @@ class Refused(HoldError):
         except ValueError:
             body = None
         answer = body if isinstance(body, dict) else None
-        what = answer["error"] if answer and "error" in answer else text[:200]
+        reason = answer["error"] if answer and "error" in answer else text[:200]
         other = "see the worker's log" if status >= 500 else "check the command and the worker's version"
-        super().__init__(f"{url} answered {status} {what}; {ADVICE.get(status, other)}", answer)
+        super().__init__(f"{url} answered {status} {reason}; {ADVICE.get(status, other)}", answer)
         self.http_status = status
 
     @property
     def again(self) -> bool:
-        """Whether another try, here or elsewhere, makes sense."""
+        """Whether to try again, at this worker or another one."""
         return self.http_status in (408, 429) or self.http_status >= 500
 
 
@@ -84,7 +84,7 @@ class NoAnswer(HoldError):
     def __init__(self, url: str, error: BaseException) -> None:
         import aiohttp
 
-        from nullworker.outgoing import describe_failure  # with aiohttp, which `nullworker --help` must not pay for
+        from nullworker.outgoing import describe_failure  # imports aiohttp, which `nullworker --help` must not load
 
         self.sent = not isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError))
         trouble = "does not answer" if self.sent else "cannot be reached"
@@ -92,11 +92,11 @@ class NoAnswer(HoldError):
 
 
 async def post(http: aiohttp.ClientSession, url: str, path: str, body: Any, *, seconds: float = CALL_SECONDS) -> Reply:
-    """POST JSON to the worker at `url`; its answer, if that is a JSON object with status 200, 201, 400 or 410.
+    """POST JSON to the worker at `url`. Return the answer, a JSON object with status 200, 201, 400 or 410.
 
     Raises:
-        Refused: the answer has another status, or is no JSON object.
-        NoAnswer: there was none within `seconds`.
+        Refused: the answer has another status, or is not a JSON object.
+        NoAnswer: none came within `seconds`.
     """
     import aiohttp
 
@@ -124,23 +124,23 @@ async def stream(
     head_seconds: float = CALL_SECONDS,
     on_head: Callable[[Mapping[str, str]], None] = lambda headers: None,
 ) -> AsyncGenerator[Answer, None]:
-    """POST JSON to the worker at `url`, and yield the `data:` of its stream as they come, or its one JSON body.
+    """POST JSON to the worker at `url`, and yield each `data:` of its stream, or its JSON body.
 
-    Its headers, which come once the reservation is held, must come within `head_seconds`; they go to `on_head`. Iterate
-    it within `contextlib.aclosing`, so that leaving the loop closes the connection.
+    The headers, which the worker sends once the reservation is held, must come within `head_seconds`; `on_head` gets
+    them. Iterate within `contextlib.aclosing`, so that leaving the loop closes the connection.
 
     Raises:
         Refused: the status is not 200.
-        NoAnswer: there was none, or nothing has come for SILENCE_SECONDS, or it broke off in the middle of a line.
+        NoAnswer: no answer or nothing for SILENCE_SECONDS, or the stream broke off in the middle of a line.
     """
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=CALL_SECONDS)
-    asking = asyncio.ensure_future(
+    posting = asyncio.ensure_future(
         http.post(url + path, json=body, timeout=timeout, allow_redirects=False, read_bufsize=LINE_BYTES)
     )
     try:
-        response = await wait_for(asking, head_seconds)
+        response = await wait_for(posting, head_seconds)
         if response.status != 200:
             raise Refused(url, response.status, await response.text())
         if response.content_type != "text/event-stream":
@@ -153,15 +153,15 @@ async def stream(
     except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
         raise NoAnswer(url, error) from error
     finally:
-        if asking.done() and not asking.cancelled() and asking.exception() is None:
-            asking.result().close()  # also of a head that came together with a cancellation
+        if posting.done() and not posting.cancelled() and posting.exception() is None:
+            posting.result().close()  # also if the headers came together with a cancellation
 
 
 async def open_http(url: str) -> aiohttp.ClientSession:
-    """An HTTP client for the worker at `url`; close it. Of https, it trusts Vast's own root.
+    """An HTTP client for the worker at `url`, to be closed. For https, it trusts Vast's own root certificate.
 
     Raises:
-        HoldError: that root cannot be fetched.
+        HoldError: the certificate cannot be fetched.
     """
     import aiohttp
 
@@ -176,7 +176,9 @@ async def open_http(url: str) -> aiohttp.ClientSession:
         context = ssl.create_default_context()
         context.load_verify_locations(cadata=root.decode() if root.startswith(b"-----") else root)
     except (aiohttp.ClientError, asyncio.TimeoutError, OSError, ValueError) as error:
-        raise HoldError(f"Vast's root certificate cannot be had from {VAST_ROOT}: {describe_failure(error)}") from error
-    # Vast's root lacks keyCertSign, which OpenSSL 3 minds by default (vastai 1.9.1, client/client.py)
+        raise HoldError(
+            f"Vast's root certificate cannot be fetched from {VAST_ROOT}: {describe_failure(error)}"
+        ) from error
+    # Vast's root lacks keyCertSign, which Python's strict check requires (vastai 1.9.1, client/client.py)
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     return aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context))

@@ -225,6 +225,6 @@ async def run(work: Work, health_port: int | None) -> None:
             try:
                 port = await stack.enter_async_context(health_endpoint(health_port, work.trouble))
             except OSError as error:
-                raise CannotStart(f"--health-port {health_port} cannot be had: {error.strerror}") from error
+                raise CannotStart(f"--health-port {health_port} cannot be opened: {error.strerror}") from error
             log.info("health_endpoint", url=f"http://127.0.0.1:{port}/health")
         await work.run()

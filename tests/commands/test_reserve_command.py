@@ -170,7 +170,7 @@ async def test_a_final_refusal_is_not_repeated_and_its_body_is_printed(
     worker.refusals = [(422, {"error": "duration: 0 or more"})]
     code, out, err = await run(*at(vast, "--json"))
     assert (code, json.loads(out), len(worker.bodies)) == (1, {"error": "duration: 0 or more"}, 1)
-    assert err == f"nullworker reserve: {worker.url} answered 422 duration: 0 or more; correct what it names\n"
+    assert err == f"nullworker reserve: {worker.url} answered 422 duration: 0 or more; correct the named fields\n"
 
 
 async def test_a_reservation_that_the_worker_ends_fails_with_its_reason(
@@ -206,7 +206,7 @@ async def test_no_worker_within_the_timeout_is_an_error_with_advice(vast: FakeAu
 
 async def test_a_worker_that_never_confirms_the_hold_times_out(vast: FakeAutoscaler) -> None:
     async with FakeWorker(vast.url, streams=False) as worker:
-        with pytest.raises(HoldError, match=f"{worker.url} was asked, and did not say that it holds.*--no-stream"):
+        with pytest.raises(HoldError, match=f"{worker.url} was asked, and did not begin to hold.*--no-stream"):
             await hold("null", autoscaler=vast.url, timeout=2)
         assert (await worker.ended.get())[1] == "Cancelled"
 

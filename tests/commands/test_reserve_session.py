@@ -104,7 +104,7 @@ async def test_nobody_at_the_autoscaler_is_said_at_once(tmp_path: Path) -> None:
     caller = Program(tmp_path, *command, "--autoscaler", "http://127.0.0.1:9", "--duration", "9")
     caller.env.pop("PYTHONWARNINGS")
     async with caller:
-        await caller.line("", where=lambda line: "nobody at http://127.0.0.1:9" in line["text"])
+        await caller.line("", where=lambda line: "nothing answers at http://127.0.0.1:9" in line["text"])
         assert await caller.exit_code() == 1
 
 

@@ -214,7 +214,7 @@ async def test_wrong_use_is_said_before_anything_is_taken(arguments: tuple[str, 
 async def test_a_health_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
     async with WorkerProcess(tmp_path) as worker:
         said = await nullworker("work", "--health-port", str(worker.control_port), "true", code=1)
-        assert f"--health-port {worker.control_port} cannot be had" in said.splitlines()[-1]
+        assert f"--health-port {worker.control_port} cannot be opened" in said.splitlines()[-1]
 
 
 async def test_metadata_are_json_also_when_there_are_none(tmp_path: Path) -> None:

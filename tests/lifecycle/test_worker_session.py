@@ -130,7 +130,7 @@ async def test_once_a_consumer_has_attached_it_is_silent_and_not_lost(
             await asyncio.wait_for(keeping, PATIENCE)
     assert session.silent
     assert len(asked) == 3
-    assert any("is silent: its consumer may be at work" in line for line in said)
+    assert any("is silent: its consumer may still work" in line for line in said)
 
 
 async def test_a_refusal_and_nobody_there_are_told_apart(
