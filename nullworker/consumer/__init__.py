@@ -1,4 +1,4 @@
-"""The consumer's side, in asyncio: take one reservation of the worker on this machine after another.
+"""The consumer's side, in asyncio: takes the reservations of the worker on this machine, one after another.
 
 async for reservation in reservations():
     async with reservation:

@@ -1,4 +1,4 @@
-"""Functions that block, beside an event loop: in a process that can be ended, or in a thread that cannot."""
+"""Runs blocking functions beside an event loop: in a process that can be ended, or in a thread that cannot."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from nullworker.processes import OrphanGuard, how_it_ended
 
 _T = TypeVar("_T")
 
-#: prctl(2): have the kernel signal this process when its parent dies.
+#: prctl(2): the kernel signals this process when its parent dies.
 _PR_SET_PDEATHSIG: Final = 1
-#: Seconds between two looks whether a process group that was told to end has ended.
-_LOOK_SECONDS: Final = 0.02
+#: Seconds between two checks whether a process group has ended.
+_CHECK_SECONDS: Final = 0.02
 
 
 class ChildDied(RuntimeError):
-    """A process that ran a function has ended without a result."""
+    """The process that ran a function has ended without a result."""
 
 
 def start_thread(function: Callable[..., _T], args: tuple[Any, ...]) -> concurrent.futures.Future[_T]:
     """Call a function in a daemon thread: the end of this process does not wait for it."""
     future: concurrent.futures.Future[_T] = concurrent.futures.Future()
-    future.set_running_or_notify_cancel()  # so that nobody can cancel it: the thread would go on
+    future.set_running_or_notify_cancel()  # it cannot be cancelled: the thread would continue
 
     def run() -> None:
         try:
@@ -45,11 +45,11 @@ def start_thread(function: Callable[..., _T], args: tuple[Any, ...]) -> concurre
 
 
 async def run_process(function: Callable[..., _T], args: tuple[Any, ...], *, kill_after: float) -> _T:
-    """Call a function in a process that leads a group of its own, and is ended with its group when this is cancelled.
+    """Call a function in a process with a group of its own. Cancellation ends the whole group.
 
     Raises:
-        ChildDied: it has ended without a result.
-        Exception: what the function raised.
+        ChildDied: the process has ended without a result.
+        Exception: whatever the function has raised.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -81,16 +81,16 @@ async def run_process(function: Callable[..., _T], args: tuple[Any, ...], *, kil
 
 
 async def _end(process: Any, kill_after: float) -> None:
-    """SIGTERM to the group, SIGKILL after a while; also when cancelled meanwhile, which then hurries it."""
+    """End the group: SIGTERM, and SIGKILL after `kill_after` seconds or at a cancellation."""
     loop = asyncio.get_running_loop()
     until, cancelled = loop.time() + kill_after, None
     _signal(process.pid, signal.SIGTERM)
-    _signal(process.pid, signal.SIGCONT)  # what is stopped would not hear it
+    _signal(process.pid, signal.SIGCONT)  # a stopped process does not handle SIGTERM
     while _runs(process):
         if loop.time() >= until or cancelled is not None:
             _signal(process.pid, signal.SIGKILL)
         try:
-            await asyncio.sleep(_LOOK_SECONDS)
+            await asyncio.sleep(_CHECK_SECONDS)
         except asyncio.CancelledError as error:
             cancelled = error
     process.join()
@@ -99,7 +99,7 @@ async def _end(process: Any, kill_after: float) -> None:
 
 
 def _runs(process: Any) -> bool:
-    """Whether anything of its group does; a child that has not made its group yet counts too."""
+    """Whether a process of its group runs, or the child itself, which may not have created its group yet."""
     if process.is_alive():
         return True
     try:
@@ -112,10 +112,10 @@ def _runs(process: Any) -> bool:
 def _signal(pid: int, number: signal.Signals) -> None:
     try:
         os.killpg(pid, number)
-    except ProcessLookupError:  # no group yet, or none any more
+    except ProcessLookupError:  # the group does not exist yet, or has ended
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-    except PermissionError:  # somebody of it has become another user
+    except PermissionError:  # a process of the group runs as another user
         pass
 
 
@@ -138,7 +138,7 @@ def _name(function: Callable[..., Any]) -> str:
 
 
 def _call(connection: Connection, parent: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """In the new process: its own group, death with its parent, and the function."""
+    """In the new process: create a group, die with the parent, call the function."""
     os.setsid()
     with contextlib.suppress(AttributeError, OSError):  # only Linux has it
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -1,7 +1,7 @@
 """An asyncio client of the control port, for a consumer: the held reservation, and its release.
 
-A call returns the answer or raises `WorkerUnreachable`; waiting and trying again is up to the caller. Commands, which
-must start fast, use `nullworker.control_client` instead.
+A call returns the answer or raises `WorkerUnreachable`; the caller decides whether to try again. Commands, which must
+start fast, use `nullworker.control_client` instead.
 """
 
 from __future__ import annotations
@@ -28,50 +28,50 @@ ANSWER_SECONDS = 35.0
 
 
 class AsyncControlClient:
-    """The control port of one worker; `url` None is the one that NULL_CONTROL_PORT names on this machine."""
+    """The control port of one worker. `url`: None is http://127.0.0.1:$NULL_CONTROL_PORT."""
 
     def __init__(self, url: str | None) -> None:
         self.url = (url or f"http://127.0.0.1:{os.environ.get('NULL_CONTROL_PORT') or 18999}").rstrip("/")
         self.http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS, sock_connect=5))
 
     async def next(self) -> dict[str, Any]:
-        """The held reservation, once there is one."""
+        """Wait until a reservation is held, and return it."""
         silent = False
         while True:
             try:
                 reservation = await self.held(wait=0 if silent else POLL_SECONDS)
             except WorkerUnreachable as error:
                 if not silent:
-                    log.warning("%s; trying again until it does", error)
+                    log.warning("%s; trying again", error)
                 silent = True
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
             if silent:
-                log.warning("the worker on %s answers", self.url)
+                log.warning("the worker on %s answers again", self.url)
             silent = False
             if reservation is not None:
                 return reservation
 
     async def held(self, *, wait: float = 0) -> dict[str, Any] | None:
-        """What is held now, or within `wait` seconds."""
+        """The reservation that is held now, or within `wait` seconds; None: nothing is held."""
         status, content = await self._ask("GET", f"/reservation?wait={wait:g}")
         if status not in (200, 204):
             raise WorkerUnreachable(f"{self.url}/reservation answers {status}: {content}")
         return content or None
 
     async def known(self, reservation_id: str) -> dict[str, Any] | None:
-        """A reservation, whether it is held or not; None when the worker does not know it."""
-        _, found = await self._ask("GET", f"/reservations?id={quote(reservation_id)}")
-        named = (found or {}).get("reservations", ())
-        return next((each for each in named if each["id"] == reservation_id), None)  # older ones do not look at `id`
+        """A reservation, also one that has ended; None: the worker does not know it."""
+        _, answer = await self._ask("GET", f"/reservations?id={quote(reservation_id)}")
+        rows = (answer or {}).get("reservations", ())
+        return next((row for row in rows if row["id"] == reservation_id), None)
 
     async def fate(self, reservation_id: str) -> str:
         """How a reservation has ended, in words."""
-        known = await self.known(reservation_id)
-        return f"{known['state']}, {known['reason']}" if known else "the worker does not hold it any more"
+        row = await self.known(reservation_id)
+        return f"{row['state']}, {row['reason']}" if row else "the worker does not hold it any more"
 
     async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        """Any command. Raises TypeError or ValueError when the body is no JSON."""
+        """POST a body; return the status and the answer. Raises TypeError or ValueError if the body is not JSON."""
         return await self._ask("POST", path, json.dumps(body, allow_nan=False))
 
     async def _ask(self, method: str, path: str, body: str | None = None) -> tuple[int, Any]:

@@ -1,4 +1,4 @@
-"""The consumer's health endpoint, on a thread of its own: a body that blocks the event loop is no ill consumer."""
+"""The consumer's health endpoint. It has a thread of its own: a body that blocks the event loop is healthy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class _Server(http.server.ThreadingHTTPServer):
 
 
 class _Health(http.server.BaseHTTPRequestHandler):
-    timeout = 10  # seconds for a request to come
+    timeout = 10  # seconds in which a request must arrive
     server: _Server
 
     def do_GET(self) -> None:  # the name that http.server calls
@@ -34,17 +34,17 @@ class _Health(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Not each look of the worker is a line."""
+        """Log nothing: the worker polls often."""
 
 
 @contextlib.asynccontextmanager
 async def health_endpoint(
     port: int, trouble: Callable[[], str | None] = lambda: None, *, host: str = "127.0.0.1"
 ) -> AsyncIterator[int]:
-    """GET /health for the worker's BACKEND_HEALTH_URL: 200 while `trouble` returns None, else 503 and what it says.
+    """Serve GET /health for the worker's BACKEND_HEALTH_URL: 200 while `trouble` returns None, else 503 and its text.
 
-    Yields the port; port 0 is any free one. `trouble` is called from another thread. 503 too while a job still runs
-    whose reservation has ended some time ago: the worker should not take another one for this consumer.
+    Yields the port; port 0 is any free one. `trouble` is called from another thread. The answer is also 503 while a job
+    still runs long after the end of its reservation, since this consumer cannot take the next one.
 
     Raises:
         OSError: the port is taken.

@@ -1,8 +1,8 @@
-"""Works off a queue within one reservation: what is the same for every queue that lends its jobs for a while.
+"""Processes the jobs of a queue within one reservation: the part that is the same for every queue with leases.
 
-A `Job` says how one message is acknowledged, failed, given back and renewed; `drain` takes one after another and does
-them. Whatever is wrong with one message ends with that message in a failed list. A renewal that fails is tried again
-until the lease has run out by this machine's clock; then, and when another consumer has the job, the work is cancelled.
+A `Job` says how a message is acknowledged, failed, given back and renewed; `drain` processes one job after another. A
+message that cannot be processed goes to a failed list. A failed renewal is tried again until the lease has run out by
+this machine's clock; then, or when another consumer has the job, the work is cancelled.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ from nullworker.consumer.reservations import Reservation
 
 log = logging.getLogger(__name__)
 
-#: Seconds for which a queue may be away, while a reservation waits for it.
+#: Seconds for which a queue may not answer before the reservation is released.
 AWAY_SECONDS = 180.0
-#: Seconds between two tries of a queue that is away: the first, and the longest.
+#: Seconds between two tries of a queue that does not answer: the first, and the longest.
 FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.5, 5.0
-#: The part of a lease after which it counts as over: what is left of it is for the work to stop.
+#: The part of a lease after which it counts as over; the rest is time for the work to stop.
 LEASE_SHARE: Final = 0.9
-#: Seconds for a job to be given back while the consumer is being stopped.
+#: Seconds for giving a job back while the consumer is stopping.
 GIVE_BACK_SECONDS: Final = 2.0
 #: Seconds for one call of the queue.
 CALL_SECONDS: Final = 10.0
-#: So many failures in a row are not the jobs' fault: the reservation is released.
+#: Failures in a row after which the reservation is released: the jobs are not at fault.
 MAX_FAILURES: Final = 10
-#: Bytes of an error that the caller of /reserve is told.
+#: Length of an error that the caller of /reserve gets.
 MAX_ERROR_CHARS: Final = 1000
 
 
 class Lost(Exception):
-    """The right to a job is lost: somebody else may do it by now. The message says why, for the caller."""
+    """Another consumer may have the job by now. The message, which the caller gets, says why."""
 
 
 class Job(ABC):
-    """One message that was taken from a queue and not settled yet.
+    """A message that was taken from a queue and is neither acknowledged nor given back.
 
     Attributes:
-        body: JSON, as it was put in.
-        lease: seconds for which it is ours after it was taken or renewed; `math.inf` without such a limit.
-        wait: seconds before the work may begin, for another consumer that had it to stop; it is renewed meanwhile.
+        body: JSON, as it was put into the queue.
+        lease: seconds for which it is ours after it was taken or renewed; `math.inf`: no limit.
+        wait: seconds before the work begins, in which another consumer that had the job can stop; it is renewed
+            meanwhile.
     """
 
     body: str | bytes
@@ -56,7 +57,7 @@ class Job(ABC):
 
     @abstractmethod
     async def done(self) -> None:
-        """Acknowledge it. A second call, after one that failed half-way, must do no harm."""
+        """Acknowledge it. Must be idempotent: a call that failed half-way is repeated."""
 
     @abstractmethod
     async def failed(self, why: str) -> None:
@@ -64,17 +65,17 @@ class Job(ABC):
 
     @abstractmethod
     async def give_back(self) -> None:
-        """Let others have it at once; the reservation is gone, or the consumer is being stopped."""
+        """Return it to the queue at once; the reservation has ended, or the consumer is stopping."""
 
     async def renew(self) -> None:  # noqa: B027  # a queue without leases has nothing to renew
-        """Begin the lease anew.
+        """Renew the lease.
 
         Raises:
-            Lost: somebody else has it.
+            Lost: another consumer has it.
         """
 
     async def lost(self) -> str:
-        """Wait until the right to it is lost, and return why; for queues that say so by themselves."""
+        """Wait until another consumer may have it, and return why; for queues that signal this."""
         await asyncio.Event().wait()
         raise AssertionError
 
@@ -85,15 +86,15 @@ Take = Callable[[], Awaitable["Job | None"]]
 async def drain(
     reservation: Reservation, take: Take, work: Callable[[Any], Awaitable[object]], *, idle: float = 0.0
 ) -> dict[str, Any]:
-    """Do one job after another until the queue is empty; the reservation's result.
+    """Process one job after another until the queue is empty. Return the result for the reservation.
 
     Args:
-        take: the next job, or None when none has come for a while.
-        work: is called with the JSON of a job. What it raises ends the job in the failed list.
-        idle: seconds for which an empty queue is asked again, after 1 s, doubling to 10 s, before this returns.
+        take: returns the next job, or None if none has come for a while.
+        work: called with the JSON of a job. If it raises, the job goes to the failed list.
+        idle: seconds for which an empty queue is polled, after 1 s, doubling to 10 s, before this returns.
 
     Returns:
-        `{"done": n, "failed": n}`, and with `"error"`, a sentence, when something was not well.
+        `{"done": n, "failed": n}`, and `"error"`, a sentence, if something went wrong.
     """
     loop, pause = asyncio.get_running_loop(), aio.Backoff(1.0, 10.0)
     result: dict[str, Any] = {"done": 0, "failed": 0}
@@ -101,9 +102,9 @@ async def drain(
     failures = 0
     while reservation.may_begin() and failures < MAX_FAILURES:
         try:
-            job = await _patiently(take)
+            job = await _next_job(take)
         except Exception as error:
-            result["error"] = _words(f"the queue cannot be read: {_described(error)}")
+            result["error"] = _shortened(f"the queue cannot be read: {_described(error)}")
             return result
         if job is None:
             empty_since = empty_since or loop.time()
@@ -114,36 +115,36 @@ async def drain(
             continue
         empty_since = None
         pause.worked()
-        why = await _one(job, work)
+        why = await _process(job, work)
         failures = 0 if why is None else failures + 1
         result["done" if why is None else "failed"] += 1
         if why is not None:
             log.warning("a job was not done: %s", why)
-            result["error"] = _words(why)
+            result["error"] = _shortened(why)
     return result
 
 
-async def _one(job: Job, work: Callable[[Any], Awaitable[object]]) -> str | None:
-    """One job to its end: None when it is done and acknowledged, else why not."""
+async def _process(job: Job, work: Callable[[Any], Awaitable[object]]) -> str | None:
+    """Process one job. None: it is done and acknowledged; else why not."""
 
     async def do() -> str | None:
         try:
-            asked = json.loads(job.body)
+            content = json.loads(job.body)
         except (ValueError, RecursionError) as error:
-            return f"the message is no JSON: {error}"
+            return f"the message is not JSON: {error}"
         await asyncio.sleep(job.wait)
         try:
-            await work(asked)
+            await work(content)
         except Exception as error:
             return _described(error)
         return None
 
     async def settle() -> str | None:
         why = await do()
-        await _again_and_again(job.done if why is None else lambda: job.failed(_words(why)))
+        await _settle(job.done if why is None else lambda: job.failed(_shortened(why)))
         return why
 
-    keeping = [asyncio.ensure_future(_keep(job)), asyncio.ensure_future(job.lost())]
+    keeping = [asyncio.ensure_future(_renew(job)), asyncio.ensure_future(job.lost())]
     working = asyncio.ensure_future(settle())
     try:
         await asyncio.wait({working, *keeping}, return_when=asyncio.FIRST_COMPLETED)
@@ -152,7 +153,7 @@ async def _one(job: Job, work: Callable[[Any], Awaitable[object]]) -> str | None
             raise Lost(next(task.result() for task in keeping if task.done()))
         return working.result()
     except Lost as lost:
-        return f"the right to the job is lost: {lost}"
+        return f"the job was lost to another consumer: {lost}"
     except asyncio.CancelledError:
         await _cancel(working)
         with contextlib.suppress(Exception):
@@ -163,8 +164,8 @@ async def _one(job: Job, work: Callable[[Any], Awaitable[object]]) -> str | None
             await _cancel(task)
 
 
-async def _keep(job: Job) -> str:
-    """Renew the lease until it is lost: why."""
+async def _renew(job: Job) -> str:
+    """Renew the lease until it is lost. Return why it was lost."""
     loop = asyncio.get_running_loop()
     if math.isinf(job.lease):
         await asyncio.Event().wait()
@@ -172,10 +173,10 @@ async def _keep(job: Job) -> str:
     while True:
         await asyncio.sleep(job.lease / 3)
         while True:
-            asked = loop.time()
+            began = loop.time()
             try:
-                await aio.wait_for(job.renew(), min(CALL_SECONDS, max(until - asked, 0.1)))
-                until = asked + job.lease * LEASE_SHARE
+                await aio.wait_for(job.renew(), min(CALL_SECONDS, max(until - began, 0.1)))
+                until = began + job.lease * LEASE_SHARE
                 break
             except Lost as lost:
                 return str(lost)
@@ -186,8 +187,8 @@ async def _keep(job: Job) -> str:
                 await asyncio.sleep(min(FIRST_RETRY_SECONDS, job.lease / 10))
 
 
-async def _patiently(take: Take) -> Job | None:
-    """The next job, also from a queue that is away for AWAY_SECONDS."""
+async def _next_job(take: Take) -> Job | None:
+    """The next job. A queue that does not answer is asked again for AWAY_SECONDS."""
     loop, pause = asyncio.get_running_loop(), aio.Backoff(FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS)
     until = loop.time() + AWAY_SECONDS
     while True:
@@ -196,17 +197,17 @@ async def _patiently(take: Take) -> Job | None:
         except Exception as error:
             if loop.time() >= until:
                 raise
-            log.warning("the queue is away, and asked again: %s", _described(error))
+            log.warning("the queue does not answer; trying again: %s", _described(error))
             await asyncio.sleep(pause.failed())
 
 
-async def _again_and_again(settle: Callable[[], Awaitable[None]]) -> None:
-    """Until it has worked; the end of the lease cancels it."""
+async def _settle(call: Callable[[], Awaitable[None]]) -> None:
+    """Repeat the call until it succeeds; the end of the lease cancels it."""
     loop = asyncio.get_running_loop()
     until, pause = loop.time() + AWAY_SECONDS, aio.Backoff(FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS)
     while True:
         try:
-            await aio.wait_for(settle(), CALL_SECONDS)
+            await aio.wait_for(call(), CALL_SECONDS)
             return
         except Lost:
             raise
@@ -218,7 +219,7 @@ async def _again_and_again(settle: Callable[[], Awaitable[None]]) -> None:
 
 
 async def _cancel(task: asyncio.Future[Any]) -> None:
-    """Cancel it and wait for its end, also when cancelled meanwhile."""
+    """Cancel the task and wait for its end, even if this is cancelled meanwhile."""
     task.cancel()
     cancelled: BaseException | None = None
     while not task.done():
@@ -227,7 +228,7 @@ async def _cancel(task: asyncio.Future[Any]) -> None:
         except asyncio.CancelledError as error:
             cancelled = error
     if not task.cancelled():
-        task.exception()  # retrieved, or asyncio logs that nobody did
+        task.exception()  # marks it as retrieved, or asyncio logs it
     if cancelled is not None:
         raise cancelled
 
@@ -236,5 +237,5 @@ def _described(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
-def _words(text: str) -> str:
+def _shortened(text: str) -> str:
     return " ".join(text.split())[:MAX_ERROR_CHARS]

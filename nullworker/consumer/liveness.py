@@ -1,8 +1,8 @@
 """The liveness connection to one held reservation, on a thread of its own.
 
-The kernel closes it when this process dies, and that is how the worker learns of it. So nothing else may keep it open:
+The kernel closes it when this process dies; from this, the worker learns of the death. Nothing else may keep it open:
 it is close-on-exec, and a forked child closes its copy at once. The thread attaches again when the connection breaks,
-which it does when the worker is restarted.
+as it does at a restart of the worker.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from nullworker.control_client import MAX_HOLD_HEADER
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two tries of a worker that does not answer, and of one to which another consumer is attached.
+#: Seconds between two tries while the worker does not answer, and while another consumer is attached.
 RETRY_SECONDS: Final = 0.5
 BUSY_SECONDS: Final = 1.0
-#: Seconds for a connection, and for the head of the answer.
+#: Seconds for a connection, and for the headers of the answer.
 ANSWER_SECONDS: Final = 10.0
-#: Seconds without a byte after which a worker is taken for dead: it sends a keepalive each 15 s.
+#: Seconds without a byte after which the connection counts as broken: the worker sends a keepalive each 15 s.
 SILENT_SECONDS: Final = 50.0
 
-#: Sockets of this process that no child may keep.
+#: Sockets of this process that child processes must close.
 _own: set[socket.socket] = set()
 
 
@@ -45,12 +45,12 @@ os.register_at_fork(after_in_child=_close_in_child)
 
 
 def keep_from_children(sock: socket.socket) -> None:
-    """Have a forked child close its copy of a socket; an executed one never gets any."""
+    """Make forked children close their copy of a socket; executed programs never inherit it."""
     _own.add(sock)
 
 
 def forget(sock: socket.socket) -> None:
-    """Close a socket, which no fork has to close any more."""
+    """Close a socket; forked children need not close it any more."""
     _own.discard(sock)
     sock.close()
 
@@ -59,12 +59,12 @@ Attachment = Literal["connecting", "attached", "taken", "over"]
 
 
 class LivenessConnection(threading.Thread):
-    """Holds `POST /attach` for one reservation until `close`, or until the worker says that the reservation is over.
+    """Keeps `POST /attach` open for one reservation until `close`, or until the reservation is not held any more.
 
     Attributes:
         state: `connecting` (also again), `attached`, `taken` (another consumer is attached), `over` (it is not held).
-        max_hold: seconds for which one reservation may be held on this worker, extensions included; None: no limit.
-            Known once it is attached.
+        max_hold: seconds for which this worker holds one reservation, extensions included; None: no limit, or not
+            attached yet.
 
     `changed` is called from this thread at each change of state and each event of the reservation.
     """
@@ -99,7 +99,7 @@ class LivenessConnection(threading.Thread):
             self._closed.wait(pause)
 
     def close(self) -> None:
-        """End it; call it when the reservation is released."""
+        """Close the connection and end the thread; to be called when the reservation is released."""
         self._closed.set()
         with self._lock:
             if self._sock is not None:
@@ -132,7 +132,7 @@ class LivenessConnection(threading.Thread):
         finally:
             with self._lock:
                 self._sock = None
-            connection.close()  # the answer's file too, or the socket would stay open
+            connection.close()  # closes the answer's file too, or the socket would stay open
             forget(sock)
 
     def _refused(self, status: int, body: bytes) -> None:

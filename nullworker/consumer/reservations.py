@@ -6,14 +6,14 @@
             reservation.result = await reservation.run_process(work, job)
             await job.acknowledge()
 
-While the body runs, this process is attached to the reservation: the worker extends a session for as long as that is
-so, and ends a reservation whose consumer has died. When the body is done, the reservation is released by its id, with
-the result; when the body raises, with {"error": ...}. When the reservation ends first, because its caller hung up, its
-deadline came or the worker stopped, the body is cancelled, and the loop goes on with the next one.
+While the body runs, this process is attached to the reservation: the worker extends a session while it is attached, and
+ends a reservation whose consumer has died. When the body is done, the reservation is released by its id, with the
+result, or with {"error": ...} if the body has raised. When the reservation ends first, because its caller hung up, its
+deadline passed or the worker stopped, the body is cancelled, and the loop continues with the next one.
 
-Everything that belongs to a job, its acknowledgement too, must stand inside the `async with`: the line after it is also
-reached when the body was cancelled (`reservation.gone_because` says so). One worker has one consumer: a second one
-waits until the first is gone.
+Everything that belongs to a job, including its acknowledgement, must be inside the `async with`: the line after it is
+also reached when the body was cancelled (`reservation.gone_because` says so). One worker has one consumer: a second one
+waits until the first has ended.
 
 ```mermaid
 stateDiagram-v2
@@ -50,18 +50,18 @@ log = logging.getLogger(__name__)
 
 #: Seconds for which a worker may be silent before its reservation counts as gone: a restart takes less.
 PATIENCE_SECONDS = 30.0
-#: Seconds between two looks at what is held, also when the liveness connection has said nothing; and for an answer.
-LOOK_SECONDS = 5.0
-#: Seconds for a release that is not answered; it is tried again when the same reservation comes back.
-FAREWELL_SECONDS = 5.0
-#: Seconds for which another connection may stand in the way of ours: the worker may not have seen the end of our last.
+#: Seconds between two polls of the held reservation, beside the news of the liveness connection; and for an answer.
+POLL_SECONDS = 5.0
+#: Seconds for which a release is repeated without an answer; after that, when the same reservation comes back.
+RELEASE_SECONDS = 5.0
+#: Seconds for which another consumer may seem attached: it may be our last connection, whose end is not noticed yet.
 TAKEN_SECONDS = 3.0
 
 ReservationState = Literal["offered", "working", "releasing", "owed", "released", "gone"]
 Move = Literal["enter", "end", "leave", "taken", "stale", "silent"]
 
-#: `offered`: told of, and attached to. `working`: its body runs. `releasing`: the body is over. `owed`: a release was
-#: sent, and nobody knows what came of it. `gone`: it ended without us.
+#: `offered`: attached, the body has not begun. `working`: the body runs. `releasing`: the body has ended. `owed`: a
+#: release was sent, and no answer came. `gone`: it ended without a release of ours.
 MOVES: Final[dict[tuple[ReservationState, Move], ReservationState]] = {
     ("offered", "enter"): "working",
     ("working", "end"): "gone",
@@ -79,7 +79,7 @@ _T = TypeVar("_T")
 
 
 class ResultRefused(ValueError):
-    """The result is no JSON or over 64 KiB; the reservation was released with an error in its place."""
+    """The result is not JSON, or over 64 KiB; the reservation was released with an error in its place."""
 
 
 async def reservations(
@@ -90,14 +90,14 @@ async def reservations(
     reason: str = "explicit",
     patience: float = PATIENCE_SECONDS,
 ) -> AsyncGenerator[Reservation, None]:
-    """Every reservation of the worker on this machine, one after another, for ever; also after the worker's restart.
+    """The reservations of the worker on this machine, one after another, for ever; also after the worker's restart.
 
     Args:
         url: its control port; None is http://127.0.0.1:$NULL_CONTROL_PORT, by default 18999.
-        extend: let the worker move the deadline of a request too; that of a session it moves in any case. A body that
-            hangs then holds the worker up to NULL_MAX_HOLD_SECONDS: give it a time limit of its own.
-        cancel: cancel the body when the reservation is gone; False leaves it to the body to look at `gone`.
-        reason: how the log calls the release: explicit or consumer_exit.
+        extend: let the worker extend a request too; a session is always extended. A body that hangs then holds the
+            worker for up to NULL_MAX_HOLD_SECONDS: give it a time limit.
+        cancel: cancel the body when the reservation is gone; False: the body must check `gone` itself.
+        reason: the reason of the release in the log: explicit or consumer_exit.
         patience: seconds for which the worker may be silent before its reservation counts as gone.
     """
     control = AsyncControlClient(url)
@@ -105,10 +105,10 @@ async def reservations(
     async with control.http:
         while True:
             if current.stopping.is_set():
-                raise asyncio.CancelledError("the consumer was told to stop")
+                raise asyncio.CancelledError("the consumer is stopping")
             row = await control.next()
             if last is not None and row["id"] == last.id and last.state in ("offered", "owed"):
-                await _to_its_end(last.finish())  # it has not heard of the release yet
+                await _to_its_end(last.finish())  # the worker has not received the release yet
                 continue
             changed = aio.AutoResetEvent()
             connection = LivenessConnection(
@@ -125,22 +125,20 @@ async def reservations(
 
 
 async def _attached(connection: LivenessConnection, changed: aio.AutoResetEvent, reservation_id: str) -> bool:
-    """Wait until it is attached. False: the reservation has ended before."""
+    """Wait until the consumer is attached. False: the reservation has ended before."""
     logged = False
     while connection.state != "attached":
         if connection.state == "over":
             return False
         if connection.state == "taken" and not logged:
-            log.warning(
-                "another consumer is attached to reservation %s: this one waits until it is gone", reservation_id
-            )
+            log.warning("another consumer is attached to reservation %s: waiting until it has ended", reservation_id)
             logged = True
-        await changed.wait(LOOK_SECONDS)
+        await changed.wait(POLL_SECONDS)
     return True
 
 
 def _from_thread(function: Callable[[], object]) -> Callable[[], None]:
-    """Calls `function` in the running loop, from any thread, for as long as that loop runs."""
+    """A function for any thread, which calls `function` in the running loop, while that loop runs."""
     loop = asyncio.get_running_loop()
 
     def call() -> None:
@@ -156,12 +154,14 @@ class Reservation:
     """One reservation of this worker; hold it with `async with`.
 
     Attributes:
-        id, kind, metadata: as the caller made it.
-        ends_at: the deadline, ISO 8601; it moves with each extension.
-        result: any JSON, set by the body; handed to the caller.
-        state: where it stands, see MOVES.
-        gone: set when the reservation has ended without this consumer, `gone_because` says how. `gone.is_set()` may be
-            asked from any thread.
+        id: as in the log and in the answer to its caller.
+        kind: request or session.
+        metadata: the caller's, or {}.
+        ends_at: the deadline, ISO 8601 UTC; each extension moves it.
+        result: any JSON, set by the body, for the caller.
+        state: see MOVES.
+        gone: set when the reservation has ended without a release; `gone_because` says how. Any thread may call
+            `gone.is_set()`.
     """
 
     def __init__(
@@ -189,22 +189,22 @@ class Reservation:
         self._begun: float = asyncio.get_running_loop().time() - row["held_seconds"]
         self._deadline = 0.0  # by the loop's clock
         self._note(row)
-        self._farewell: dict[str, Any] = {}
+        self._release: dict[str, Any] = {}
         self._threads: set[concurrent.futures.Future[Any]] = set()
 
     @property
     def released(self) -> bool:
-        """Whether the release was taken."""
+        """Whether the worker has accepted the release."""
         return self.state == "released"
 
     def seconds_left(self) -> float:
-        """Until the deadline, as the worker counts."""
+        """Seconds until the deadline, by the worker's clock."""
         return self._deadline - asyncio.get_running_loop().time()
 
     def may_begin(self) -> bool:
-        """Whether another job may begin in this reservation: while it is held, up to half of NULL_MAX_HOLD_SECONDS.
+        """Whether another job may begin in this reservation.
 
-        Not when the consumer was told to stop, either.
+        False once it has ended, half of NULL_MAX_HOLD_SECONDS has passed, or the consumer is stopping.
         """
         limit = self._connection.max_hold
         held = asyncio.get_running_loop().time() - self._begun
@@ -213,23 +213,23 @@ class Reservation:
         return self.state == "working" and (limit is None or held < limit / 2)
 
     async def extend(self, seconds: float) -> bool:
-        """Move the deadline to `seconds` from now. False: the worker did not."""
+        """Move the deadline to `seconds` from now. False: the worker refused, or did not answer."""
         try:
             status, answer = await self._control.post("/extend", {"reservation_id": self.id, "seconds": seconds})
         except WorkerUnreachable:
             return False
-        if status == 200:  # the worker's cap may have made it less than what was asked for
+        if status == 200:  # the worker's cap may make it less than requested
             self._deadline += _seconds(answer["ends_at"]) - _seconds(self.ends_at)
             self.ends_at = answer["ends_at"]
         return status == 200
 
     async def run_process(self, function: Callable[..., _T], *args: Any, kill_after: float = 5.0) -> _T:
-        """What `function(*args)` returns, called in a process of its own, which ends with the reservation.
+        """Call `function(*args)` in a process of its own, which ends with the reservation, and return its result.
 
-        For code that blocks, such as GPU work: the event loop stays free. When the body is cancelled, the process and
-        its children get SIGTERM, and SIGKILL after `kill_after` seconds; they are gone when this raises. The process is
-        started anew (multiprocessing's `spawn`): function, arguments and result are pickled, and the module that
-        defines the function is imported there.
+        For code that blocks, such as GPU work. When the body is cancelled, the process and its children get SIGTERM,
+        and SIGKILL after `kill_after` seconds; they have ended when this raises. The process is a new Python
+        (multiprocessing's `spawn`): function, arguments and result are pickled, and the module that defines the
+        function is imported there.
 
         Raises:
             ChildDied: the process has ended without a result.
@@ -238,10 +238,10 @@ class Reservation:
         return await blocking.run_process(function, args, kill_after=kill_after)
 
     async def run_thread(self, function: Callable[..., _T], *args: Any) -> _T:
-        """What `function(*args)` returns, called in a thread of its own.
+        """Call `function(*args)` in a thread of its own, and return its result.
 
-        A thread cannot be ended: when the body is cancelled, it goes on, and no other reservation is taken before it
-        has ended. It may look at `reservation.gone.is_set()`. Only the end of this process ends it at once.
+        A thread cannot be ended: when the body is cancelled, it continues, and no other reservation is taken before it
+        has ended. It may check `reservation.gone.is_set()`. Only the end of this process ends it at once.
         """
         future = blocking.start_thread(function, args)
         self._threads.add(future)
@@ -258,18 +258,18 @@ class Reservation:
         return self
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> bool:
-        self._watcher.cancel()  # at once: a body that is over is not cancelled any more
+        self._watcher.cancel()  # first: a body that has ended must not be cancelled any more
         stopped = isinstance(error, asyncio.CancelledError) and not self._is_ours(error)
         try:
             if self._threads and not stopped:
                 log.warning("reservation %s: a thread still runs; the next one is taken when it has ended", self.id)
-                await asyncio.wait([asyncio.wrap_future(each) for each in self._threads])
+                await asyncio.wait([asyncio.wrap_future(thread) for thread in self._threads])
         finally:
             current.left(self.id)
             await _to_its_end(self._leave(error))
         ours = self._is_ours(error)
         if self._cancel and self.gone.is_set():
-            getattr(self._body, "uncancel", int)()  # from Python 3.11 on cancellations are counted: this one is over
+            getattr(self._body, "uncancel", int)()  # Python 3.11 and newer count cancellations
         return ours
 
     async def _leave(self, error: BaseException | None) -> None:
@@ -280,17 +280,17 @@ class Reservation:
             log.info("reservation %s is gone: %s", self.id, self.gone_because)
             return
         self._move("leave")
-        self._farewell = {"reservation_id": self.id, "reason": self._reason}
+        self._release = {"reservation_id": self.id, "reason": self._reason}
         if isinstance(error, Exception):
-            self._farewell["result"] = {"error": f"{type(error).__name__}: {error}"}
+            self._release["result"] = {"error": f"{type(error).__name__}: {error}"}
         elif self.result is not _NOTHING:
-            self._farewell["result"] = self.result
+            self._release["result"] = self.result
         elif error is not None:
-            self._farewell["result"] = {"error": "the consumer was stopped"}
+            self._release["result"] = {"error": "the consumer was stopped"}
         await self.finish()
 
     async def finish(self) -> None:
-        """Release it by its id, as the body has ended it. Silence is borne for FAREWELL_SECONDS.
+        """Release it by its id, with the result. The request is repeated for RELEASE_SECONDS if no answer comes.
 
         Raises:
             ResultRefused: it was released, but without its result.
@@ -298,18 +298,18 @@ class Reservation:
         if self.state not in ("releasing", "owed"):
             raise RuntimeError("hold each reservation with `async with reservation:`")
         loop = asyncio.get_running_loop()
-        until = loop.time() + FAREWELL_SECONDS
+        until = loop.time() + RELEASE_SECONDS
         while (left := until - loop.time()) > 0:
             try:
-                status, answer = await aio.wait_for(self._control.post("/release", self._farewell), left)
+                status, answer = await aio.wait_for(self._control.post("/release", self._release), left)
                 taken = status == 200 and (answer["released"] or await self._was_taken())
             except (WorkerUnreachable, asyncio.TimeoutError) as error:
-                if self.state == "releasing":  # once: it is tried twice a second
+                if self.state == "releasing":  # log it once, not twice a second
                     log.warning("reservation %s is not released yet: %s", self.id, str(error) or "no answer")
                 self._move("silent")
                 await asyncio.sleep(RETRY_SECONDS)
             except (TypeError, ValueError) as error:
-                await self._refused(f"the result is no JSON: {error}")
+                await self._refused(f"the result is not JSON: {error}")
             else:
                 if status == 422:
                     await self._refused(answer.get("result") or answer["error"])
@@ -320,20 +320,20 @@ class Reservation:
                 return
 
     async def _was_taken(self) -> bool:
-        """Whether what has ended it is an earlier release of ours, of which the answer was lost."""
-        known = await self._control.known(self.id) if self.state == "owed" else None
-        ours = ["released", self._reason, self._farewell.get("result")]
-        return known is not None and json.loads(json.dumps(ours)) == [known["state"], known["reason"], known["result"]]
+        """Whether an earlier release of ours, whose answer was lost, has ended it."""
+        row = await self._control.known(self.id) if self.state == "owed" else None
+        ours = ["released", self._reason, self._release.get("result")]
+        return row is not None and json.loads(json.dumps(ours)) == [row["state"], row["reason"], row["result"]]
 
     async def _refused(self, why: str) -> None:
-        if self._farewell["result"] == {"error": why}:
-            raise RuntimeError(why)  # not even the error is taken: nothing that a second try could mend
-        self._farewell["result"] = {"error": why}
+        if self._release["result"] == {"error": why}:
+            raise RuntimeError(why)  # even the error was refused
+        self._release["result"] = {"error": why}
         await self.finish()
         raise ResultRefused(why)
 
     def _is_ours(self, error: BaseException | None) -> bool:
-        """Whether the exception is this class's own cancellation of the body, and nobody else's at the same time."""
+        """Whether the exception is the cancellation of the body by this class, and not also by another caller."""
         if not (self._cancel and self.gone.is_set() and isinstance(error, asyncio.CancelledError)):
             return False
         return bool(getattr(self._body, "cancelling", lambda: 1)() <= 1)
@@ -347,36 +347,36 @@ class Reservation:
         self.state = after
 
     def _note(self, row: dict[str, Any]) -> None:
-        """The deadline by the loop's clock; the worker's own clock is what `held_at` and `held_seconds` make."""
+        """Take over the deadline, by the loop's clock. The worker's clock shows `held_at` + `held_seconds` now."""
         left = _seconds(row["ends_at"]) - _seconds(row["held_at"]) - row["held_seconds"]
         self.ends_at = row["ends_at"]
         self._deadline = asyncio.get_running_loop().time() + left
 
     async def _watch(self) -> None:
-        """Find out when it is not held any more."""
-        because = await self._until_gone()
+        """Wait until it is not held any more, and cancel the body."""
+        why = await self._until_gone()
         self._move("end")
-        self.gone_because = because
+        self.gone_because = why
         self.gone.set()
         current.ended(self.id)
         if self._cancel:
             self._body.cancel()
 
     async def _until_gone(self) -> str:
-        """The liveness connection only wakes this up; what is true is what /reservation says."""
+        """Poll /reservation until it is not held; return why. The liveness connection only triggers the polls."""
         loop = asyncio.get_running_loop()
-        heard = attached = loop.time()
+        answered = attached = loop.time()
         while True:
             self._changed.clear()
             if self._connection.state != "taken":
                 attached = loop.time()
             elif loop.time() > attached + TAKEN_SECONDS:
                 return "another consumer has attached to it"
-            limit = heard + self._patience
-            if self.kind == "request":  # the worker gives a session's consumer time after its restart, however late
+            limit = answered + self._patience
+            if self.kind == "request":  # a session is held after a restart, however late that is
                 limit = min(limit, self._deadline)
             try:
-                row = await aio.wait_for(self._control.held(), LOOK_SECONDS)
+                row = await aio.wait_for(self._control.held(), POLL_SECONDS)
                 if row is None or row["id"] != self.id:
                     return await self._control.fate(self.id)
             except (WorkerUnreachable, asyncio.TimeoutError) as error:
@@ -384,13 +384,13 @@ class Reservation:
                     return f"the worker is gone: {str(error) or f'no answer from {self._control.url}'}"
                 await asyncio.sleep(RETRY_SECONDS)
                 continue
-            heard = loop.time()
+            answered = loop.time()
             self._note(row)
-            await self._changed.wait(LOOK_SECONDS)
+            await self._changed.wait(POLL_SECONDS)
 
 
 async def _to_its_end(work: Coroutine[Any, Any, _T]) -> _T:
-    """Wait for it also when cancelled meanwhile, even twice; the cancellation goes on its way afterwards."""
+    """Await it to its end, even if this is cancelled meanwhile; raise the cancellation afterwards."""
     task, cancelled = asyncio.ensure_future(work), None
     while not task.done():
         try:

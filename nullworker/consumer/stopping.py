@@ -1,4 +1,4 @@
-"""`asyncio.run` for a consumer, which SIGTERM and SIGINT end in order, also when its body blocks the event loop."""
+"""`asyncio.run` for consumers: SIGTERM and SIGINT release what is held, even if the body blocks the event loop."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from nullworker.errors import NullworkerError
 
 log = logging.getLogger(__name__)
 
-#: Seconds for which the event loop may be blocked after a signal: the worker's drain takes 5, the supervisor's stop 10.
+#: Seconds for which the event loop may be blocked after a signal; the worker drains for 5, the supervisor waits 10.
 BLOCKED_SECONDS: Final = 3.0
-#: Seconds for the release that is then made in its place.
+#: Seconds for the release that is made when it is blocked for longer.
 RELEASE_SECONDS: Final = 1.0
 
 
-def _hold_back() -> None:
-    """A signal to a child that has just been forked, and has our handlers and our pipe still, would count as ours."""
+def _block_signals() -> None:
+    """Block the signals around a fork: until the child has reset them, its signals would be written to our pipe."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _NUMBERS)
 
 
-def _let_through() -> None:
+def _unblock_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _NUMBERS)
 
 
@@ -37,27 +37,27 @@ def _reset_in_child() -> None:
         if signal.getsignal(number) is _ignored:
             signal.signal(number, signal.SIG_DFL)
             signal.set_wakeup_fd(-1)
-    _let_through()
+    _unblock_signals()
 
 
 def _ignored(*_: object) -> None:
-    """Without a handler of Python's own nothing is written to the pipe."""
+    """A handler that does nothing: without a Python handler, nothing is written to the wakeup pipe."""
 
 
 _NUMBERS: Final = (signal.SIGTERM, signal.SIGINT)
-os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=_reset_in_child)
+os.register_at_fork(before=_block_signals, after_in_parent=_unblock_signals, after_in_child=_reset_in_child)
 
 
 def run(main: Coroutine[Any, Any, None]) -> None:
-    """Run a consumer. SIGTERM and SIGINT cancel it: what it holds is released, and the process exits 0.
+    """Run a consumer. SIGTERM and SIGINT cancel it; the held reservation is released, and the process exits 0.
 
-    A body that blocks the event loop cannot be cancelled: after BLOCKED_SECONDS the reservation is released from
+    A body that blocks the event loop cannot be cancelled. After BLOCKED_SECONDS the reservation is then released from
     another thread, and the process exits 1 in the middle of the job.
     """
-    asyncio.run(_until_told(main))
+    asyncio.run(_until_signalled(main))
 
 
-async def _until_told(main: Coroutine[Any, Any, None]) -> None:
+async def _until_signalled(main: Coroutine[Any, Any, None]) -> None:
     loop, task = asyncio.get_running_loop(), asyncio.ensure_future(main)
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -69,17 +69,17 @@ async def _until_told(main: Coroutine[Any, Any, None]) -> None:
         while byte := os.read(reader, 1):
             if byte[0] not in _NUMBERS:
                 continue
-            heard = threading.Event()
+            handled = threading.Event()
 
-            def stop(heard: threading.Event = heard) -> None:
-                heard.set()
+            def stop(handled: threading.Event = handled) -> None:
+                handled.set()
                 current.stopping.set()
                 task.cancel()
 
-            with contextlib.suppress(RuntimeError):  # the loop is closed: it is over
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the consumer has ended
                 loop.call_soon_threadsafe(stop)
-                if not heard.wait(BLOCKED_SECONDS):
-                    _leave_blocked()
+                if not handled.wait(BLOCKED_SECONDS):
+                    _exit_blocked()
         os.close(reader)
 
     threading.Thread(target=listen, name="signals", daemon=True).start()
@@ -94,9 +94,10 @@ async def _until_told(main: Coroutine[Any, Any, None]) -> None:
         os.close(writer)
 
 
-def _leave_blocked() -> None:
+def _exit_blocked() -> None:
+    """Release the held reservations from this thread, and exit."""
     for url, reservation_id in current.held():
-        log.error("reservation %s: its body blocks the event loop; it is released", reservation_id)
+        log.error("reservation %s: its body blocks the event loop; releasing it and exiting", reservation_id)
         body = {
             "reservation_id": reservation_id,
             "result": {"error": "the consumer was stopped in the middle of a job"},

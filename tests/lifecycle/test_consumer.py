@@ -90,8 +90,8 @@ async def test_a_body_that_is_stopped_from_outside_releases_too(worker: WorkerPr
 @pytest.mark.parametrize(
     ("result", "why"),
     [
-        (float("nan"), "the result is no JSON"),
-        ({1, 2}, "the result is no JSON"),
+        (float("nan"), "the result is not JSON"),
+        ({1, 2}, "the result is not JSON"),
         ("x" * 70_000, "must be at most 65536"),
     ],
 )
@@ -174,7 +174,7 @@ async def test_a_session_goes_on_when_the_worker_is_killed_and_restarted(worker:
 async def test_a_release_that_nobody_heard_is_made_when_the_worker_is_back(
     worker: WorkerProcess, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop_module, "FAREWELL_SECONDS", 1.0)
+    monkeypatch.setattr(loop_module, "RELEASE_SECONDS", 1.0)
     await session(worker)
     found = reservations(worker.control)
     async with await first(found) as reservation:

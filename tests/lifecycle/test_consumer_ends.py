@@ -81,13 +81,13 @@ async def test_a_release_that_is_made_again_is_made_to_its_end_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release = SlowRelease(monkeypatch)
-    monkeypatch.setattr(loop_module, "FAREWELL_SECONDS", 0)  # as if nobody had answered the first
+    monkeypatch.setattr(loop_module, "RELEASE_SECONDS", 0)  # as if nobody had answered the first
 
     async def stubborn() -> None:
         async for reservation in reservations(worker.control):
             async with reservation:
                 reservation.result = "done"
-            monkeypatch.setattr(loop_module, "FAREWELL_SECONDS", PATIENCE)
+            monkeypatch.setattr(loop_module, "RELEASE_SECONDS", PATIENCE)
 
     async with WorkerProcess(tmp_path) as worker:
         await session(worker)
@@ -104,7 +104,7 @@ async def test_a_worker_that_answers_nothing_does_not_hold_up_a_stop(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     SlowRelease(monkeypatch)
-    monkeypatch.setattr(loop_module, "FAREWELL_SECONDS", 0.1)
+    monkeypatch.setattr(loop_module, "RELEASE_SECONDS", 0.1)
     async with WorkerProcess(tmp_path) as worker, caller(worker):
         task = asyncio.ensure_future(consumer(worker, lambda: task.cancel()))
         assert await is_cancelled(task)
@@ -120,7 +120,7 @@ async def test_a_stop_goes_on_also_when_the_result_is_refused(tmp_path: Path) ->
                 task.cancel()
 
         task = asyncio.ensure_future(one())
-        assert "the result is no JSON" in (await answered(asked))["result"]["error"]
+        assert "the result is not JSON" in (await answered(asked))["result"]["error"]
         assert await is_cancelled(task)
         await found.aclose()
 

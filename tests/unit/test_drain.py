@@ -100,7 +100,7 @@ async def test_what_is_no_json_ends_in_the_failed_list_and_the_next_one_is_done(
     bad, good = Message(body), Message()
     result = await run(bad, good)
     assert (result["done"], result["failed"], len(result["error"]) < 1100) == (1, 1, True)
-    assert bad.story[0].startswith("failed: the message is no JSON")
+    assert bad.story[0].startswith("failed: the message is not JSON")
     assert good.story == ["done"]
 
 
@@ -175,7 +175,9 @@ async def test_a_lease_that_has_run_out_cancels_the_work() -> None:
 
     result = await asyncio.wait_for(run(message, work=work), 10)
     assert ended.is_set()
-    assert result["error"].startswith("the right to the job is lost: its lease ran out and could not be renewed")
+    assert result["error"].startswith(
+        "the job was lost to another consumer: its lease ran out and could not be renewed"
+    )
     assert message.story == []
 
 
@@ -186,7 +188,7 @@ async def test_a_lost_right_cancels_the_work_at_once_and_says_why() -> None:
 
     claimed = Message()
     result = await asyncio.wait_for(run(claimed, work=work), 10)
-    assert result == {"done": 0, "failed": 1, "error": "the right to the job is lost: the channel is closed"}
+    assert result == {"done": 0, "failed": 1, "error": "the job was lost to another consumer: the channel is closed"}
     assert claimed.story == []
 
 
@@ -198,7 +200,7 @@ async def test_a_renewal_that_finds_the_job_claimed_cancels_the_work() -> None:
         await asyncio.sleep(FOREVER)
 
     result = await asyncio.wait_for(run(claimed, work=work), 10)
-    assert result["error"] == "the right to the job is lost: another consumer has claimed it"
+    assert result["error"] == "the job was lost to another consumer: another consumer has claimed it"
     assert claimed.story == []
 
 
