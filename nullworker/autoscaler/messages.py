@@ -130,24 +130,26 @@ def worker_status(
     served: float,
     live: Iterable[Reservation],
     requests_received: int,
-    loaded: bool,
-    load_seconds: float,
+    load_seconds: float | None,
     error_msg: str,
     disk_gb: float,
     disk_added_gb: float,
 ) -> dict[str, Any]:
-    """The body of POST /worker_status/ (server/lib/data_types.py, WorkerStatusData; the spelling is theirs)."""
+    """The body of POST /worker_status/ (server/lib/data_types.py, WorkerStatusData; the spelling is theirs).
+
+    `load_seconds`: how long it took to be ready; None: it is not yet.
+    """
     working = list(live)
     return {
         "id": me.worker_id,
         "mtoken": me.mtoken,
         "version": PROTOCOL_VERSION,
-        "loadtime": load_seconds if loaded else 0.0,
+        "loadtime": load_seconds or 0.0,
         "cur_load": round(sum(workload(r.terms.cost, me.perf) for r in working), LOAD_DIGITS),
         "rej_load": round(load.rejected, LOAD_DIGITS),
         "new_load": round(max(load.received - load.cancelled, 0), LOAD_DIGITS),
         "error_msg": error_msg,
-        "max_perf": me.perf if loaded else 0.0,
+        "max_perf": 0.0 if load_seconds is None else me.perf,
         "cur_perf": round(served, LOAD_DIGITS),
         "cur_capacity": 0,
         "max_capacity": 0,
@@ -168,8 +170,7 @@ def failed_start(me: Identity, error_msg: str) -> dict[str, Any]:
         served=0.0,
         live=(),
         requests_received=0,
-        loaded=False,
-        load_seconds=0.0,
+        load_seconds=None,
         error_msg=error_msg,
         disk_gb=0.0,
         disk_added_gb=0.0,

@@ -66,7 +66,6 @@ class Reporter:
         *,
         report_held: bool = False,
     ) -> None:
-        self.backlog = 0
         self._me = me
         self._service = service
         self._log = event_log
@@ -170,8 +169,7 @@ class Reporter:
             served=served,
             live=self._service.book.live(),
             requests_received=self._received,
-            loaded=self._loaded_after is not None,
-            load_seconds=self._loaded_after or 0.0,
+            load_seconds=self._loaded_after,
             error_msg=readiness.error_msg,
             disk_gb=self._disk_gb,
             disk_added_gb=self._disk_gb - self._disk_reported_gb,

@@ -242,6 +242,9 @@ def test_a_number_is_the_same_however_it_is_written() -> None:
     assert fingerprint({"cost": 100, "n": [1]}) == fingerprint({"cost": 100.0, "n": [1e0]})
     assert fingerprint({"cost": 100.5}) not in (fingerprint({"cost": 100}), fingerprint({"cost": 101}))
     assert fingerprint({"cost": float("inf")}) != fingerprint({"cost": 0})
+    last = 2**53 - 1  # beyond it a float stands for several whole numbers
+    assert fingerprint([float(last)]) == fingerprint([last])
+    assert fingerprint([float(last + 1)]) != fingerprint([last + 1])
     for auth in ({"cost": 100}, {"cost": 100.0}):
         assert owns(auth, fingerprint({"cost": 100.0}))
     assert not owns({"cost": 100.5}, fingerprint({"cost": 100}))
@@ -411,7 +414,7 @@ async def test_a_grant_is_verified_where_its_signature_was_checked_and_nowhere_e
     assert (await desk.authenticator.authenticate(envelope())).verified
     for body in (envelope(), b"{}"):
         assert not (await unsecured.authenticate(body)).verified
-    assert [(await unsecured.authenticate(body)).cost for body in (envelope(), b"{}")] == [1.0, None]
+    assert [(await unsecured.authenticate(body)).cost for body in (envelope(), b"{}", b"")] == [1.0, None, None]
 
 
 async def test_a_worker_that_checks_nothing_takes_a_bare_payload_and_an_envelope() -> None:

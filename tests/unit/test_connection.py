@@ -198,6 +198,19 @@ async def test_an_address_that_is_slow_is_heard_after_the_next_has_failed(monkey
         await autoscaler.close()
 
 
+async def test_the_key_is_that_of_the_first_address_that_has_one() -> None:
+    async with asked(404, 200) as (autoscaler, _):
+        assert await autoscaler.fetch_key() is not None
+
+
+async def test_a_call_that_no_address_answers_ends_in_time() -> None:
+    async with asked(None) as (autoscaler, addresses):
+        began = time.monotonic()
+        assert await autoscaler.post("/path/", {}, seconds=0.1) == "failed"
+        assert time.monotonic() - began < connection.CALL_SECONDS / 2
+        assert addresses[0].asked == 1
+
+
 async def test_the_key_is_taken_from_no_other_host_than_the_one_that_was_asked() -> None:
     async with asked(200) as (elsewhere, addresses):
         for to in (elsewhere.addresses[0], elsewhere.addresses[0].replace("http:", "")):

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from harness import secured, signed
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nullworker.autoscaler.messages import Identity
 from nullworker.autoscaler.reporter import Reporter
 from nullworker.eventlog.opening import open_log
 from nullworker.fsm.book import Claim, Limits
+from nullworker.fsm.events import SessionTerms
 from nullworker.readiness import Readiness
 from nullworker.service import Service
 from nullworker.testing import FakeAutoscaler
@@ -27,6 +28,7 @@ STEPS = st.lists(
         st.tuples(st.just("wait"), st.integers(1, 5_000)),  # milliseconds
         st.tuples(st.just("claim"), st.just(0)),
         st.tuples(st.just("release"), st.just(0)),
+        st.tuples(st.just("hang_up"), st.just(0)),  # one that waits
         st.tuples(st.just("report"), st.sampled_from([0, 0, 1])),  # 1: it is not delivered
     ),
     max_size=60,
@@ -57,6 +59,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @settings(deadline=None, max_examples=60)
 @given(steps=STEPS)
+@example(steps=[("claim", 0), ("claim", 0), ("hang_up", 0), ("wait", 1_000)])
 def test_the_sum_over_all_reports_is_perf_times_the_seconds_held(log: Any, steps: list[tuple[str, int]]) -> None:
     clock, receiver = FakeClock(), Receiver()
     service = Service(MemoryJournal(), clock, Limits(), Readiness())
@@ -75,6 +78,8 @@ def test_the_sum_over_all_reports_is_perf_times_the_seconds_held(log: Any, steps
                 service.claim(Claim())
             elif what == "release" and service.book.held is not None:
                 service.release(service.book.held.id)
+            elif what == "hang_up" and service.book.queue:
+                service.cancel(next(iter(service.book.queue)), "client_disconnect")
             elif what == "report":
                 receiver.down = bool(value)
                 await reporter._send_status(1.0)
@@ -82,6 +87,18 @@ def test_the_sum_over_all_reports_is_perf_times_the_seconds_held(log: Any, steps
 
     held = asyncio.run(run())
     assert sum(receiver.perfs) == pytest.approx(PERF * held, abs=0.01)
+
+
+async def test_of_a_session_that_is_held_at_the_start_the_time_counts_from_then_on(log: Any) -> None:
+    clock, receiver = FakeClock(), Receiver()
+    service = Service(MemoryJournal(), clock, Limits(), Readiness())
+    service.claim(Claim("session", 60.0, session=SessionTerms(60.0)))
+    clock.advance(5.0)
+    me = Identity(1, "", "", PERF)
+    reporter = Reporter(me, service, log, receiver, lambda *_: None, report_held=True)  # type: ignore[arg-type]
+    clock.advance(3.0)
+    await reporter._send_status(1.0)
+    assert receiver.perfs == [3.0 * PERF]
 
 
 async def test_while_it_is_held_there_is_a_report_each_second(vast: FakeAutoscaler, tmp_path: Path) -> None:

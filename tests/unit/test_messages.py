@@ -96,7 +96,6 @@ def test_a_status_has_the_figures_of_the_reservations() -> None:
         served=100.0,
         live=[reservation(7), reservation(None)],
         requests_received=9,
-        loaded=True,
         load_seconds=0.25,
         error_msg="",
         disk_gb=10.5,
@@ -146,7 +145,7 @@ def test_figures_are_set_back_by_what_was_delivered_and_keep_what_came_in_the_me
 
 def test_new_load_is_never_negative() -> None:
     load = Load(received=0, cancelled=100)
-    values: dict[str, Any] = {"requests_received": 1, "loaded": True, "load_seconds": 0.0, "error_msg": ""}
+    values: dict[str, Any] = {"requests_received": 1, "load_seconds": 0.0, "error_msg": ""}
     assert worker_status(ME, load=load, served=0.0, live=(), disk_gb=0.0, disk_added_gb=0.0, **values)["new_load"] == 0
 
 
@@ -157,6 +156,7 @@ def test_outcomes_have_the_sdks_words_and_zero_for_a_time_that_never_came() -> N
             Finished(3, 1, "Success", 10.0, 11.0, 12.0, False),
             Finished(6, 2, "Cancelled", 10.0, 11.0, 12.0, False),
             Finished(8, 3, "Rejected", 10.0, None, 12.0, False),
+            Finished(9, 4, "Error", 10.0, 11.0, 12.0, False),
         ],
     )
     times = ("entered_queue_at", "work_started_at", "work_completed_at")
@@ -165,6 +165,7 @@ def test_outcomes_have_the_sdks_words_and_zero_for_a_time_that_never_came() -> N
         (1, True, "Success", 10.0, 11.0, 12.0),
         (2, True, "Cancelled", 10.0, 11.0, 0),
         (3, False, "Rejected", 10.0, 0, 0),
+        (4, False, "Error", 10.0, 11.0, 0),
     ]
 
 

@@ -68,9 +68,9 @@ class Office:
         self.numbers = 0
         self.restart()
 
-    def restart(self) -> None:
+    def restart(self, *, report_held: bool = False) -> None:
         me = Identity(1, "token", "http://here", PERF)
-        self.reporter = Reporter(me, self.service, self.log, self.autoscaler, lambda *_: None)
+        self.reporter = Reporter(me, self.service, self.log, self.autoscaler, lambda *_: None, report_held=report_held)
         self.service.observers = [self.reporter.observe]
         self.service.readiness.listeners = [self.reporter.changed]
 
@@ -126,19 +126,20 @@ def test_the_status_cursor_stands_at_what_was_sent_and_not_at_what_came_meanwhil
     office.live(after_a_kill)
 
 
-def test_a_status_counts_what_was_claimed_and_how_long_it_took_to_be_ready(office: Office) -> None:
+@pytest.mark.parametrize("load_seconds", [0.5, 3.0])
+def test_a_status_counts_what_was_claimed_and_how_long_it_took_to_be_ready(office: Office, load_seconds: float) -> None:
     async def story() -> None:
         office.service.readiness.key_is_missing("not yet")
-        await asyncio.sleep(3.0)
+        await asyncio.sleep(load_seconds)
         office.service.readiness.key_is_loaded()
         for _ in range(3):
             office.serve()
         await asyncio.sleep(12.0)
         first, *_, last = office.autoscaler.bodies(STATUS_PATH)
         assert (first["loadtime"], first["max_perf"], first["num_requests_recieved"]) == (0.0, 0.0, 0)
-        assert (last["loadtime"], last["max_perf"], last["num_requests_recieved"]) == (3.0, PERF, 3)
+        assert (last["loadtime"], last["max_perf"], last["num_requests_recieved"]) == (load_seconds, PERF, 3)
         times = [at for at, path, body in office.autoscaler.calls if path == STATUS_PATH and body["loadtime"]]
-        assert times[0] < 3.1, "that it is ready is told at once"
+        assert times[0] < load_seconds + 0.1, "that it is ready is told at once"
 
     office.live(story)
 
@@ -149,6 +150,7 @@ def test_no_cursor_moves_when_nothing_was_delivered_and_all_is_sent_again(office
         office.serve()
         await asyncio.sleep(60.0)
         assert (office.log.cursor(STATUS), office.log.cursor(OUTCOMES)) == (0, 0)
+        assert len(office.autoscaler.bodies(OUTCOMES_PATH)) < 12, "with pauses"
         statuses = office.autoscaler.bodies(STATUS_PATH)
         assert len(statuses) > 5
         assert {status["cur_perf"] for status in statuses} == {PERF}
@@ -167,7 +169,9 @@ def test_a_cursor_never_goes_back(office: Office) -> None:
     assert office.log.cursor(STATUS) == 3
 
 
-def test_an_outcome_that_is_refused_is_set_aside_by_itself_and_the_others_arrive(office: Office) -> None:
+def test_an_outcome_that_is_refused_is_set_aside_by_itself_and_the_others_arrive(
+    office: Office, logged: Callable[[], list[str]]
+) -> None:
     async def story() -> None:
         office.autoscaler.refused = {3}
         for _ in range(5):
@@ -176,6 +180,7 @@ def test_an_outcome_that_is_refused_is_set_aside_by_itself_and_the_others_arrive
         alone = [body["requests"] for body in office.autoscaler.bodies(OUTCOMES_PATH) if len(body["requests"]) == 1]
         assert [each["request_idx"] for (each,) in alone[:3]] == [1, 2, 3]
         assert office.settled() == [9]
+        assert logged() == ["outcome_refused"]
         assert {index for index, _ in office.autoscaler.told()} == {1, 2, 3, 4, 5}
         assert office.log.cursor(OUTCOMES) == 15
         assert office.reporter.backlog == 0
@@ -263,13 +268,14 @@ def test_the_last_reports_are_the_outcomes_and_then_a_status(office: Office) -> 
     office.live(story)
 
 
-def test_a_flush_ends_in_time_whatever_the_autoscaler_does(office: Office) -> None:
+def test_a_flush_ends_in_time_whatever_the_autoscaler_does(office: Office, logged: Callable[[], list[str]]) -> None:
     async def story() -> None:
         office.autoscaler.takes = 100.0
         office.serve()
         before = office.loop.time()
         await office.reporter.flush(2.0)
         assert office.loop.time() - before <= 2.1
+        assert logged() == ["last_reports_unsent"]
         assert office.log.cursor(OUTCOMES) == 0
 
     office.live(story)
