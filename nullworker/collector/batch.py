@@ -26,7 +26,7 @@ MAX_EVENTS: Final = 10_000
 MAX_ATTRIBUTE: Final = 512
 #: Levels of objects and arrays: SQLite's JSON functions end at 1000, and no event of ours comes near.
 MAX_DEPTH: Final = 200
-#: The year 2100 in epoch seconds: what is later is no time.
+#: The year 2100 in epoch seconds; a later time is invalid.
 LATEST: Final = 4_102_444_800.0
 _ID: Final = re.compile(r"(\d{1,18})-([0-9A-Za-z]+)")
 _SOURCE: Final = re.compile(r"nullworker/([^/]+)/([^/]+)")
@@ -35,14 +35,14 @@ _SOURCE: Final = re.compile(r"nullworker/([^/]+)/([^/]+)")
 class Received(msgspec.Struct, frozen=True, kw_only=True):
     """One event, ready to be stored.
 
-    `kind` and what follows it are None when the event is none that the views know.
+    `kind` and all fields after it are None if the views ignore the event.
     """
 
     source: str
     event_id: str
     type: str
     seq: int | None  # in its log, from the id
-    digest: str  # of the content, whatever its order of keys and its white space
+    digest: str  # of the content, independent of the order of keys and of white space
     body: str  # the JSON as it came
     kind: str | None = None  # of a reservation's event
     reservation_id: str | None = None
@@ -52,7 +52,7 @@ class Received(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Attributes(msgspec.Struct):
-    """What CloudEvents 1.0 requires, and what is used of the rest."""
+    """The attributes that CloudEvents 1.0 requires, and the others that are used here."""
 
     specversion: str
     id: str
@@ -68,25 +68,25 @@ _sorted: Final = msgspec.json.Encoder(order="deterministic")
 
 
 def parse(body: bytes, *, single: bool = False) -> list[Received]:
-    """The events of a batch (a JSON array), or with `single` the one event that the body is.
+    """The events of a batch (a JSON array), or with `single`, the one event in the body.
 
     Raises:
-        Invalid: the body or an event is malformed; nothing of it may be stored.
+        Invalid: the body or an event is malformed, and nothing may be stored.
         BodyTooLarge: there are more than MAX_EVENTS.
     """
     try:
         raws = [msgspec.Raw(body)] if single else msgspec.json.decode(body, type=list[msgspec.Raw])
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise Invalid(f"the body is no JSON array of CloudEvents: {error}") from None
+        raise Invalid(f"the body is not a JSON array of CloudEvents: {error}") from None
     if len(raws) > MAX_EVENTS:
-        raise BodyTooLarge(f"a batch has at most {MAX_EVENTS} events, and this one {len(raws)}")
+        raise BodyTooLarge(f"a batch may have at most {MAX_EVENTS} events; this one has {len(raws)}")
     return [_event(bytes(raw), index) for index, raw in enumerate(raws)]
 
 
 def source_parts(source: str) -> tuple[str, str]:
-    """The worker and the instance that a source names: `("123/ab12", "123")` of `nullworker/123/ab12`.
+    """The worker and the instance of a source: `("123/ab12", "123")` of `nullworker/123/ab12`.
 
-    A source of another make is its own worker and instance.
+    A source in another format is its own worker and instance.
     """
     match = _SOURCE.fullmatch(source)
     if match is None:
@@ -102,7 +102,7 @@ def _event(raw: bytes, index: int) -> Received:
         content = msgspec.json.decode(raw)
         too_deep = _depth(content) > MAX_DEPTH
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise Invalid(f"event {index} is no CloudEvent: {error}", index=index) from None
+        raise Invalid(f"event {index} is not a CloudEvent: {error}", index=index) from None
     if too_deep:
         raise Invalid(f"event {index} has more than {MAX_DEPTH} levels of objects and arrays", index=index)
     for name in ("specversion", "id", "source", "type"):
@@ -123,7 +123,7 @@ def _event(raw: bytes, index: int) -> Received:
 
 
 def _known(attributes: _Attributes, seq: int | None) -> dict[str, Any]:
-    """The fields of an event that the views can show; none of one that they pass over."""
+    """The fields that the views show; empty for an event that they ignore."""
     data = attributes.data
     if attributes.specversion != SPECVERSION or not isinstance(data, dict):
         return {}
@@ -150,7 +150,7 @@ def _known(attributes: _Attributes, seq: int | None) -> dict[str, Any]:
 
 
 def _at(at: Any, time: Any) -> float | None:
-    """Epoch seconds: as the data have them, else the attribute `time`."""
+    """The time in epoch seconds: of the data, else of the attribute `time`; None: there is none."""
     if isinstance(at, (int, float)) and not isinstance(at, bool):
         return float(at) if math.isfinite(at) and 0 <= at <= LATEST else None
     try:
@@ -167,5 +167,5 @@ def _depth(value: Any) -> int:
         item, level = stack.pop()
         if isinstance(item, (dict, list)):
             deepest = max(deepest, level)
-            stack += [(each, level + 1) for each in (item.values() if isinstance(item, dict) else item)]
+            stack += [(inner, level + 1) for inner in (item.values() if isinstance(item, dict) else item)]
     return deepest

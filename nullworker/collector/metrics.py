@@ -28,7 +28,7 @@ _PREFIX: Final = "nullworker_collect_"
 
 @dataclass(frozen=True)
 class Readings:
-    """Figures that live elsewhere and are read at each scrape."""
+    """Figures of other objects, read at each scrape."""
 
     db_bytes: Callable[[], int]
     writable: Callable[[], bool]
@@ -49,11 +49,13 @@ class CollectMetrics:
         def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Counter:
             return Counter(f"{_PREFIX}{name}", text, labels, registry=self.registry)
 
-        self.events = counter("events_total", "Events received in batches that were taken.", ("result",))
-        self.conflicts = counter("conflicts_total", "Events stored although another content had come for their seq.")
-        self.passed_over = counter("passed_over_total", "Events stored that the views do not know.")
+        self.events = counter("events_total", "Events in accepted batches.", ("result",))
+        self.conflicts = counter(
+            "conflicts_total", "Events stored although a different event with the same seq had come."
+        )
+        self.passed_over = counter("passed_over_total", "Events stored that the views ignore.")
         self.consumers_lost = counter(
-            "consumers_lost_total", "Holds that ended since their consumer died or never came."
+            "consumers_lost_total", "Holds that ended because their consumer died or never came."
         )
         self.requests = counter("http_requests_total", "HTTP answers.", ("port", "route", "status"))
         self.auth_failures = counter("auth_failures_total", "Batches with a wrong token or log key.", ("reason",))
@@ -75,7 +77,7 @@ class CollectMetrics:
         return await self._answer(request)
 
     def count_batch(self, added: Added, now: float) -> None:
-        """A batch was stored at a time, in epoch seconds."""
+        """A batch was stored at `now`, in epoch seconds."""
         self.events.labels("stored").inc(added.stored)
         self.events.labels("duplicate").inc(added.duplicates)
         self.conflicts.inc(added.conflicts)
@@ -111,18 +113,18 @@ class _FleetCollector(Collector):
         totals = self._metrics.totals
         if totals is None:
             return
-        workers = GaugeMetricFamily(f"{_PREFIX}workers", "Workers that have ever been heard of.", labels=("state",))
+        workers = GaugeMetricFamily(f"{_PREFIX}workers", "Workers that have ever sent an event.", labels=("state",))
         for state in WORKER_STATES:
             workers.add_metric((state.replace(" ", "_"),), totals["workers"][state])
         yield workers
-        holding = "Reservations that are held, as far as has been heard."
+        holding = "Reservations that are held, as far as the collector knows."
         yield GaugeMetricFamily(f"{_PREFIX}holding", holding, value=totals["holding"])
-        silent = "Workers that hold a reservation and have not been heard of for --silence."
+        silent = "Workers that hold a reservation and have sent nothing for --silence."
         yield GaugeMetricFamily(
             f"{_PREFIX}silent_while_holding", silent, value=totals["workers"]["silent while holding"]
         )
-        # An open hold counts to the last word of its worker, and may turn out to have ended a moment before: a counter
-        # that goes back would look like a restart, and its whole value like one step.
+        # An open hold counts up to the last event of its worker, and its end may turn out to be earlier. A counter that
+        # goes back would look like a restart.
         self._held_seconds = max(self._held_seconds, totals["held_seconds"])
         self._dollars = max(self._dollars, totals["dollars"])
         held = "Time that reservations were held, over the whole fleet."

@@ -10,20 +10,20 @@ from nullworker.clock import iso
 from nullworker.collector import schema
 
 WORKER_STATES: Final = ("holding", "idle", "silent while holding", "silent", "lost", "stopped")
-#: Seconds that a worker which neither holds nor speaks is still shown.
+#: Seconds after its last event for which a worker without a hold is shown.
 SHOWN_SECONDS: Final = 86_400
-#: Holds of the timeline at most: the newest.
+#: Maximum number of holds in the timeline, and of workers.
 MAX_HOLDS: Final = 2000
 MAX_WORKERS: Final = 1000
 
 
 class Totals(TypedDict):
-    """Figures of the whole fleet, over all that the file has ever had."""
+    """Figures of the whole fleet, pruned reservations included."""
 
     workers: dict[str, int]  # by state
-    holding: int  # reservations that are held, whether their worker speaks or not
+    holding: int  # held reservations, also of silent workers
     held_seconds: float
-    dollars: float  # 0 where no price is known
+    dollars: float  # 0 for holds without a price
     conflicts: int
 
 
@@ -51,9 +51,9 @@ def fleet(conn: sqlite3.Connection, *, hours: float) -> dict[str, Any]:
     """The document behind the page: `{"now", "today", "workers", "holds"}`.
 
     `now`: ISO time of the collector. `today`: `{"held_hours", "dollars", "consumers_lost"}` since midnight UTC; dollars
-    None when no price is known. `workers`: those of the view `workers` that hold, or were heard of within a day, with
-    the `metadata` and `kind` of what they hold. `holds`: those of the last `hours`, newest first, as `{"worker", "id",
-    "state", "reason", "held_at", "until", "dollars", "metadata"}`.
+    None if there is no price. `workers`: rows of the view `workers` that hold, or have sent something within a day,
+    with the `metadata` and `kind` of their reservation. `holds`: those of the last `hours`, newest first, as
+    `{"worker", "id", "state", "reason", "held_at", "until", "dollars", "metadata"}`.
     """
     now = float(conn.execute(f"SELECT {schema.NOW}").fetchone()[0])
     today = _rows(

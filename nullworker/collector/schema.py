@@ -2,7 +2,7 @@
 
 `received` has every event once, unchanged. It is append-only, except that retention removes whole reservations by
 inserting them into `pruning`. `holds` has a row for each reservation with the seqs of its events. The first `queued`,
-`held` and end of a reservation count; a second content for one seq is kept and flagged, and changes no view.
+`held` and end of a reservation count; a second event with the same seq is kept and flagged, and changes no other view.
 
 The views have the names and columns of a worker's log, preceded by `worker`, `instance` and `gpu`. Times are stored as
 epoch seconds and shown as ISO 8601 UTC with milliseconds; durations are seconds.
@@ -26,7 +26,7 @@ TABLES: Final = (
     CREATE TABLE sources (
         id INTEGER PRIMARY KEY,
         source TEXT NOT NULL UNIQUE,  -- nullworker/<instance>/<log id>
-        key_sha256 TEXT NOT NULL,  -- of the key that the first batch came with; '' when it had none
+        key_sha256 TEXT NOT NULL,  -- of the key of the first batch; '' if it had none
         worker TEXT NOT NULL,
         instance TEXT NOT NULL,
         gpu TEXT,
@@ -46,9 +46,9 @@ TABLES: Final = (
         seq INTEGER,  -- of the event in its log
         event_id TEXT NOT NULL,
         digest TEXT NOT NULL,  -- of the content: half a SHA-256
-        conflict INTEGER NOT NULL,  -- 1: another content had come for this seq
+        conflict INTEGER NOT NULL,  -- 1: a different event with this seq had come
         at REAL,
-        kind TEXT,  -- NULL: none that the views know
+        kind TEXT,  -- NULL: the views ignore it
         reservation_id TEXT,
         reason TEXT,
         received_at REAL NOT NULL,  -- collector's clock
@@ -81,7 +81,7 @@ TABLES: Final = (
     "CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT",
     "CREATE TABLE pruning (id INTEGER PRIMARY KEY REFERENCES holds (id)) STRICT",
     """
-    CREATE TABLE pruned (  -- one row: the sums of what retention has removed
+    CREATE TABLE pruned (  -- one row: the sums over all reservations that retention has removed
         id INTEGER PRIMARY KEY CHECK (id = 1),
         held_seconds REAL NOT NULL,
         dollars REAL NOT NULL
@@ -109,7 +109,7 @@ TRIGGERS: Final = {
           OR EXISTS (SELECT 1 FROM received
                       WHERE source_id = NEW.source_id AND seq IS NULL AND event_id = NEW.event_id
                         AND digest = NEW.digest)
-        BEGIN SELECT RAISE(ABORT, 'events are append-only: this one is there, or its id is taken'); END
+        BEGIN SELECT RAISE(ABORT, 'events are append-only: this one exists, or its id is taken'); END
     """,
     "received_keeps_holds": """
         CREATE TRIGGER received_keeps_holds AFTER INSERT ON received WHEN NEW.kind IS NOT NULL
@@ -166,15 +166,15 @@ def iso(column: str) -> str:
 
 #: Now, in epoch seconds of the collector's clock.
 NOW: Final = "((julianday('now') - 2440587.5) * 86400.0)"
-#: Seconds without a word after which a worker is silent (`nullworker collect --silence`).
+#: Seconds without an event after which a worker is silent (`nullworker collect --silence`).
 SILENCE: Final = "(SELECT CAST(value AS REAL) FROM meta WHERE name = 'silence')"
 _PRICE: Final = (
     "coalesce((SELECT dollars_per_hour FROM prices WHERE prices.instance = s.instance),"
     " (SELECT CAST(value AS REAL) FROM meta WHERE name = 'price'))"
 )
 _SAYS: Final = "s.worker, s.instance, s.gpu"
-#: Until when a hold counts, in seconds of its worker's clock: its end; while it is open, when its worker was last heard
-#: of, and never longer than its deadline.
+#: Until when a hold counts, in seconds of its worker's clock: its end; while it is open, the last event of its worker,
+#: and at most its deadline.
 _UNTIL: Final = """
     max(h.held_at, coalesce(h.ended_at, min(
         s.last_heard_at + coalesce(s.skew_seconds, 0),
@@ -289,7 +289,7 @@ SELECT s.worker, s.instance, s.gpu, s.source,
  ORDER BY s.worker
 """
 
-#: Each hold as a span of time, in epoch seconds of its worker's clock, and its price: what the next ones count by.
+#: Each hold as a span of time, in epoch seconds of its worker's clock, and its price; used by the next views.
 _SPANS: Final = f"""
 SELECT h.id, h.source_id, h.held_at AS began, {_UNTIL} AS ended, {_PRICE} AS dollars_per_hour
   FROM holds AS h JOIN sources AS s ON s.id = h.source_id
@@ -377,7 +377,7 @@ SELECT {_SAYS}, r.seq AS log_seq, r.event_id, r.conflict, r.type,
  ORDER BY s.worker, r.seq, r.id
 """
 
-#: In the order in which they use each other.
+#: Each view uses only those before it.
 VIEWS: Final = {
     "events": _EVENTS,
     "timeline": _TIMELINE,
@@ -403,7 +403,7 @@ def _tables(db: Database) -> None:
 
 
 def migrate(conn: sqlite3.Connection) -> None:
-    """Bring a file to VERSION. Triggers and views hold nothing: a file of another version gets all of them anew.
+    """Bring a file to VERSION. The triggers and views of a file of another version are recreated.
 
     Raises:
         sqlite3.Error: it cannot be read or written.

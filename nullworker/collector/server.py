@@ -1,7 +1,7 @@
 """The ports of the collector: POST /events for the workers, and page, /metrics, /status for people.
 
-On loopback both may be one port. A port that can be reached from elsewhere, directly or through a proxy, serves only
-POST /events. The token is checked before a body is read.
+On loopback, one port may serve both. A port that can be reached from elsewhere, directly or through a proxy, serves
+only POST /events. The token is checked before a body is read.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from nullworker.logs import get_log
 
 log = get_log(__name__)
 
-#: Content types that are taken, and whether the body is one event.
+#: The accepted content types, and whether the body is a single event.
 CONTENT_TYPES: Final = {BATCH_TYPE: False, "application/json": False, "application/cloudevents+json": True}
 #: Seconds in which a body must have arrived.
 BODY_SECONDS: Final = 30.0
-#: Bytes of all bodies that are being read: what is more is told to come again.
+#: Bytes of all bodies that are being read; further ones get 503.
 MAX_READING_BYTES: Final = 64 * 1024 * 1024
-#: Seconds for which the page's document is kept: many may look.
+#: Seconds for which the page's document is cached: many may ask for it.
 FRESH_SECONDS: Final = 1.0
-#: Hours of the timeline that may be asked for.
+#: Maximum hours of the timeline.
 MAX_HOURS: Final = 31 * 24.0
 _FOLDER: Final = Path(__file__).parent / "page"
 _PAGE: Final = {
@@ -107,10 +107,10 @@ class Collector:
         ):
             raise Unauthorized("the bearer token is not the collector's", reason="token")
         if request.headers.get("Content-Encoding", "identity") != "identity":
-            raise UnsupportedMedia("a compressed body is not taken")
+            raise UnsupportedMedia("a compressed body is not supported")
         if request.content_type not in CONTENT_TYPES:
             allowed = ", ".join(CONTENT_TYPES)
-            raise UnsupportedMedia(f"Content-Type {request.content_type} is not taken; allowed: {allowed}")
+            raise UnsupportedMedia(f"Content-Type {request.content_type} is not supported; allowed: {allowed}")
         body = await self._read_body(request)
         received = batch.parse(body, single=CONTENT_TYPES[request.content_type])
         now = wall()
@@ -126,7 +126,7 @@ class Collector:
         self.metrics.count_batch(added, now)
         if added.conflicts:
             log.warning(
-                "conflicts", events=added.conflicts, message="another content had come for these seqs; both are kept"
+                "conflicts", events=added.conflicts, message="different events had come with these seqs; both are kept"
             )
         return json_response({"stored": added.stored, "duplicates": added.duplicates, "conflicts": added.conflicts})
 
@@ -141,7 +141,7 @@ class Collector:
         return json_response({**document, "version": __version__, "database": database})
 
     async def readyz(self, request: web.Request) -> web.Response:
-        """GET /readyz: whether batches are taken, and why not."""
+        """GET /readyz: whether batches are accepted, and why not."""
         self.probe()
         checks = {"database": {"ok": self.why is None, "why": self.why}}
         return json_response({"ready": self.why is None, "checks": checks}, 200 if self.why is None else 503)
@@ -150,12 +150,12 @@ class Collector:
         """GET /metrics."""
         try:
             self.metrics.totals = await self._read(queries.totals)
-        except Unavailable:  # then that is what must be seen, and the figures of the fleet are missing
+        except Unavailable:  # the scrape shows that it is not readable, and lacks the figures of the fleet
             self.metrics.totals = None
         return await self.metrics.answer(request)
 
     def probe(self) -> None:
-        """Find out whether the database can be written."""
+        """Check whether the database can be written."""
         try:
             self._store.probe()
         except StoreUnavailable as error:
@@ -164,7 +164,7 @@ class Collector:
             self._note(None)
 
     async def keep_probing(self) -> None:
-        """Look again and again whether the database can be written."""
+        """Check every PROBE_SECONDS whether the database can be written."""
         while True:
             self.probe()
             await asyncio.sleep(PROBE_SECONDS)
@@ -188,8 +188,8 @@ class Collector:
 
         Raises:
             BodyTooLarge: nothing more of it is read.
-            SlowBody: it was not there in time.
-            Unavailable: too many others are being read.
+            SlowBody: it did not arrive in time.
+            Unavailable: too many bodies are being read.
         """
         if (request.content_length or 0) > batch.MAX_BODY_BYTES:
             raise BodyTooLarge(f"a batch has at most {batch.MAX_BODY_BYTES} bytes")
@@ -225,7 +225,9 @@ class Collector:
 
     def _note(self, why: str | None) -> None:
         if why is not None and self.why is None:
-            log.error("database_not_writable", why=why, message="batches get 503; the workers keep them and try again")
+            log.error(
+                "database_not_writable", why=why, message="batches get 503; the workers keep them and send them again"
+            )
         elif why is None and self.why is not None:
             log.info("database_writable")
         self.why = why
@@ -244,13 +246,13 @@ def _hours(request: web.Request) -> float:
 
 @dataclass(frozen=True)
 class Options:
-    """What `nullworker collect` was told. Prices in dollars an hour, ages in seconds."""
+    """The options of `nullworker collect`. Prices in dollars per hour, ages in seconds."""
 
     db: Path
     host: str
     port: int
     token: str | None
-    public: bool  # the port serves POST /events alone, and the page has a port of its own
+    public: bool  # the port serves only POST /events, and the page has its own port
     page_port: int
     price: float | None
     prices: dict[str, float]  # by instance
@@ -262,7 +264,7 @@ async def serve(options: Options) -> None:
     """Collect until a signal.
 
     Raises:
-        CannotStart: a port or the database cannot be had.
+        CannotStart: a port or the database cannot be opened.
     """
     stop = asyncio.Event()
     aio.on_signals(lambda _: stop.set())
@@ -287,8 +289,8 @@ async def serve(options: Options) -> None:
         if options.public:
             page, page_url = server(collector.page_app(), "127.0.0.1", options.page_port, "--page-port")
             servers.append(page)
-        for each in servers:
-            await each.start()
+        for site in servers:
+            await site.start()
         log.info(
             "collector_started", version=__version__, db=str(store.path), events=f"{events_url}/events", page=page_url
         )
@@ -299,7 +301,7 @@ async def serve(options: Options) -> None:
         done, _ = await asyncio.wait({stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
         for task in (stopping, *tasks):
             task.cancel()
-        await asyncio.gather(*(each.stop() for each in servers))
+        await asyncio.gather(*(site.stop() for site in servers))
         for task in done - {stopping}:
-            task.result()  # a part that has died ends the process
+            task.result()  # raises the error of a task that has failed
         log.info("collector_stopped")

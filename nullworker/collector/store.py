@@ -24,7 +24,7 @@ from nullworker.eventlog.lock import lock_beside
 from nullworker.eventlog.schema import FLEET_APPLICATION_ID
 from nullworker.eventlog.sqlite import still_names, transaction
 
-#: Milliseconds that a write waits for somebody else's lock, such as that of a sqlite3 shell.
+#: Milliseconds that a write waits for the lock of another program, such as a sqlite3 shell.
 BUSY_MILLISECONDS: Final = 2000
 #: Bytes that the write-ahead log keeps on disk after a checkpoint.
 WAL_BYTES: Final = 64 * 1024 * 1024
@@ -39,17 +39,17 @@ VALUES ((SELECT coalesce(max(id), 0) + 1 FROM received), ?, ?, ?, ?, ?, ?, ?, ?,
 
 
 class StoreUnavailable(NullworkerError):
-    """The file cannot be written; nothing of what was to be written is in it."""
+    """The file cannot be written. Nothing of the transaction is in it."""
 
 
 @dataclass(frozen=True)
 class Added:
-    """What came of a batch, in events."""
+    """What was done with the events of a batch, as numbers of events."""
 
     stored: int
-    duplicates: int  # were there already
-    conflicts: int  # of the stored: another content had come for the same seq
-    passed_over: int  # of the stored: of a kind or version that the views do not know
+    duplicates: int  # stored before
+    conflicts: int  # of the stored: a different event with the same seq had come
+    passed_over: int  # of the stored: of a kind or version that the views ignore
     consumers_lost: int  # of the stored: ends because a consumer died or never came
 
 
@@ -66,7 +66,7 @@ class Store:
         """Store a batch, whole or not at all.
 
         Args:
-            key: the log's key as the header has it; "" when there is none. A source's first batch pins it.
+            key: the log's key, from the header; "": none. The first batch of a source pins it.
             now: epoch seconds.
 
         Raises:
@@ -76,13 +76,13 @@ class Store:
         key_sha256 = hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest() if key else ""
         counts = {"stored": 0, "duplicates": 0, "conflicts": 0, "passed_over": 0, "consumers_lost": 0}
         with self._writing():
-            ids = {source: self._source(source, key_sha256, now) for source in {each.source for each in batch}}
+            ids = {source: self._source(source, key_sha256, now) for source in {event.source for event in batch}}
             for event in batch:
                 for name in self._add_one(event, ids[event.source], now):
                     counts[name] += 1
-            for source, source_id in ids.items():  # a worker that tells of later events has not stopped
+            for source, source_id in ids.items():  # a worker that sends later events has not stopped
                 latest = max(
-                    (each.at for each in batch if each.source == source and each.kind and each.at), default=0.0
+                    (event.at for event in batch if event.source == source and event.kind and event.at), default=0.0
                 )
                 self.conn.execute(
                     "UPDATE sources SET stopped_at = NULL WHERE id = ? AND stopped_at < ?", (source_id, latest)
@@ -90,9 +90,9 @@ class Store:
         return Added(**counts)
 
     def prune(self, before: float) -> Iterator[int]:
-        """Remove what ended before a time, in epoch seconds, in steps: how many reservations each has removed.
+        """Remove the reservations that ended before a time, in epoch seconds. Yields the number removed in each step.
 
-        Workers of which nothing is left and nothing was heard since then go too, and with them their pinned keys.
+        Workers without any event left, that have sent nothing since then, are removed too, with their pinned keys.
 
         Raises:
             StoreUnavailable: nothing of this step was removed.
@@ -120,12 +120,12 @@ class Store:
             yield len(rows)
 
     def set_options(self, *, price: float | None, prices: Mapping[str, float], silence: float) -> None:
-        """Remember the prices in dollars an hour, and the seconds after which a worker is silent, for the views.
+        """Store the prices in dollars per hour, and the seconds after which a worker is silent, for the views.
 
-        A price of None leaves the one that is known, and so do instances that are not named.
+        A price of None, or an instance that is not named, leaves the stored price.
 
         Raises:
-            StoreUnavailable: they are not remembered.
+            StoreUnavailable: they were not stored.
         """
         meta = [("silence", repr(silence)), *([] if price is None else [("price", repr(price))])]
         with self._writing():
@@ -133,7 +133,7 @@ class Store:
             self.conn.executemany("INSERT OR REPLACE INTO prices VALUES (?, ?)", prices.items())
 
     def probe(self) -> None:
-        """Find out whether the file can be written.
+        """Check that the file can be written.
 
         Raises:
             StoreUnavailable: it cannot.
@@ -159,7 +159,7 @@ class Store:
         return sqlite3.connect(uri, uri=True, isolation_level=None, timeout=BUSY_MILLISECONDS / 1000)
 
     def close(self) -> None:
-        """Close the file and give the lock back."""
+        """Close the file and release the lock."""
         with contextlib.suppress(sqlite3.Error):
             self.conn.close()
         os.close(self._lock)
@@ -194,17 +194,17 @@ class Store:
         self.conn.execute(_INSERT, (*values, event.reservation_id, event.reason, now, event.body))
         if event.worker is not None:
             self._note_worker(event, source_id, now)
-        found = ["stored"]
+        counted = ["stored"]
         if digests:
-            found.append("conflicts")
+            counted.append("conflicts")
         if event.kind is None and event.worker is None:
-            found.append("passed_over")
+            counted.append("passed_over")
         if event.reason in ("consumer_lost", "consumer_absent") and event.kind == "cancelled":
-            found.append("consumers_lost")
-        return found
+            counted.append("consumers_lost")
+        return counted
 
     def _note_worker(self, event: Received, source_id: int, now: float) -> None:
-        """What a worker tells of itself. Each field counts only if it is a text."""
+        """Store what a worker sends about itself. Fields of an unexpected type are ignored."""
         assert event.worker is not None
         assert event.at is not None
         kind = event.type.rpartition(".")[2]
@@ -241,11 +241,11 @@ class Store:
 
 
 def open_store(path: Path) -> Store:
-    """Open the file, make it if there is none.
+    """Open the file; create it if there is none.
 
     Raises:
-        CannotStart: another collector has it, it is damaged, of another program or a newer version, or the folder is
-            not writable.
+        CannotStart: another collector uses it, it is damaged, of another program or of a newer version, or the folder
+            is not writable.
     """
     path = path.resolve()
     try:
@@ -253,7 +253,7 @@ def open_store(path: Path) -> Store:
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
         lock = lock_beside(path, "a collector", "stop that one, or give --db another file")
     except OSError as error:
-        raise CannotStart(f"{path} cannot be made: {error.strerror}; give --db another file") from error
+        raise CannotStart(f"{path} cannot be created: {error.strerror}; give --db another file") from error
     try:
         conn = sqlite3.connect(path, isolation_level=None, timeout=BUSY_MILLISECONDS / 1000, cached_statements=64)
         try:
@@ -269,8 +269,8 @@ def open_store(path: Path) -> Store:
     except (sqlite3.Error, UnicodeDecodeError) as error:
         os.close(lock)
         raise CannotStart(
-            f"{path} cannot be opened: {error}; if it is damaged, move it away (sqlite3's .recover reads what is left)"
-            " and start again: the workers keep what has not been taken"
+            f"{path} cannot be opened: {error}; if it is damaged, move it away (sqlite3's .recover extracts what is "
+            "readable) and start again: the workers keep the events that were not accepted"
         ) from error
     except BaseException:
         os.close(lock)
@@ -281,6 +281,6 @@ def _check(path: Path, conn: sqlite3.Connection) -> None:
     owner = conn.execute("PRAGMA application_id").fetchone()[0]
     version = conn.execute("PRAGMA user_version").fetchone()[0]
     if owner != FLEET_APPLICATION_ID and conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0]:
-        raise CannotStart(f"{path} is no database of `nullworker collect`; give --db another file")
+        raise CannotStart(f"{path} is not a database of `nullworker collect`; give --db another file")
     if version > schema.VERSION:
         raise CannotStart(f"{path} was written by a newer nullworker; update nullworker, or give --db another file")

@@ -44,7 +44,7 @@ async def test_batch_is_on_disk_when_it_is_answered_even_if_the_collector_is_kil
 async def test_one_malformed_event_leaves_nothing_of_a_batch(tmp_path: Path) -> None:
     async with CollectorProcess(tmp_path) as collector:
         good = cloudevents.encode(event(SOURCE, 1, "queued", "r1", wall()))
-        for body, words in ((b"[" + good + b",5]", "event 1"), (good, "no JSON array"), (b"", "no JSON array")):
+        for body, words in ((b"[" + good + b",5]", "event 1"), (good, "not a JSON array"), (b"", "not a JSON array")):
             answer = await collector.send(body)
             assert answer.status == 422
             assert words in answer.body["error"]

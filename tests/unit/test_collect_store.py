@@ -298,13 +298,13 @@ def test_one_collector_a_file_and_nothing_of_another_program(store: Store, tmp_p
     other = sqlite3.connect(tmp_path / "other.db")
     other.execute("CREATE TABLE t (x)")
     other.close()
-    with pytest.raises(CannotStart, match="no database of `nullworker collect`"):
+    with pytest.raises(CannotStart, match="not a database of `nullworker collect`"):
         open_store(tmp_path / "other.db")
     (tmp_path / "noise.db").write_bytes(b"noise" * 1000)
     with pytest.raises(CannotStart, match="cannot be opened"):
         open_store(tmp_path / "noise.db")
     (tmp_path / "file").touch()
-    with pytest.raises(CannotStart, match="cannot be made"):
+    with pytest.raises(CannotStart, match="cannot be created"):
         open_store(tmp_path / "file" / "fleet.db")
 
 
