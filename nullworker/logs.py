@@ -1,7 +1,8 @@
 """Log lines on stderr: a machine-readable event name and fields, as text for people or as JSON.
 
-Our own lines and those of libraries go through the standard library's loggers and one handler. structlog imports `rich`
-where it is installed, as on every Vast worker, and would add 0.15 s to a start.
+Libraries use the standard library's loggers, whose one handler writes their lines in the same form. Our own lines are
+written without its LogRecord, which takes as long as the line. structlog imports `rich` where it is installed, as on
+every Vast worker, and would add 0.15 s to a start.
 
 A line that cannot be written never blocks or fails the work: stderr may be a pipe whose reader has died or stalled, or
 a file on a full disk.
@@ -44,19 +45,23 @@ class Log:
 
     def info(self, event: str, **fields: Any) -> None:
         """Something has happened as it should."""
-        self._logger.info(event, extra={"fields": fields})
+        self._write(logging.INFO, event, fields)
 
     def warning(self, event: str, **fields: Any) -> None:
         """Something is not as it should be, and the worker copes with it."""
-        self._logger.warning(event, extra={"fields": fields})
+        self._write(logging.WARNING, event, fields)
 
     def error(self, event: str, **fields: Any) -> None:
         """Something has failed and needs attention."""
-        self._logger.error(event, extra={"fields": fields})
+        self._write(logging.ERROR, event, fields)
 
     def exception(self, event: str, **fields: Any) -> None:
         """A bug: the line has the traceback of the exception that is being handled."""
-        self._logger.error(event, exc_info=True, extra={"fields": fields})
+        self._write(logging.ERROR, event, fields, sys.exc_info()[1])
+
+    def _write(self, level: int, event: str, fields: dict[str, Any], error: BaseException | None = None) -> None:
+        if self._logger.isEnabledFor(level):
+            _lines.write(wall(), level, event, fields, error)
 
 
 def get_log(name: str) -> Log:
@@ -80,7 +85,7 @@ def as_text(at: float, level: str, event: str, fields: dict[str, Any], trace: st
 
 
 class Lines(logging.Handler):
-    """Writes each record as a line to `stream`, or to what sys.stderr is at the time. It never raises."""
+    """Writes lines to `stream`, or to what sys.stderr is at the time. It never raises."""
 
     def __init__(self, form: Form, stream: TextIO | None = None, common: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -89,21 +94,22 @@ class Lines(logging.Handler):
         self._common = common or {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a record: ours has `fields`; of a library's the message is a field."""
+        """Write a library's line."""
+        fields = {"library": record.name, "message": _message(record)}
+        error = record.exc_info[1] if record.exc_info else None
+        self.write(record.created, record.levelno, "library_line", fields, error)
+
+    def write(self, at: float, level: int, event: str, fields: dict[str, Any], error: BaseException | None) -> None:
+        """Write a line; `at` in epoch seconds."""
         stream = self._stream or sys.stderr
         if stream is None:  # the process was started without one
             return
-        event, fields = record.msg, getattr(record, "fields", None)
-        if fields is None:
-            event, fields = "library_line", {"library": record.name, "message": _message(record)}
-        fields = {**fields, **self._common}
-        trace = _trace(record.exc_info[1]) if record.exc_info else ""
-        level = record.levelname.lower()
+        fields, trace, word = {**fields, **self._common}, _trace(error), logging.getLevelName(level).lower()
         try:
-            line = self.form(record.created, level, event, fields, trace)
-        except Exception as error:  # a field that has no text: write the rest
-            unprintable = {"untold": ",".join(fields), "why": type(error).__name__}
-            line = self.form(record.created, level, event, unprintable, trace)
+            line = self.form(at, word, event, fields, trace)
+        except Exception as failure:  # a field that has no text: write the rest
+            unprintable = {"untold": ",".join(fields), "why": type(failure).__name__}
+            line = self.form(at, word, event, unprintable, trace)
         try:
             stream.write(line + "\n")
             stream.flush()
@@ -194,9 +200,6 @@ def configure(form: str, level: str, stream: TextIO | None = None, *, instance: 
     lowest = logging.getLevelName(level.upper())
     logging.basicConfig(handlers=[_lines], level=max(lowest, logging.WARNING), force=True)
     logging.getLogger("nullworker").setLevel(lowest)
-    # What no line shows is not collected (logging HOWTO, Optimization): half of the time that a line takes.
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None
 
 
 def _message(record: logging.LogRecord) -> str:

@@ -96,15 +96,12 @@ class Grant(msgspec.Struct):
         """The auth_data as it came.
 
         Raises:
-            Invalid: the auth nests too deep to be compared.
+            Invalid: it cannot be read.
         """
         try:
-            auth = json.loads(bytes(self.auth_data))
+            return json.loads(bytes(self.auth_data))
         except (ValueError, RecursionError):
             raise Invalid("auth_data cannot be compared: it has a number too long, or nests too deep") from None
-        if is_deeper(auth, MAX_DEPTH):
-            raise Invalid(f"auth_data cannot be compared: it must nest at most {MAX_DEPTH} deep")
-        return auth
 
     def read(self, shape: type[T]) -> T:
         """The payload, decoded as `shape`.
@@ -139,10 +136,13 @@ def owns(auth: Any, auth_sha256: str) -> bool:
     return any(hmac.compare_digest(auth_sha256, _sha256(auth, form)) for form in (_whole_as_int, lambda auth: auth))
 
 
+_canonical: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
+
 def _sha256(auth: Any, form: Callable[[Any], Any]) -> str:
     if is_deeper(auth, MAX_DEPTH):
-        raise Invalid(f"the auth nests too deep: it must nest at most {MAX_DEPTH} deep")
-    return hashlib.sha256(json.dumps(form(auth), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        raise Invalid(f"the auth cannot be compared: it must nest at most {MAX_DEPTH} deep")
+    return hashlib.sha256(_canonical(form(auth)).encode()).hexdigest()
 
 
 def _whole_as_int(value: Any) -> Any:

@@ -10,6 +10,7 @@ changes no query.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class Exporter:
             _HTTP_BUCKETS,
             ("port", "route"),
         )
+        self._requests, self._durations = functools.cache(self.requests.labels), functools.cache(self.durations.labels)
         self.auth_failures = counter("auth_failures_total", "Requests that were not authenticated.", ("reason",))
         self.reports = counter("autoscaler_reports_total", "Calls to the autoscaler.", ("call", "result"))
         self.callbacks = counter("session_callbacks_total", "Calls of a session's on_close_route.", ("result",))
@@ -149,9 +151,9 @@ class Exporter:
 
     def count_request(self, port: str, route: str, status: int, seconds: float | None) -> None:
         """Count an HTTP answer; `seconds` is None for a request that waited for a reservation."""
-        self.requests.labels(port, route, str(status)).inc()
+        self._requests(port, route, status).inc()
         if seconds is not None:
-            self.durations.labels(port, route).observe(seconds)
+            self._durations(port, route).observe(seconds)
 
     def count_auth_failure(self, reason: str) -> None:
         """Count a request that was not authenticated."""

@@ -212,7 +212,7 @@ def test_the_same_auth_is_the_same_however_it_is_written() -> None:
     deep: list[Any] = []
     for _ in range(100_000):
         deep = [deep]
-    with pytest.raises(Invalid, match="nests too deep"):
+    with pytest.raises(Invalid, match="nest at most 100 deep"):
         fingerprint(deep)
 
 
