@@ -95,28 +95,25 @@ BEGIN SELECT RAISE(ABORT, 'events are append-only: no UPDATE'); END;
 CREATE TRIGGER events_are_not_removed BEFORE DELETE ON events
 WHEN NOT EXISTS (SELECT 1 FROM pruning WHERE reservation_id = OLD.reservation_id)
 BEGIN SELECT RAISE(ABORT, 'events are append-only: no DELETE'); END;
-CREATE TRIGGER events_come_after_the_last BEFORE INSERT ON events
-WHEN NEW.seq <= (SELECT max(seq) FROM events)
-BEGIN SELECT RAISE(ABORT, 'events are append-only: seq must be greater than every other'); END;
-CREATE TRIGGER events_queue_only_what_is_new BEFORE INSERT ON events
-WHEN NEW.kind = 'queued' AND EXISTS (SELECT 1 FROM events WHERE reservation_id = NEW.reservation_id)
-BEGIN SELECT RAISE(ABORT, 'the reservation of this event exists already'); END;
-CREATE TRIGGER events_hold_only_what_is_queued BEFORE INSERT ON events
-WHEN NEW.kind = 'held'
- AND NOT EXISTS (SELECT 1 FROM live WHERE state = 'queued' AND reservation_id = NEW.reservation_id)
-BEGIN SELECT RAISE(ABORT, 'the reservation of this event is not queued'); END;
-CREATE TRIGGER events_hold_one_at_a_time BEFORE INSERT ON events
-WHEN NEW.kind = 'held' AND EXISTS (SELECT 1 FROM live WHERE state = 'held')
-BEGIN SELECT RAISE(ABORT, 'another reservation is held'); END;
-CREATE TRIGGER events_release_only_what_is_held BEFORE INSERT ON events
-WHEN NEW.kind IN ('extended', 'released')
- AND NOT EXISTS (SELECT 1 FROM live WHERE state = 'held' AND reservation_id = NEW.reservation_id)
-BEGIN SELECT RAISE(ABORT, 'the reservation of this event is not held'); END;
-CREATE TRIGGER events_end_only_what_is_live BEFORE INSERT ON events
-WHEN NEW.kind IN ('expired', 'cancelled')
- AND NOT EXISTS (SELECT 1 FROM live WHERE state = 'held' AND reservation_id = NEW.reservation_id)
- AND NOT EXISTS (SELECT 1 FROM live WHERE state = 'queued' AND reservation_id = NEW.reservation_id)
-BEGIN SELECT RAISE(ABORT, 'the reservation of this event is not live'); END;
+CREATE TRIGGER events_follow_from_what_is_live BEFORE INSERT ON events
+BEGIN SELECT CASE
+    WHEN NEW.seq <= (SELECT max(seq) FROM events)
+    THEN RAISE(ABORT, 'events are append-only: seq must be greater than every other')
+    WHEN NEW.kind = 'queued' AND EXISTS (SELECT 1 FROM events WHERE reservation_id = NEW.reservation_id)
+    THEN RAISE(ABORT, 'the reservation of this event exists already')
+    WHEN NEW.kind = 'held'
+     AND NOT EXISTS (SELECT 1 FROM live WHERE state = 'queued' AND reservation_id = NEW.reservation_id)
+    THEN RAISE(ABORT, 'the reservation of this event is not queued')
+    WHEN NEW.kind = 'held' AND EXISTS (SELECT 1 FROM live WHERE state = 'held')
+    THEN RAISE(ABORT, 'another reservation is held')
+    WHEN NEW.kind IN ('extended', 'released')
+     AND NOT EXISTS (SELECT 1 FROM live WHERE state = 'held' AND reservation_id = NEW.reservation_id)
+    THEN RAISE(ABORT, 'the reservation of this event is not held')
+    WHEN NEW.kind IN ('expired', 'cancelled')
+     AND NOT EXISTS (SELECT 1 FROM live WHERE state = 'held' AND reservation_id = NEW.reservation_id)
+     AND NOT EXISTS (SELECT 1 FROM live WHERE state = 'queued' AND reservation_id = NEW.reservation_id)
+    THEN RAISE(ABORT, 'the reservation of this event is not live')
+END; END;
 
 CREATE TRIGGER live_begins_with_its_event BEFORE INSERT ON live
 WHEN NEW.state <> 'queued'
