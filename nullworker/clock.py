@@ -118,7 +118,7 @@ def tidy(seconds: float) -> float | int:
 
 def iso(at: float) -> str:
     """Epoch seconds as ISO 8601 UTC with milliseconds: `2026-11-24T14:05:00.123Z`."""
-    second, rest = divmod(int(to_ms(at) * 1000 + 0.5), 1000)
+    second, rest = divmod(int(at * 1000 + 0.5), 1000)
     return f"{_iso_second(second)}.{rest:03}Z"
 
 
