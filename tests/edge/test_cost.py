@@ -37,9 +37,12 @@ SETTINGS = {"UNSECURED": "true", "WORKER_PORT": "0", "WORKER_HTTP_PORT": "0", "N
 FRAME_BYTES, WAL_HEAD_BYTES = 4096 + 24, 32
 
 #: At most so many. Commits are of the event log: the claim with its hold, and the release; statements are all that
-#: SQLite runs, those of triggers too; pages are written to the write-ahead log; calls are of this package's functions.
-CYCLE = {"commits": 2, "statements": 43, "pages": 8, "sends": 2, "lines": 3, "calls": 250}
-HAND_OVER = {"commits": 1, "statements": 29, "pages": 4, "sends": 2, "lines": 2, "calls": 155}
+#: SQLite runs, those of triggers too; pages are written to the write-ahead log; calls are of this package's functions,
+#: with room for a timer that falls into the count.
+CYCLE = {"commits": 2, "statements": 28, "pages": 6, "sends": 2, "lines": 3, "calls": 228}
+HAND_OVER = {"commits": 1, "statements": 20, "pages": 3, "sends": 2, "lines": 2, "calls": 143}
+#: Of a start with a log that is there: SQL statements of its open; modules of nullworker, and all that are imported.
+START = {"statements": 26, "ours": 49, "modules": 480}
 
 
 class Counted:
@@ -191,10 +194,8 @@ print(len(asked), sum(name.startswith("nullworker") for name in sys.modules), le
     told = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path / "log.db")], capture_output=True, text=True, check=True
     )
-    statements, ours, modules = map(int, told.stdout.split())
-    assert statements <= 30, "SQL statements of the open of a log that is there"
-    assert ours <= 55, "modules of nullworker"
-    assert modules <= 520, "modules in all"
+    start = dict(zip(START, map(int, told.stdout.split()), strict=True))
+    assert not too_much(start, START), start
 
 
 def test_the_counter_counts() -> None:
