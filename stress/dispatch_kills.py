@@ -3,8 +3,8 @@
     python -m stress.dispatch_kills --queue redis --jobs 200 --kills 50 --workers 8
 
 Jobs of 1 to 5 s: 40 % of them are there at first, the others come while the dispatcher is killed with -9 KILLS times
-and started again. Workers (`serve`), `nullworker work` and its commands are killed in between. `stress.dispatch_audit`
-says what must be true in the end.
+and started again, once only after all workers have gone. Workers (`serve`), `nullworker work` and its commands are
+killed in between. `stress.dispatch_audit` says what must be true in the end.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from stress.dispatch_audit import Account, Terms, audit, ledger, read_runs, unfi
 
 ROOT = Path(__file__).parents[1]
 LIFETIME = 12.0
+#: Seconds after which an idle worker is stopped.
+IDLE = 20
 #: Seconds between two looks at the queue.
 INTERVAL = 0.5
 #: Seconds that a slow machine may need beyond what the jobs take.
@@ -77,7 +79,7 @@ class Run:
             consumer = ("work", "--", sys.executable, str(self.folder / "consumer.py"))
             dev = ["dev", "--port", "0", "--worker-port", "0", "--control-port", "0"]
             dev += ["--folder", str(self.folder / "dev"), "--max-workers", str(self.workers)]
-            dev += ["--inactivity-timeout", "20", "--", sys.executable, "-m", "nullworker", *consumer]
+            dev += ["--inactivity-timeout", str(IDLE), "--", sys.executable, "-m", "nullworker", *consumer]
             async with self.process("dev", sys.executable, "-m", "nullworker", *dev) as vast:
                 url = await self.url()
                 jobs = [{"id": str(n), "seconds": round(self.random.uniform(1, 5), 2)} for n in range(self.jobs)]
@@ -102,7 +104,7 @@ class Run:
         await self.put(jobs, at_first)
         killing = asyncio.ensure_future(self.kill_others(vast))
         try:
-            for _ in range(self.kills):
+            for life in range(self.kills):
                 async with self.dispatch(url) as process:
                     await self.until_connected(process)
                     await self.put(jobs, each)
@@ -110,6 +112,8 @@ class Run:
                     if process.returncode is not None:
                         self.faults.append(f"the dispatcher has ended with {process.returncode}")
                     self.kill(process.pid, "dispatcher", "")
+                if life == 5:  # longer than a worker idles: nobody is left who could tell how its holds have ended
+                    await asyncio.sleep(IDLE + 15)
             async with self.dispatch(url):
                 while await self.left() > 0.2 * self.jobs:
                     await asyncio.sleep(0.5)

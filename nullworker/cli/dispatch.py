@@ -47,7 +47,7 @@ def _metadata(ctx: click.Context, param: click.Parameter, text: str | None) -> d
 
 
 @click.command(short_help="Keep as many workers reserved as a queue needs.", context_settings={"show_default": True})
-@_option("--endpoint", metavar="NAME", required=True, help="Name of the endpoint at Vast.")
+@_option("--endpoint", metavar="NAME", help="Name of the endpoint at Vast.  [required]")
 @_option(
     "--queue",
     metavar="URL",
@@ -76,7 +76,12 @@ def _metadata(ctx: click.Context, param: click.Parameter, text: str | None) -> d
     help="Jobs for which one worker is held. More than 1 needs consumers that stay, such as work --until.",
 )
 @_option("--interval", type=POSITIVE_SECONDS, default=5.0, help="Time between two polls of the queue.")
-@_option("--settle", type=SECONDS, default=10.0, help="Time within which a new hold takes its job.")
+@_option(
+    "--settle",
+    type=SECONDS,
+    default=10.0,
+    help="Time within which a new hold takes its job; one that ends sooner and did none delays the next.",
+)
 @_option(
     "--lifetime",
     type=POSITIVE_SECONDS,
@@ -139,7 +144,7 @@ def _metadata(ctx: click.Context, param: click.Parameter, text: str | None) -> d
 @click.option("--end-all", is_flag=True, help="End every session in the ledger, and exit.")
 def dispatch(
     *,
-    endpoint: str,
+    endpoint: str | None,
     queue: str | None,
     command: str | None,
     most: int | None,
@@ -177,18 +182,22 @@ def dispatch(
     if autoscaler is not None and not is_absolute_http_url(autoscaler):
         raise BadSettings(f"--autoscaler must be as http://HOST:PORT, not {autoscaler!r}")
     key = api_key or (STAND_IN_KEY if autoscaler else "")
-    if not key:
-        raise click.UsageError("no API key: set VAST_API_KEY, or give --api-key")
+    needed = {
+        "--endpoint NAME": endpoint,
+        "an API key (VAST_API_KEY, or --api-key)": key,
+        "--max N": end_all or most,
+        "--queue URL or --command CMD": end_all or queue or command,
+    }
+    if missing := [name for name, value in needed.items() if not value]:
+        raise click.UsageError(f"missing: {', '.join(missing)}")
     if end_all:
         source: Queue = CommandQueue("false")
-    elif most is None:
-        raise click.UsageError("--max is missing: the maximum number of workers held")
-    elif least > most:
+    elif most is not None and least > most:
         raise BadSettings(f"--min {least} is more than --max {most}")
-    elif (queue is None) == (command is None):
-        raise click.UsageError("give either --queue URL or --command CMD")
+    elif queue and command:
+        raise click.UsageError("give either --queue URL or --command CMD, not both")
     else:
-        source = open_queue(queue) if queue is not None else CommandQueue(str(command))
+        source = open_queue(queue) if queue else CommandQueue(str(command))
     plan = Plan(
         Policy(most or 1, least, jobs_per_worker, interval, settle),
         Terms(cost, lifetime, attach),
@@ -202,7 +211,7 @@ def dispatch(
     try:
         clock = SystemClock(opened.anchor(), not_before=opened.latest())
         opened.store_anchor(clock.anchor)
-        vast = Vast(endpoint, key, autoscaler)
+        vast = Vast(str(endpoint), key, autoscaler)
         if end_all:
             left = asyncio.run(_end_all(plan, source, vast, opened, clock))
             if left:

@@ -20,7 +20,7 @@ from nullworker.clock import wall_iso
 from nullworker.collector import schema
 from nullworker.collector.batch import LATEST, Received, source_parts
 from nullworker.errors import CannotStart, Forbidden, NullworkerError
-from nullworker.eventlog.lock import lock_beside
+from nullworker.eventlog.lock import lock_beside, refuse_other_kind
 from nullworker.eventlog.schema import FLEET_APPLICATION_ID
 from nullworker.eventlog.sqlite import still_names, transaction
 
@@ -250,6 +250,7 @@ def open_store(path: Path) -> Store:
     path = path.resolve()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_other_kind(path, FLEET_APPLICATION_ID, "give --db another file")
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
         lock = lock_beside(path, "a collector", "stop that one, or give --db another file")
     except OSError as error:

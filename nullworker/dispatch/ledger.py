@@ -17,7 +17,8 @@ from nullworker.clock import Anchor
 from nullworker.dispatch import schema
 from nullworker.dispatch.claims import Claim, Event, Row, from_row, replay, to_row
 from nullworker.errors import CannotStart, LogDamaged, LogUnavailable
-from nullworker.eventlog.lock import lock_beside
+from nullworker.eventlog.lock import lock_beside, refuse_other_kind
+from nullworker.eventlog.schema import LEDGER_APPLICATION_ID
 from nullworker.eventlog.sqlite import still_names, transaction
 
 #: Milliseconds that an append waits for a stranger's write lock; renewals wait with it.
@@ -197,6 +198,7 @@ def open_ledger(path: Path) -> Ledger:
     path = path.absolute().resolve()  # a link to another dispatcher's ledger is that ledger
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_other_kind(path, LEDGER_APPLICATION_ID, "set --ledger to another file")
         os.close(os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))  # -wal and -shm take its mode
         os.chmod(path, 0o600)
         lock = lock_beside(path, "a dispatcher", "stop that one, or set --ledger")
@@ -225,7 +227,7 @@ def _open(path: Path, lock: int) -> Ledger:
         conn.execute("PRAGMA secure_delete = ON")
         conn.execute("PRAGMA recursive_triggers = ON")
         if conn.execute("PRAGMA user_version").fetchone()[0] == 0:
-            marks = f"PRAGMA application_id = {schema.APPLICATION_ID}; PRAGMA user_version = {schema.VERSION};"
+            marks = f"PRAGMA application_id = {LEDGER_APPLICATION_ID}; PRAGMA user_version = {schema.VERSION};"
             conn.executescript(f"BEGIN IMMEDIATE; {schema.SCRIPT} {marks} COMMIT;")
         ledger = Ledger(path, conn, lock)
         ledger.open_claims()
@@ -245,7 +247,7 @@ def _check_version(path: Path, conn: sqlite3.Connection) -> None:
     version = conn.execute("PRAGMA user_version").fetchone()[0]
     owner = conn.execute("PRAGMA application_id").fetchone()[0]
     empty = conn.execute("SELECT count(*) FROM sqlite_schema").fetchone()[0] == 0
-    if owner != schema.APPLICATION_ID and not empty:
+    if owner != LEDGER_APPLICATION_ID and not empty:
         raise CannotStart(f"{path} is a database of another program; set --ledger to another file")
     if version > schema.VERSION:
         raise CannotStart(f"{path} was written by a newer nullworker: update, or set --ledger to another file")

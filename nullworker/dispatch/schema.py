@@ -15,8 +15,6 @@ from nullworker.dispatch.claims import EDGES
 VERSION: Final = 1
 #: For STRICT tables and `->>`. Ubuntu 22.04's own Python has 3.37.
 OLDEST_SQLITE: Final = (3, 38)
-#: `PRAGMA application_id`: "nuld".
-APPLICATION_ID: Final = 0x6E756C64
 
 _KINDS: Final = ", ".join(f"'{kind}'" for kind in dict.fromkeys(edge.event for edge in EDGES))
 _ALLOWED: Final = " OR ".join(

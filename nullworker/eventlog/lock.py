@@ -19,9 +19,16 @@ from typing import Final, NamedTuple
 
 from nullworker.clock import boot_id, wall_iso
 from nullworker.errors import CannotStart
+from nullworker.eventlog import schema
 
 #: Bytes of the line about the holder, so that the next one can be written by itself.
 _HOLDER_BYTES: Final = 64
+#: What the files of nullworker are, by their application id.
+_KINDS: Final = {
+    schema.APPLICATION_ID: "the event log of a worker",
+    schema.FLEET_APPLICATION_ID: "the database of a collector",
+    schema.LEDGER_APPLICATION_ID: "the ledger of a dispatcher",
+}
 _NOTE: Final = re.compile(rb"log ([0-9a-f]+) event (\d+) sync (\w+) boot (\S*) *\n")
 
 
@@ -53,12 +60,35 @@ def lock_beside(path: Path, owner: str, advice: str) -> int:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+        holder = _holder(lock) or "another process"
         os.close(lock)
         raise CannotStart(f"{path} belongs to {owner} that is running: {holder}; {advice}") from None
     os.ftruncate(lock, 0)
     os.pwrite(lock, f"pid {os.getpid()}, since {wall_iso()}\n".encode(), 0)
     return lock
+
+
+def refuse_other_kind(path: Path, kind: int, advice: str) -> None:
+    """Refuse to open a file that another part of nullworker has made. `kind`: the application id that it should have.
+
+    Call it before SQLite opens the file: to close it again would drop SQLite's own locks on it.
+
+    Raises:
+        CannotStart: it is of another kind; `advice` is what to do.
+        OSError: it cannot be read.
+    """
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        header = file.read(72)
+    found = int.from_bytes(header[68:72], "big")  # sqlite.org/fileformat.html, "Application ID"
+    if header.startswith(b"SQLite format 3\0") and found != kind and found in _KINDS:
+        raise CannotStart(f"{path} is {_KINDS[found]}; {advice}")
+
+
+def _holder(lock: int) -> str:
+    """Who says in a lock file that it holds it: the first line; a worker's note follows."""
+    return os.pread(lock, 200, 0).partition(b"\n")[0].decode(errors="replace").strip()
 
 
 class Lock:
@@ -121,8 +151,7 @@ class Lock:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            said = os.pread(self._file, 200, 0).partition(b"\n")[0].decode(errors="replace").strip()
-            holder = (said if file is self._file else "") or "another process"
+            holder = (_holder(self._file) if file is self._file else "") or "another process"
             raise CannotStart(
                 f"the event log {self._path} belongs to a worker that is running: {holder}; "
                 "stop that one, or set NULL_EVENT_LOG",

@@ -40,6 +40,8 @@ OLDEST_SQLITE: Final = (3, 38)
 APPLICATION_ID: Final = 0x6E756C77
 #: That of the database of `nullworker collect`, "nulf": its views have the names and columns of a log.
 FLEET_APPLICATION_ID: Final = 0x6E756C66
+#: That of the ledger of `nullworker dispatch`, "nuld".
+LEDGER_APPLICATION_ID: Final = 0x6E756C64
 
 TABLES: Final = """
 CREATE TABLE events (

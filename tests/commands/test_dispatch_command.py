@@ -200,10 +200,12 @@ async def test_only_this_machine_reads_the_port(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--command", "echo 1", "--max", "1"), "no API key: set VAST_API_KEY"),
+        ((), "missing: an API key (VAST_API_KEY, or --api-key), --max N, --queue URL or --command CMD"),
+        (("--command", "echo 1", "--max", "1"), "missing: an API key (VAST_API_KEY, or --api-key)"),
         (("--autoscaler", "x", "--command", "echo 1", "--max", "1"), "--autoscaler must be as http://HOST:PORT"),
-        (("--autoscaler", "http://h", "--command", "echo 1"), "--max is missing"),
-        (("--autoscaler", "http://h", "--max", "1"), "either --queue URL or --command CMD"),
+        (("--autoscaler", "http://h", "--command", "echo 1"), "missing: --max N"),
+        (("--autoscaler", "http://h", "--max", "1"), "missing: --queue URL or --command CMD"),
+        (("--autoscaler", "http://h", "--max", "1", "--queue", "x", "--command", "x"), "not both"),
         (("--autoscaler", "http://h", "--max", "1", "--queue", "x://h"), "must begin with one of redis://"),
         (("--autoscaler", "http://h", "--max", "1", "--min", "2", "--command", "x"), "--min 2 is more than --max 1"),
         (("--autoscaler", "http://h", "--max", "0", "--command", "x"), "--max"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import sqlite3
@@ -295,6 +296,10 @@ def test_one_collector_a_file_and_nothing_of_another_program(store: Store, tmp_p
     (tmp_path / "link.db").symlink_to(store.path)
     with pytest.raises(CannotStart, match="belongs to a collector"):
         open_store(tmp_path / "link.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "ledger.db")) as conn:
+        conn.execute("PRAGMA application_id = 0x6E756C64")
+    with pytest.raises(CannotStart, match=r"ledger\.db is the ledger of a dispatcher; give --db another file"):
+        open_store(tmp_path / "ledger.db")
     other = sqlite3.connect(tmp_path / "other.db")
     other.execute("CREATE TABLE t (x)")
     other.close()

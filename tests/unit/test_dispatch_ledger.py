@@ -42,6 +42,7 @@ from nullworker.dispatch.claims import (
 from nullworker.dispatch.decision import Counts
 from nullworker.dispatch.ledger import Credential, HeldTime, Ledger, open_ledger
 from nullworker.errors import CannotStart, IllegalMove, LogDamaged, LogUnavailable
+from nullworker.eventlog.opening import open_log
 
 T = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 SECRET = "c2lnbmF0dXJlLW9mLWEtZ3JhbnQ"
@@ -221,6 +222,9 @@ def test_a_database_of_another_program_or_a_newer_version_is_refused(tmp_path: P
         conn.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
     with pytest.raises(CannotStart, match="newer"):
         open_ledger(tmp_path / "newer.db")
+    open_log(tmp_path / "worker.db").close()
+    with pytest.raises(CannotStart, match=r"worker\.db is the event log of a worker; set --ledger to another file"):
+        open_ledger(tmp_path / "worker.db")
     (tmp_path / "a_file").touch()
     with pytest.raises(CannotStart, match="set --ledger"):
         open_ledger(tmp_path / "a_file" / "ledger.db")
