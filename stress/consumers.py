@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 import fault_matrix  # noqa: E402  # found by the line above
 from harness import WorkerProcess  # noqa: E402
 from programs import Program, session  # noqa: E402
+from queues import QUEUES  # noqa: E402
 
 #: Seconds for which a connection is cut, or a server is down.
 CUTS = (3.0, 60.0)
@@ -49,9 +50,10 @@ async def matrix() -> int:
         for fault in faults:
             for seconds in CUTS if fault in LONG else CUTS[:1]:
                 begun = stopwatch()
-                with tempfile.TemporaryDirectory() as folder:
+                with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as queue_folder:
                     try:
-                        await fault_matrix.run(name, fault, Path(folder), seconds=seconds)
+                        with QUEUES[name](Path(queue_folder)) as queue:
+                            await fault_matrix.run(queue, fault, Path(folder), seconds=seconds)
                         word = "ok"
                     except Exception:
                         traceback.print_exc()

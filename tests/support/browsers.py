@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import AsyncIterator
 from importlib.resources import files
-from typing import Any
+from typing import Any, Final, Literal
 
 import pytest_asyncio
 from harness import PATIENCE
-from playwright.async_api import Browser, Page, async_playwright, expect
+from playwright.async_api import Browser, Page, ViewportSize, async_playwright, expect
 
 ARGUMENTS = [
     "--headless",
@@ -22,19 +23,29 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 AXE = files("axe_playwright_python") / "axe.min.js"
-WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 320, "height": 700}
+COLOR_SCHEMES: Final[tuple[Literal["light", "dark"], ...]] = ("light", "dark")
+WIDE, NARROW = ViewportSize(width=1280, height=900), ViewportSize(width=320, height=700)
 
 expect.set_options(timeout=PATIENCE * 1000)
 
 
-@pytest_asyncio.fixture
-async def browser() -> AsyncIterator[Browser]:
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    assert chromium, "these tests need a browser: apt-get install chromium"
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def chromium() -> AsyncIterator[Browser]:
+    """One for all tests of a file, which have to share its event loop: `pytest.mark.asyncio(loop_scope="module")`."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    assert path, "these tests need a browser: apt-get install chromium"
     async with async_playwright() as playwright:
-        launched = await playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        launched = await playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
         yield launched
         await launched.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def browser(chromium: Browser) -> AsyncIterator[Browser]:
+    """The browser, without a page."""
+    yield chromium
+    for context in chromium.contexts:
+        await context.close()
 
 
 async def opened(browser: Browser, url: str, **context: Any) -> Page:
@@ -55,6 +66,11 @@ def complaints(page: Page) -> list[str]:
 
 
 async def axe_finds_nothing(page: Page) -> None:
+    """Nothing that is hard to see or to use, in each size and colour; nor does it scroll sideways."""
     await page.evaluate(AXE.read_text(encoding="utf-8"))
-    found = (await page.evaluate("axe.run()"))["violations"]
-    assert not found, [(each["id"], each["help"], [node["html"] for node in each["nodes"]]) for each in found]
+    for size, scheme in itertools.product((NARROW, WIDE), COLOR_SCHEMES):
+        await page.set_viewport_size(size)
+        await page.emulate_media(color_scheme=scheme)
+        found = (await page.evaluate("axe.run()"))["violations"]
+        assert not found, [(each["id"], each["help"], [node["html"] for node in each["nodes"]]) for each in found]
+        assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"

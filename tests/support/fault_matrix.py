@@ -14,7 +14,7 @@ from aiohttp import web
 from cuts import CutProxy
 from harness import WorkerProcess
 from programs import Program, free_port, until
-from queues import QUEUES, Queue
+from queues import Queue
 
 #: The faults that apply to each queue. moto forgets its queues at a restart; a folder has no server; and "gone" needs a
 #: queue whose messages can be removed without a trace.
@@ -26,7 +26,7 @@ FAULTS: Final = {
     "bash": ("poison", "kill consumer", "kill worker"),
 }
 JOBS: Final = ("a", "b", "c")
-#: Seconds for all of a run beside the fault itself: a lease of 10 s may have to run out.
+#: Seconds for all of a run beside the fault itself: a lease of 6 s may have to run out.
 RUN_SECONDS: Final = 90.0
 
 
@@ -113,41 +113,39 @@ def through(queue: Queue, proxy: CutProxy | None) -> dict[str, str]:
     return {name: value.replace(f":{queue.port}", f":{proxy.port}") for name, value in queue.env.items()}
 
 
-async def run(name: str, fault: str, folder: Path, *, seconds: float) -> None:
-    """One run; `seconds` is how long a cut lasts.
+async def run(queue: Any, fault: str, folder: Path, *, seconds: float) -> None:
+    """One run with a queue that is empty; `seconds` is how long a cut lasts.
 
     Raises:
         AssertionError: a promise was broken.
     """
-    (folder / "queue").mkdir()
-    with QUEUES[name](folder / "queue") as queue:
-        pages = Pages() if fault in ("poison", "idle") else Pages("a")
-        ports = {each: str(free_port()) for each in ("WORKER_PORT", "NULL_CONTROL_PORT", "HEALTH_PORT")}
-        settings = {**ports, "BACKEND_HEALTH_URL": f"http://127.0.0.1:{ports['HEALTH_PORT']}/health"}
-        async with contextlib.AsyncExitStack() as stack:
-            await stack.enter_async_context(pages.serve())
-            proxy = None if queue.port is None else await stack.enter_async_context(CutProxy(queue.port))
-            env = {**ports, **through(queue, proxy), "PYTHONWARNINGS": "default", "WAIT_SECONDS": "1"}
-            consumer = Program(folder, *queue.example, **env)
-            settings |= {"NULL_HEALTH_INTERVAL": "0.2", "NULL_CONSUMER_GRACE_SECONDS": "1"}
-            worker = WorkerProcess(folder, module=("-m", "nullworker", "serve"), **settings)
-            await stack.enter_async_context(worker)
-            await stack.enter_async_context(consumer)
-            await worker.line("consumer_healthy")
-            try:
-                await _with(fault, queue, pages, worker, consumer, proxy, stack, seconds)
-            except (AssertionError, asyncio.TimeoutError):
-                print(f"begun {dict(pages.begun)}, done {dict(pages.done)}, left {await queue.left()}")
-                for who in (worker, consumer):
-                    print(*who.lines[-15:], f"exit code {who.process.returncode}", sep="\n")
-                raise
-            assert all(most == 1 for most in pages.most.values()), f"at the same time: {pages.most}"
-            if fault != "kill consumer":
-                assert consumer.process.returncode is None, "the consumer has died"
-            assert await consumer.terminate() in (0, 143)
-            assert await queue.left() == 0
-            lost = worker.sql("SELECT max(ended_at) FROM reservations WHERE reason = 'consumer_lost'")
-            assert (lost[0][0] is not None) is (fault in ("kill consumer", "gone"))
+    pages = Pages() if fault in ("poison", "idle") else Pages("a")
+    ports = {each: str(free_port()) for each in ("WORKER_PORT", "NULL_CONTROL_PORT", "HEALTH_PORT")}
+    settings = {**ports, "BACKEND_HEALTH_URL": f"http://127.0.0.1:{ports['HEALTH_PORT']}/health"}
+    async with contextlib.AsyncExitStack() as stack:
+        await stack.enter_async_context(pages.serve())
+        proxy = None if queue.port is None else await stack.enter_async_context(CutProxy(queue.port))
+        env = {**ports, **through(queue, proxy), "PYTHONWARNINGS": "default", "WAIT_SECONDS": "1"}
+        consumer = Program(folder, *queue.example, **env)
+        settings |= {"NULL_HEALTH_INTERVAL": "0.2", "NULL_CONSUMER_GRACE_SECONDS": "1"}
+        worker = WorkerProcess(folder, module=("-m", "nullworker", "serve"), **settings)
+        await stack.enter_async_context(worker)
+        await stack.enter_async_context(consumer)
+        await worker.line("consumer_healthy")
+        try:
+            await _with(fault, queue, pages, worker, consumer, proxy, stack, seconds)
+        except (AssertionError, asyncio.TimeoutError):
+            print(f"begun {dict(pages.begun)}, done {dict(pages.done)}, left {await queue.left()}")
+            for who in (worker, consumer):
+                print(*who.lines[-15:], f"exit code {who.process.returncode}", sep="\n")
+            raise
+        assert all(most == 1 for most in pages.most.values()), f"at the same time: {pages.most}"
+        if fault != "kill consumer":
+            assert consumer.process.returncode is None, "the consumer has died"
+        assert await consumer.terminate() in (0, 143)
+        assert await queue.left() == 0
+        lost = worker.sql("SELECT max(ended_at) FROM reservations WHERE reason = 'consumer_lost'")
+        assert (lost[0][0] is not None) is (fault in ("kill consumer", "gone"))
 
 
 async def _with(

@@ -19,17 +19,21 @@ import sys
 import time
 import types
 import warnings
+from pathlib import Path
 from typing import Any, Final
 
 from nullworker.cli.commands import COMMANDS
 
+ROOT: Final = Path(__file__).parents[2]
 #: What is imported before the first program.
 COMMON: Final = ("nullworker.worker", "nullworker.cli.work")
+LIBRARIES: Final = {"redis": "redis.asyncio", "nats": "nats", "rabbitmq": "aio_pika", "sqs": "boto3"}
 #: What is imported before the first program with that word in its command, beside the module of that command.
 BY_WORD: Final = {
     "dispatch": ("nullworker.dispatch.server", "vastai"),
     "reserve": ("vastai",),
     "workers.null.client": ("nullworker.cli.reserve", "vastai"),
+    **{str(ROOT / "examples" / name / "consumer.py"): (library,) for name, library in LIBRARIES.items()},
 }
 
 

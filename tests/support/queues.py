@@ -88,7 +88,7 @@ class RedisQueue:
     def __init__(self, server: Server) -> None:
         self.server: Server | None = server
         self.port: int | None = server.port
-        self.env = {"REDIS_URL": f"redis://127.0.0.1:{server.port}", "LEASE_SECONDS": "10"}
+        self.env = {"REDIS_URL": f"redis://127.0.0.1:{server.port}", "LEASE_SECONDS": "6"}
 
     async def put(self, job: dict[str, Any]) -> None:
         async with self._open() as redis:
@@ -131,7 +131,7 @@ class NatsQueue:
     def __init__(self, server: Server) -> None:
         self.server: Server | None = server
         self.port: int | None = server.port
-        self.env = {"NATS_URL": f"nats://127.0.0.1:{server.port}", "ACK_WAIT_SECONDS": "10"}
+        self.env = {"NATS_URL": f"nats://127.0.0.1:{server.port}", "ACK_WAIT_SECONDS": "6"}
 
     async def put(self, job: dict[str, Any]) -> None:
         async with self._open() as stream:
@@ -249,7 +249,7 @@ class SqsQueue:
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
-            "VISIBILITY_SECONDS": "10",
+            "VISIBILITY_SECONDS": "6",
         }
         self.server: Server | None = None  # moto forgets its queues with its process
         self.port: int | None = port
