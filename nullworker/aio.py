@@ -1,7 +1,7 @@
 """asyncio helpers: an auto-reset event, a time limit that keeps cancellations, a backoff, and signal handling.
 
 Before Python 3.12, `asyncio.wait_for` loses a cancellation that arrives together with the result: a caller's hang-up
-would be missed, and a task that was told to end would go on. Use `wait_for` of this module where that matters.
+would be missed, and a cancelled task would continue. Use `wait_for` of this module where that matters.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ async def in_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:
     done: asyncio.Future[T] = loop.create_future()
 
     def settle(result: T | None, error: Exception | None) -> None:
-        if not done.done():  # else nobody waits any more
+        if not done.done():  # else the caller was cancelled
             done.set_exception(error) if error else done.set_result(cast(T, result))
 
     def run() -> None:

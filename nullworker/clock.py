@@ -60,9 +60,9 @@ class SystemClock:
     """The real clock.
 
     Args:
-        anchor: a stored one, to go on with after a restart; one of another boot is ignored.
-        not_before: epoch seconds of the newest event of what is live. A machine that was rebooted with its clock behind
-            goes on from there: no deadline is further away than it was when it was set, and no duration is negative.
+        anchor: the stored one, to continue with after a restart; one of another boot is ignored.
+        not_before: epoch seconds of the newest event of a live reservation. If the clock is behind it after a reboot,
+            time continues from it: no deadline is further away than when it was set, and no duration is negative.
     """
 
     def __init__(self, anchor: Anchor | None = None, *, not_before: float = 0.0) -> None:

@@ -20,7 +20,7 @@
         ├── Invalid                 422  names each wrong field
         └── Unavailable             503  with Retry-After
 
-A refused claim (429, 503, 499) is no error: it is the end of a reservation, see fsm/table.py.
+A refused claim (429, 503, 499) is not an error: it is the end of a reservation, see fsm/table.py.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class IllegalMove(NullworkerError):
 class LogUnavailable(NullworkerError):
     """The event log could not be written; nothing was stored.
 
-    `momentary` is whether it is by a lock that somebody else holds: a SQLite shell, VACUUM, a backup.
+    `momentary`: whether the cause is the lock of another program: a SQLite shell, VACUUM, a backup.
     """
 
     status: ClassVar[int] = 503
@@ -71,7 +71,7 @@ class LogUnavailable(NullworkerError):
 
 
 class LogDamaged(NullworkerError):
-    """The file is no readable event log."""
+    """The file is not a readable event log."""
 
 
 class WorkerUnreachable(NullworkerError):
@@ -81,7 +81,7 @@ class WorkerUnreachable(NullworkerError):
 class RequestError(NullworkerError):
     """An error answer: a status, and a JSON body with `error` and further fields, such as the wrong ones.
 
-    `about`: the id of the reservation that it tells of, for the header.
+    `about`: the id of the reservation that it is about, for the header.
     """
 
     status: ClassVar[int] = 400

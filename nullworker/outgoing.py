@@ -18,7 +18,7 @@ from typing import Any, Final
 import aiohttp
 import msgspec
 from aiohttp.abc import AbstractResolver, ResolveResult
-from yarl import URL  # aiohttp's own, so what it says of a url is what is dialled
+from yarl import URL  # aiohttp's own, so that both parse a url in the same way
 
 from nullworker.aio import in_daemon_thread
 from nullworker.clock import stopwatch
@@ -27,7 +27,7 @@ from nullworker.clock import stopwatch
 CALL_SECONDS: Final = 10.0
 #: Redirects that one GET follows.
 MAX_REDIRECTS: Final = 5
-#: The User-Agent of every callback. The control port refuses it, whatever name or address a callback has reached it by.
+#: The User-Agent of every callback. The control port refuses requests with it, under whatever name they reach it.
 CALLBACK_AGENT: Final = "nullworker-callback"
 
 
@@ -40,7 +40,7 @@ class Resolver(AbstractResolver):
         """The addresses of a host.
 
         Raises:
-            OSError: it has none, or nobody can tell.
+            OSError: it has none, or its name cannot be resolved.
         """
         query = (host, port, family, socket.SOCK_STREAM, 0, socket.AI_ADDRCONFIG)
         numeric = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
@@ -102,7 +102,7 @@ class OwnPorts:
         """Whether a call of this url would be one to the worker itself, as far as its text tells.
 
         Raises:
-            ValueError: it is no url.
+            ValueError: it is not a url.
         """
         url = URL(route)
         return self.are_at(url.raw_host or "", url.port or 0)
@@ -209,7 +209,7 @@ def forget_frames(error: BaseException) -> None:
 
 
 def describe_failure(error: BaseException) -> str:
-    """Why a call did not arrive, in words that go on from "it cannot be reached: ".
+    """Why a call failed, as the end of a sentence that begins with "it cannot be reached: ".
 
     Never in the error's own words: aiohttp's quote the url and what came back, asyncio's and OpenSSL's the host.
     """

@@ -1,8 +1,8 @@
 """Delivers session callbacks: a POST to a session's on_close_route when it ends, for whatever reason.
 
 A pending callback is in the log, committed together with the end of its session, so it survives a restart and is
-delivered at least once; a receiver recognizes a repetition by `session_id`. Retries back off, and stop a day after the
-end. Route and payload are read from the log for each attempt and kept nowhere else.
+delivered at least once; a receiver recognizes a repetition by `session_id`. Retries have backoff, and stop a day after
+the end. Route and payload are read from the log for each attempt, and not kept in memory.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ FIRST_PAUSE_SECONDS: Final = 1.0
 LONGEST_PAUSE_SECONDS: Final = 300.0
 #: Seconds between two tries to store the outcome of a callback.
 SETTLE_SECONDS: Final = 5.0
-#: First tries under way at once: one that hangs takes its place for 10 s, and must not hold up those of other owners.
-#: With the repeats they stay below the 100 connections that aiohttp opens at most.
+#: First tries at a time. One that hangs occupies its place for 10 s, and must not delay those of other owners. With the
+#: repeats they stay below the 100 connections that aiohttp opens at most.
 FIRST_TRIES_AT_ONCE: Final = 90
-#: Repeats under way at once, in a lane of their own: who has failed waits behind nobody who has not.
+#: Repeats at a time. They have their own limit, so that failing receivers do not delay the first tries.
 REPEATS_AT_ONCE: Final = 8
 
 NAME: Final = "callbacks"

@@ -1,8 +1,8 @@
 """Settings: the environment and the options of `nullworker serve`, read into one frozen dataclass.
 
-Each field has the name of its environment variable in lower case. Its metadata hold the parser, the allowed values and
-the help text; `--help`, the table in README.md and all error messages are made from them. No other module of
-the worker reads the environment; the other commands read theirs, those in OTHER_NAMES, through their options.
+Each field has the name of its environment variable in lower case. Its metadata contain the parser, the allowed values
+and the help text, from which `--help` and all error messages are made. No other module of the worker reads the
+environment; the other commands read their variables, those in OTHER_NAMES, through their options.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def _read_url(text: str) -> str:
 def _read_sink(text: str) -> str:
     parts = urlsplit(_read_url(text))
     if parts.scheme == "http" and parts.hostname != "localhost":
-        address = ipaddress.ip_address(parts.hostname or "")  # a name is nobody's private address: ValueError
+        address = ipaddress.ip_address(
+            parts.hostname or ""
+        )  # raises ValueError for a name, which is not a private address
         if not (address.is_private or address.is_loopback):
             raise ValueError(text)
     return text

@@ -41,15 +41,15 @@ BATCH_EVENTS: Final = 500
 BATCH_BYTES: Final = 1024 * 1024 - 4096  # below 1 MiB with its brackets and commas
 #: Seconds from one POST to the next, and between two tries of the last ones.
 PACE_SECONDS: Final = 0.2
-#: Seconds until the first try after a failure, and at most: a machine may be destroyed with what it has not sent.
+#: Seconds until the first retry, and between two at most. Short: a machine may be destroyed with unsent events.
 RETRY_SECONDS: Final = (0.2, 2.0)
-#: Seconds that one POST may take, and one of the last ones.
+#: Seconds that a POST may take, and one during the stop.
 CALL_SECONDS, LAST_CALL_SECONDS = 10.0, 2.0
-#: Seconds with nothing to send after which the worker says that it is alive.
+#: Seconds without a POST after which the worker sends `alive`.
 ALIVE_SECONDS: Final = 60.0
 #: Seconds for nvidia-smi.
 GPU_SECONDS: Final = 5.0
-#: The receiver cannot take this body.
+#: Statuses with which a receiver refuses the body itself.
 REFUSALS: Final = frozenset((400, 413, 422))
 
 Outcome = Literal["accepted", "refused", "failed", "unknown"]
@@ -57,7 +57,7 @@ Outcome = Literal["accepted", "refused", "failed", "unknown"]
 
 @dataclass(frozen=True)
 class Target:
-    """Where to, and what of the events."""
+    """Where events are sent, and which parts of them."""
 
     url: str
     token: str | None
@@ -67,7 +67,7 @@ class Target:
 
 
 class _Item(NamedTuple):
-    """One event of a batch: its JSON, and its seq; None for what the worker tells of itself."""
+    """One event of a batch: its JSON, and its seq, or None for an event of the worker itself."""
 
     body: bytes
     seq: int | None
@@ -120,7 +120,7 @@ class Sink:
             event_log.move_cursor(self._name, self._cursor)
 
     def appended(self, events: int, _: float) -> None:
-        """So many events are in the log."""
+        """A listener of the log: it now has this many events."""
         self.backlog += events
         self._empty.clear()
         self._wake.set()
@@ -147,14 +147,14 @@ class Sink:
             starting.cancel()
 
     def hurry(self) -> None:
-        """The worker stops: no pauses any more, and no call that takes long."""
+        """The worker is stopping: from now on, no backoff, and short time limits."""
         self._hurried = True
         self._hurry.set()
         if self._call is not None:
             asyncio.get_running_loop().call_later(LAST_CALL_SECONDS, self._call.cancel)
 
     async def finish(self, seconds: float) -> None:
-        """Deliver what is left, and that the worker has stopped, in so many seconds. Call it while `run` runs."""
+        """Deliver the rest, and `stopped`, within `seconds`. To be called while `run` runs."""
         self.hurry()
         self._tell("stopped")
         try:
@@ -165,7 +165,7 @@ class Sink:
                 events=self.backlog,
                 sink=self.shown,
                 why=self.trouble,
-                message="they are in the log, for the next start; a machine that is destroyed takes them with it",
+                message="they stay in the log for the next start, and are lost if this machine is destroyed",
             )
 
     async def close(self) -> None:
@@ -180,12 +180,12 @@ class Sink:
         try:
             items = self._compose()
         except sqlite3.Error as error:
-            log.error("sink_not_read", error=str(error), message="the event log cannot be read; it is tried again")
+            log.error("sink_not_read", error=str(error), message="the event log cannot be read; trying again")
             return False
-        except Exception:  # what is optional never ends the worker
+        except Exception:  # the sink is optional and must not end the worker
             log.exception("sink_failed", after=self._cursor)
             return False
-        if not items:  # what was there could not be sent, and is set aside
+        if not items:  # all events were unsendable, and are set aside
             return True
         self._call = call = asyncio.ensure_future(self._post([item.body for item in items]))
         try:
@@ -194,7 +194,7 @@ class Sink:
             call.cancel()
             self._call = None
         if call.cancelled():
-            self.trouble = "no answer in the time that is left"
+            self.trouble = "no answer before the end of the worker"
         outcome: Outcome = "unknown" if call.cancelled() else call.result()
         self._count("failed" if outcome == "unknown" else outcome, 1)
         return self._act(outcome, items)
@@ -219,13 +219,11 @@ class Sink:
                 return True
             if self._has_accepted:
                 return self._set_aside(items[0])
-        log.warning(
-            "sink_not_reached", sink=self.shown, why=self.trouble, owed=self.backlog, message="it is tried again"
-        )
+        log.warning("sink_not_reached", sink=self.shown, why=self.trouble, owed=self.backlog, message="trying again")
         return False
 
     def _compose(self) -> list[_Item]:
-        """The next batch: what the worker tells of its start, the log's events, and when these are all, its end."""
+        """The next batch: the worker's `started`, the events of the log, and after all of them, `stopped`."""
         rows = self._log.conn.execute(
             "SELECT seq, at, reservation_id, kind, reason, data FROM events WHERE seq > ? ORDER BY seq LIMIT ?",
             (self._cursor, self._size),
@@ -248,7 +246,7 @@ class Sink:
             except (ValueError, TypeError, AttributeError):
                 if items:
                     break
-                self.trouble = "it is no event that can be sent"
+                self.trouble = "the event cannot be encoded"
                 self._set_aside(_Item(b"", row[0]))
                 break
             if items and size + len(body) + 1 > BATCH_BYTES:
@@ -307,12 +305,10 @@ class Sink:
         try:
             self._log.move_cursor(self._name, self._cursor)
         except LogUnavailable as error:
-            log.warning(
-                "cursor_not_moved", error=str(error), message="what was delivered is sent again after a restart"
-            )
+            log.warning("cursor_not_moved", error=str(error), message="delivered events are sent again after a restart")
 
     def _set_aside(self, item: _Item) -> bool:
-        """Keep that an event was not delivered, for people; False: that could not be kept, so it is sent again."""
+        """Store that an event was refused for good, for people. False: not stored, so the event is sent again."""
         assert item.seq is not None
         try:
             self._log.settle(self._name, [item.seq], self._now(), "refused", self.trouble)
@@ -324,7 +320,7 @@ class Sink:
             seq=item.seq,
             sink=self.shown,
             why=self.trouble,
-            message="the sink takes other events and refuses this one; it stays in the log, the rest goes on",
+            message="the sink accepts other events and refuses this one; it stays in the log and is skipped",
         )
         self._move([item])
         return True
@@ -333,12 +329,12 @@ class Sink:
         query = "SELECT count(*) FROM events WHERE seq > ?"
         found = int(self._log.conn.execute(query, (self._cursor,)).fetchone()[0])
         pruned = self._log.last_seq - self._cursor - found
-        if self._cursor and pruned > 0:  # a new cursor begins at the first event that there is
+        if self._cursor and pruned > 0:  # a new cursor begins at the first event in the log
             self._count("pruned", pruned)
-            log.error("events_pruned_unsent", events=pruned, sink=self.shown, message="the sink will never have them")
+            log.error("events_pruned_unsent", events=pruned, sink=self.shown, message="the sink will never get them")
         return found
 
-    # -- what the worker tells of itself -----------------------------------------------------------------------------
+    # -- events of the worker itself ---------------------------------------------------------------------------------
 
     def _tell(self, kind: cloudevents.WorkerKind, data: dict[str, Any] | None = None) -> None:
         self._told.append((kind, self._now(), data or {}))
@@ -353,12 +349,12 @@ class Sink:
 
 
 def cursor_name(url: str, key: str) -> str:
-    """The cursor of a sink. A URL may hold a password, so the log has it only as a MAC by the log's own key."""
+    """The name of a sink's cursor: a MAC of its URL, which may contain a password, with the log's own key."""
     return f"sink:{hmac.new(key.encode(), url.encode(), hashlib.sha256).hexdigest()[:16]}"
 
 
 async def gpu_names() -> list[str]:
-    """The GPUs of this machine by nvidia-smi; none when it is not there or does not answer."""
+    """The names of this machine's GPUs by nvidia-smi; empty if it is not installed or does not answer."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []

@@ -47,7 +47,7 @@ log = get_log(__name__)
 #: Seconds for the last reports and, at the same time, for closing open connections: within the 3 s that a stop may
 #: take beyond NULL_DRAIN_SECONDS.
 STOP_SECONDS: Final = 2.0
-#: Seconds beside NULL_DRAIN_SECONDS that the whole exit may take, and those of them for closing what is open.
+#: Seconds that the exit may take beyond NULL_DRAIN_SECONDS, and the part of them for closing connections and files.
 EXIT_SECONDS: Final = 3.0
 CLOSE_SECONDS: Final = 0.5
 #: Seconds between two checks whether the log can still be written.
@@ -58,9 +58,9 @@ YOUNG_OBJECTS: Final = 20_000
 
 
 def serve(settings: Settings, unknown: Mapping[str, str | None]) -> int:
-    """Run a worker until it is told to stop. Returns the exit code.
+    """Run a worker until a signal stops it. Returns the exit code.
 
-    `unknown`: variables that look like settings and are none, with the known name nearest to each.
+    `unknown`: variables that look like settings and are not, each with the nearest known name.
 
     Raises:
         CannotStart: a port is taken, or the certificate or the log cannot be opened.
@@ -102,7 +102,7 @@ def identity(settings: Settings) -> Identity | None:
 
 
 async def _tell_failed_start(settings: Settings, why: str) -> None:
-    """Tell the autoscaler not to wait for this worker."""
+    """Report to the autoscaler that this worker cannot start."""
     me = identity(settings)
     if me is None:
         return
@@ -228,7 +228,7 @@ class Worker:
         )
 
     async def serve(self) -> str | None:
-        """Run until a signal (returns None), or until a task has died (returns which one, in words)."""
+        """Run until a signal; returns None. If a task dies first, returns a sentence that names it."""
         stop = asyncio.ensure_future(self._stop.wait())
         done, _ = await asyncio.wait({stop, *self._tasks}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
@@ -236,22 +236,26 @@ class Worker:
         for task in dead:
             error = None if task.cancelled() else task.exception()
             log.error("task_died", task=task.get_name(), error=repr(error))
-        return f"a part of the worker has died: {dead[0].get_name()}" if dead else None
+        return f"a task of the worker has died: {dead[0].get_name()}" if dead else None
 
     async def drain(self, dead: str | None) -> None:
-        """Refuse new claims; let a held request finish, unless a task has died. A session goes on after the restart."""
+        """Refuse new claims; let a held request finish, unless a task has died. Sessions survive the restart."""
         if dead is not None:
             self.service.readiness.part_has_died(dead)
-            self.service.drain("a part of the worker has died")
+            self.service.drain("a task of the worker has died")
             return
-        self.service.drain("the worker stops")
+        self.service.drain("the worker is stopping")
         held = self.service.book.held
         if held is None or held.terms.kind == "session":
             return
         try:
             await aio.wait_for(self.service.ended(held), self.settings.null_drain_seconds)
         except asyncio.TimeoutError:
-            log.warning("drain_over", reservation_id=held.id, message="the held reservation is cancelled")
+            log.warning(
+                "drain_over",
+                reservation_id=held.id,
+                message="NULL_DRAIN_SECONDS have passed; cancelling the held reservation",
+            )
 
     async def stop(self) -> None:
         """End the held request, answer all callers, send the last reports, stop all tasks."""
@@ -305,7 +309,7 @@ class Worker:
             with contextlib.suppress(LogUnavailable):
                 self.log.set_sink(None)
             return
-        from nullworker.sink import Sink, Target  # a worker without one does not wait for it
+        from nullworker.sink import Sink, Target  # imported only if needed: it would slow down the start
 
         target = Target(
             settings.null_sink,
@@ -325,7 +329,7 @@ class Worker:
         self.log.on_append.append(self.sink.appended)
 
     def _seconds_left(self) -> float:
-        """Until NULL_DRAIN_SECONDS + 3 s are over, less what it takes to close."""
+        """Seconds until the end of NULL_DRAIN_SECONDS + 3 s, less the time for closing."""
         now = asyncio.get_running_loop().time()
         stop_at = now + STOP_SECONDS if self._stop_at is None else self._stop_at
         return max(stop_at - CLOSE_SECONDS - now, STOP_SECONDS / 2)
@@ -343,7 +347,7 @@ class Worker:
         while True:
             self.service.probe()
             if self.autoscaler is None and self.log.cursor(OUTCOMES) < self.log.last_seq:
-                self._skip_reports()  # also for a start after a kill, which reads what is owed
+                self._skip_reports()  # so that a start after a kill finds nothing to report
             await asyncio.sleep(PROBE_SECONDS)
 
     async def _prune(self, keep: float) -> None:

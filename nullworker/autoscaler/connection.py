@@ -24,11 +24,11 @@ log = get_log(__name__)
 
 #: Seconds that one call may take; the same as the SDK's (vastai 1.9.1, server/lib/metrics.py).
 CALL_SECONDS: Final = 10.0
-#: Seconds after which the next address is asked as well, while one is silent.
+#: Seconds after which the next address is tried as well, while one is silent.
 SILENT_SECONDS: Final = 1.0
-#: The most bytes that are read of a key file.
+#: Maximum size of a key file, in bytes.
 MAX_KEY_BYTES: Final = 64 * 1024
-#: 4xx answers that are no verdict on the body, so that the call is tried again.
+#: 4xx answers that do not depend on the body: the call is tried again.
 _NOT_FOR_GOOD: Final = frozenset((401, 403, 404, 405, 407, 408, 421, 423, 425, 429))
 
 Delivery = Literal["ok", "refused", "failed"]
@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class AutoscalerClient:
-    """The autoscaler behind a list of addresses; the one that was good last is asked first.
+    """The autoscaler behind a list of addresses; the last one that answered is tried first.
 
     Attributes:
         addresses: as they may be shown.
@@ -81,7 +81,9 @@ class AutoscalerClient:
                 if answer.status != 200:
                     return None, f"answered {answer.status}"
                 pem = b""
-                while more := await answer.content.read(MAX_KEY_BYTES - len(pem)):  # each call gives what is there
+                while more := await answer.content.read(
+                    MAX_KEY_BYTES - len(pem)
+                ):  # each call returns the part that has arrived
                     pem += more
             try:
                 return PublicKey(pem), None
@@ -99,7 +101,7 @@ class AutoscalerClient:
     async def _ask(
         self, ask: Callable[[str], Awaitable[tuple[T | None, str | None]]], path: str
     ) -> tuple[list[T | None], str | None]:
-        """What the addresses say, up to the first that has no trouble; and the last trouble, or None.
+        """The answers of the addresses, up to the first without trouble; and the last trouble, or None.
 
         While one is silent the next is asked as well: a silent one costs SILENT_SECONDS, and a slow one is still heard.
         """

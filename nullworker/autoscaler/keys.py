@@ -1,4 +1,4 @@
-"""The autoscaler's public key: fetched with retries until it is there, and again when a signature fails."""
+"""The autoscaler's public key: fetched with retries at the start, and again when a signature fails."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 log = get_log(__name__)
 
-#: Seconds from a fetch of the key to the next one that a failed signature may ask for.
+#: Seconds from a fetch of the key to the next one that a failed signature may cause.
 REFETCH_SECONDS: Final = 10.0
-#: Seconds that the caller whose signature has failed waits for it.
+#: Seconds that the caller with the failed signature waits for that fetch.
 REFETCH_WAIT_SECONDS: Final = 1.0
 
 
@@ -41,7 +41,7 @@ class KeyRing:
         self._fetching: asyncio.Task[bool] | None = None  # because of a failed signature
 
     async def load(self) -> None:
-        """Fetch the key, with retries until it is there."""
+        """Fetch the key, with retries until it is loaded."""
         backoff = Backoff()
         while not await self._fetch():
             self._readiness.key_is_missing(f"the autoscaler's key is not loaded: {self._autoscaler.trouble}")
@@ -53,7 +53,7 @@ class KeyRing:
         """Whether the autoscaler has signed a grant for the worker at `url`.
 
         Raises:
-            Unavailable: there is no key to tell by, or it may have been changed and cannot be had now.
+            Unavailable: the key is not loaded, or may have changed and cannot be fetched now.
         """
         key = self._key
         if key is None:
@@ -64,9 +64,9 @@ class KeyRing:
         return self._key is not key and self._key is not None and self._key.verify(url, signature)
 
     async def _refresh(self) -> None:
-        """Return once the key is no older than REFETCH_SECONDS.
+        """Fetch the key again, unless it is younger than REFETCH_SECONDS.
 
-        Only the one caller who starts the fetch waits for it, so that a crowd of forgers waits for nothing.
+        Only the caller that starts the fetch waits for it; for others it is unavailable at once.
 
         Raises:
             Unavailable: a fetch is under way, or has failed.
@@ -81,14 +81,14 @@ class KeyRing:
             with contextlib.suppress(asyncio.TimeoutError):
                 if await aio.wait_for(asyncio.shield(self._fetching), REFETCH_WAIT_SECONDS):
                     return
-        raise Unavailable("the autoscaler's key may have been changed, and cannot be had now", reason="not_ready")
+        raise Unavailable("the autoscaler's key may have changed, and cannot be fetched now", reason="not_ready")
 
     async def _fetch(self) -> bool:
         self._asked_at = asked_at = stopwatch()
         key = await self._autoscaler.fetch_key()
         self._count("pubkey", "failed" if key is None else "ok")
         if key is None:
-            log.warning("key_not_loaded", why=self._autoscaler.trouble, message="it is tried again until it can be had")
+            log.warning("key_not_loaded", why=self._autoscaler.trouble, message="trying again until it is loaded")
             return False
         self._key, self._fetched_at = key, asked_at
         return True

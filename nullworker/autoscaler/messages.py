@@ -20,7 +20,7 @@ PROTOCOL_VERSION: Final = "1.1.0"
 STATUS_PATH: Final = "/worker_status/"
 OUTCOMES_PATH: Final = "/delete_requests/"
 KEY_PATH: Final = "/pubkey/"
-#: Decimals of a load. Sums of floats that are set back by other sums leave what no scale would show.
+#: Decimals of a load; sums of floats have rounding errors.
 LOAD_DIGITS: Final = 6
 
 #: The SDK reports a cancelled request as a success (server/lib/metrics.py, _request_canceled).
@@ -28,7 +28,7 @@ _SUCCESS: Final[dict[Outcome, bool]] = {"Success": True, "Cancelled": True, "Rej
 
 
 def outcome_of(reservation: Reservation) -> Outcome | None:
-    """The outcome that is reported for an ended reservation; None for a duplicate, whose number is another one's."""
+    """The outcome that is reported for an ended reservation; None for a duplicate, which has another one's number."""
     return ending(reservation.state, reservation.reason, was_held=reservation.held_at is not None).outcome
 
 
@@ -102,7 +102,7 @@ class HeldTime:
         return self._before + (0.0 if self._since is None else now - self._since)
 
     def undelivered(self, total: float) -> float:
-        """What of a total has not been reported yet."""
+        """The part of a total that has not been reported yet."""
         return total - self._delivered
 
     def delivered(self, total: float) -> None:

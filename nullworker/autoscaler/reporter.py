@@ -73,7 +73,7 @@ class Reporter:
         self._count = count
         self._load = Load()
         held = service.book.held
-        # of the time before this start it is not known which seconds have been reported
+        # which seconds before this start have been reported is not known
         self._held_time = HeldTime(None if held is None else service.now()) if report_held else None
         self._received = 0
         self._started_at = service.now()
@@ -133,7 +133,7 @@ class Reporter:
         try:
             await aio.wait_for(self._flush(), seconds)
         except asyncio.TimeoutError:
-            log.warning("last_reports_unsent", owed=self.backlog, message="they are in the log, for the next start")
+            log.warning("last_reports_unsent", owed=self.backlog, message="they stay in the log for the next start")
 
     # -- worker_status -------------------------------------------------------------------------------------------
 
@@ -215,7 +215,7 @@ class Reporter:
         try:
             batch = queries.finished(self._log.conn, after=self._cursor, limit=size)
         except sqlite3.Error as error:
-            log.error("outcomes_not_read", error=str(error), message="the event log cannot be read; it is tried again")
+            log.error("outcomes_not_read", error=str(error), message="the event log cannot be read; trying again")
             return "failed", True
         if not batch:
             return "ok", False
@@ -236,7 +236,7 @@ class Reporter:
         self._cursor = last
         self.backlog = max(self.backlog - len(batch), 0)
         self._move(OUTCOMES, last)
-        return delivery, len(batch) == size  # fewer: that was all, and what has ended since may wait for company
+        return delivery, len(batch) == size  # a full batch: there may be more
 
     def _set_aside(self, seq: int) -> bool:
         """Store an outcome that is refused for good, for people; False: it was not stored and is sent again."""
@@ -248,7 +248,7 @@ class Reporter:
             "outcome_refused",
             seq=seq,
             why=self._autoscaler.trouble,
-            message="the autoscaler refuses this outcome for good; it is kept in the table `settled`, the rest goes on",
+            message="the autoscaler refuses this outcome for good; it is kept in the table `settled` and skipped",
         )
         return True
 
@@ -280,7 +280,7 @@ def _best_effort() -> Iterator[None]:
     try:
         yield
     except (LogUnavailable, sqlite3.Error) as error:
-        log.warning("cursor_not_moved", error=str(error), message="what was delivered is sent again after a restart")
+        log.warning("cursor_not_moved", error=str(error), message="delivered messages are sent again after a restart")
 
 
 def _disk_gb() -> float:

@@ -30,7 +30,7 @@ class PublicKey:
         except UnsupportedAlgorithm as error:
             raise ValueError("the autoscaler's key is of an unknown kind") from error
         if not isinstance(key, RSAPublicKey):
-            raise ValueError("the autoscaler's key is no RSA key")
+            raise ValueError("the autoscaler's key is not an RSA key")
         self._key = key
         self._good: tuple[str, bytes] | None = None
         self.verify("", "A" * 342 + "==")  # the first call takes 1 ms longer; do it before a request waits for it

@@ -244,9 +244,7 @@ async def _run(plan: Plan, queue: Queue, vast: Vast, ledger: Ledger, clock: Syst
             await run_until_signalled(dispatcher.run())
         except Interrupted as interrupted:
             held = len(dispatcher.book.in_state("held"))
-            log.info(
-                "dispatcher_stopped", signal=interrupted.signal.name, held=held, message="sessions go on as they are"
-            )
+            log.info("dispatcher_stopped", signal=interrupted.signal.name, held=held, message="sessions stay held")
         finally:
             await site.stop()
             listener.close()

@@ -84,7 +84,7 @@ def prune(keep: float, *, dry_run: bool, as_json: bool, path: str | None) -> Non
 
 
 def _open(file: Path) -> EventLog:
-    open_for_reading(file).close()  # what is no log gets no lock beside it
+    open_for_reading(file).close()  # first: no lock file is created beside a file that is not a log
     try:
         return open_log(file, fix=False)
     except CannotStart as error:
@@ -92,7 +92,7 @@ def _open(file: Path) -> EventLog:
             raise
         raise CannotStart(  # a worker has it
             f"{str(error).partition(';')[0]}; with NULL_LOG_KEEP it prunes its log by itself, daily; to prune now, "
-            "stop it first; --dry-run says what would go, also while it runs"
+            "stop it first; --dry-run says what would be removed, also while it runs"
         ) from None
 
 

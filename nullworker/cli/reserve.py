@@ -115,7 +115,7 @@ def reserve(
     key = api_key or (STAND_IN_KEY if url or autoscaler else "")
     if not key:
         raise click.UsageError("no API key: set VAST_API_KEY, or give --api-key")
-    came: list[int] = []
+    received: list[int] = []
     arguments = {
         "endpoint": endpoint,
         "duration": duration,
@@ -139,7 +139,7 @@ def reserve(
             say=say,
             saved=None if file is None else file.saved,
             save=None if file is None else file.save,
-            leave=lambda: file is not None and signal.SIGINT not in came,
+            leave=lambda: file is not None and signal.SIGINT not in received,
             **common,
         )
 
@@ -147,7 +147,7 @@ def reserve(
         with contextlib.ExitStack() as stack:
             file = None if state is None else stack.enter_context(StateFile(state, arguments))
             try:
-                answer = asyncio.run(interruptible(lambda: start(file), came))
+                answer = asyncio.run(interruptible(lambda: start(file), received))
             except SignalError as error:
                 if file is not None and (error.signal == signal.SIGINT or file.saved is None):
                     file.remove()
@@ -163,7 +163,7 @@ def reserve(
                     if file.saved is None or isinstance(error, (HoldCancelled, SessionLost, Refused)):
                         file.remove()
                     else:
-                        message += f"; {state} is kept: run this again to go on"
+                        message += f"; {state} is kept: run the command again to continue"
                 click.echo(f"nullworker reserve: {message}", err=True)
                 ctx.exit(code)
             show(answer, as_json)
@@ -190,15 +190,15 @@ def exit_code(answer: Answer, duration: float | None, say: Say) -> int:
 
 
 class SignalError(Exception):
-    """SIGINT or SIGTERM came; the message says what that did."""
+    """SIGINT or SIGTERM was received; the message says what that did."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.signal = number
 
 
-async def interruptible(start: Callable[[], Awaitable[Answer]], came: list[int]) -> Answer:
-    """What `start` gives. SIGINT and SIGTERM cancel it, and are added to `came`.
+async def interruptible(start: Callable[[], Awaitable[Answer]], received: list[int]) -> Answer:
+    """The result of `start`. SIGINT and SIGTERM cancel it, and are added to `received`.
 
     Raises:
         SignalError: with the cancellation's message.
@@ -207,16 +207,16 @@ async def interruptible(start: Callable[[], Awaitable[Answer]], came: list[int])
     assert task is not None
 
     def stop(number: int) -> None:
-        came.append(number)
+        received.append(number)
         task.cancel()
 
     on_signals(stop, (signal.SIGINT, signal.SIGTERM))
     try:
         return await start()
     except asyncio.CancelledError as error:
-        if not came:
+        if not received:
             raise
-        raise SignalError(str(error) or "interrupted", came[0]) from None
+        raise SignalError(str(error) or "interrupted", received[0]) from None
 
 
 def show(answer: Answer, as_json: bool) -> None:

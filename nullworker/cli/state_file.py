@@ -22,11 +22,11 @@ class StateFile:
     """The file, open and locked.
 
     Attributes:
-        saved: what it holds; None while no worker has been asked.
+        saved: its content; None while no worker has been asked.
 
     Raises:
         BlockingIOError: another process has locked it.
-        click.UsageError: it was made with other arguments, cannot be opened, or is no such file.
+        click.UsageError: it was made with other arguments, cannot be opened, or is not a state file.
     """
 
     def __init__(self, path: Path, arguments: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ class StateFile:
             raise
 
     def save(self, saved: SavedHold) -> None:
-        """Write it down."""
+        """Write it to the file."""
         self.saved = saved
         line = json.dumps({"arguments": self._arguments, "saved": saved}).encode() + b"\n"
         os.pwrite(self._fd, line, 0)
@@ -49,7 +49,7 @@ class StateFile:
         os.fsync(self._fd)
 
     def remove(self) -> None:
-        """The end has been told."""
+        """Remove the file: the end of the session is known."""
         if not self._removed:
             self._removed = True
             self._path.unlink(missing_ok=True)
@@ -59,7 +59,7 @@ class StateFile:
 
     def __exit__(self, *_: object) -> None:
         if self.saved is None:
-            self.remove()  # nothing to go on with
+            self.remove()  # there is nothing to continue
         os.close(self._fd)
 
     def _open(self) -> int:
@@ -72,7 +72,7 @@ class StateFile:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 with contextlib.suppress(FileNotFoundError):
                     if os.stat(self._path).st_ino == os.fstat(fd).st_ino:
-                        return fd  # else the one who had it has removed it in between
+                        return fd  # else its last user has removed it meanwhile
             except BaseException:
                 os.close(fd)
                 raise
@@ -83,10 +83,10 @@ class StateFile:
         if not text:
             return
         try:
-            held = json.loads(text)
-            arguments, self.saved = held["arguments"], held["saved"]
+            content = json.loads(text)
+            arguments, self.saved = content["arguments"], content["saved"]
         except (ValueError, KeyError, TypeError):
-            raise click.UsageError(f"--state: {self._path} is no state of nullworker reserve") from None
+            raise click.UsageError(f"--state: {self._path} is not a state file of nullworker reserve") from None
         if arguments != self._arguments:
             other = [name for name in self._arguments if arguments.get(name) != self._arguments[name]]
             was = ", ".join(f"{name} was {json.dumps(arguments.get(name))}" for name in other)

@@ -23,9 +23,9 @@ def width() -> int:
 
 
 def job_name(metadata: Mapping[str, Any] | None) -> str:
-    """What a reservation is called: its caller's metadata, as `job=42 user=ada`; nothing where there is none.
+    """The name of a reservation: its caller's metadata, as `job=42 user=ada`; empty without metadata.
 
-    A caller may have sent what a terminal would obey: it is replaced.
+    Control characters, which a terminal would execute, are replaced.
     """
     name = " ".join(f"{name}={_plain(value)}" for name, value in (metadata or {}).items())
     return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in name)
@@ -53,9 +53,9 @@ def fit(text: str, columns: int) -> str:
 
 
 def folded(text: str, indent: int) -> list[str]:
-    """A text in lines that leave so many columns in front free; what has no spaces, as a path, is not broken.
+    """A text in lines for the width of the terminal less `indent` columns. Words, such as paths, are not broken.
 
-    What goes into a pipe is for a program, and stays one line.
+    Output into a pipe is for a program, and stays one line.
     """
     if not (sys.stdout.isatty() or os.environ.get("COLUMNS")):
         return [text]

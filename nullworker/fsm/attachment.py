@@ -28,7 +28,7 @@ from nullworker.errors import IllegalMove
 
 AttachmentState = Literal["awaited", "restarted", "attached", "broken"]
 Move = Literal["attach", "break"]
-#: Whose deadline the worker moves while the consumer is attached: nobody's, a session's, or a request's too.
+#: Which holds the worker extends while the consumer is attached: none, sessions, or requests too.
 Extends = Literal["", "1", "all"]
 
 MOVES: Final[dict[tuple[AttachmentState, Move], AttachmentState]] = {

@@ -22,10 +22,10 @@ from nullworker.fsm.attachment import Attachment, Extends
 from nullworker.fsm.events import Ended, Event, Extended, Held, Queued, ReservationKind, SessionTerms
 from nullworker.fsm.table import ENDED, EventKind, State, step
 
-#: Seconds left of a session that the worker has given time to for its consumer, unless the cap is less. It is given
-#: more when half of them are over: one commit in half a minute.
+#: Seconds from now to which the worker extends a hold with an attached consumer, or the cap if that is less. It extends
+#: when half of them have passed: one commit in half a minute.
 ATTACHED_SECONDS: Final = 60.0
-#: Seconds, at least, in which the consumer of before must attach again after a restart of the worker.
+#: Minimum of the seconds within which a consumer must attach again after a restart of the worker.
 RESTART_GRACE_SECONDS: Final = 30.0
 #: Seconds that a renewal moves a deadline by, at least, or a tenth of the lifetime if that is less.
 SMALLEST_RENEWAL_SECONDS: Final = 1.0
@@ -70,7 +70,7 @@ class Reservation(msgspec.Struct):
 
 
 class _End(NamedTuple):
-    """What time alone will bring to the held reservation."""
+    """What the passing of time alone will do to the held reservation."""
 
     at: float
     kind: EventKind
@@ -177,7 +177,7 @@ class Book:
         """
         held = self._held(reservation_id)
         if held.terms.session is None or held.ends_at is None:
-            raise IllegalMove(f"reservation {reservation_id} is no session")
+            raise IllegalMove(f"reservation {reservation_id} is not a session")
         lifetime = min(held.terms.session.lifetime, self.limits.max_reservation_seconds)
         ends_at = self._at_most(held, now + lifetime, now)
         if ends_at - held.ends_at < min(SMALLEST_RENEWAL_SECONDS, lifetime / 10):
@@ -211,7 +211,7 @@ class Book:
         return [] if more is None else [more]
 
     def give_time(self, now: float) -> list[Event]:
-        """More time for the held reservation whose consumer is attached, when little is left."""
+        """Extend the held reservation for its attached consumer, if little time is left."""
         if self.held is None or self.held.attachment.state != "attached":
             return []
         more = self._more_time(self.held, self.held.attachment.extends, now)
@@ -228,7 +228,7 @@ class Book:
     def due(self, now: float, *, log_is_down: bool = False) -> list[Event]:
         """The events of all deadlines that have passed, in their order: ends of holds and waits, and promotions.
 
-        While the log cannot be written, what a consumer is attached to does not expire, and nobody is held; when it
+        While the log cannot be written, a hold with an attached consumer does not expire, and no hold begins; when it
         can be again, the oldest who waits is.
         """
         events: list[Event] = []
@@ -294,10 +294,10 @@ class Book:
                 del self.queue[known.id]
         return known
 
-    # -- the consumer's connection, which no log can bring back ----------------------------------------------------
+    # -- the consumer's connection, which is not in the log ----------------------------------------------------------
 
     def attached(self, reservation_id: str, extends: Extends, now: float) -> None:
-        """The connection that `attach` has allowed is there."""
+        """The connection that `attach` has allowed is open."""
         attachment = self._held(reservation_id).attachment
         attachment.state, attachment.extends = attachment.check("attach"), extends
         if attachment.first_at is None:
@@ -335,7 +335,7 @@ class Book:
         return min(ends_at, now + self.limits.max_reservation_seconds, held.held_at + self._max_hold)
 
     def _low_at(self, held: Reservation, extends: Extends) -> float | None:
-        """From when on it should be given more time for its consumer; None: never."""
+        """When the reservation should be extended for its consumer; None: never."""
         assert held.ends_at is not None
         assert held.held_at is not None
         if extends == "" or (extends == "1" and held.terms.session is None):
@@ -355,7 +355,7 @@ class Book:
         return Event(now, held.id, "extended", "attached", Extended(ends_at))
 
     def _next_end(self, log_is_down: bool) -> _End | None:
-        """How and when the held reservation ends if nobody does anything."""
+        """How and when the held reservation ends without a command."""
         held = self.held
         if held is None or held.ends_at is None or held.held_at is None:
             return None

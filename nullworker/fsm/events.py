@@ -29,7 +29,7 @@ class SessionTerms(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Queued(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Data of `queued`: a claim was made. It has all that is needed to go on after a restart."""
+    """Data of `queued`: a claim was made. It has all that is needed to continue after a restart."""
 
     kind: ReservationKind
     duration_cap: float  # seconds for which it may be held
@@ -42,7 +42,7 @@ class Queued(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Held(msgspec.Struct, frozen=True):
-    """Data of `held`: it got the slot."""
+    """Data of `held`: the hold began."""
 
     ends_at: float  # epoch seconds
 
@@ -99,7 +99,7 @@ def from_row(row: Row) -> Event:
     """Decode a row.
 
     Raises:
-        LogDamaged: it is no valid event.
+        LogDamaged: it is not a valid event.
     """
     at, reservation_id, kind, reason, data = row
     try:

@@ -22,7 +22,8 @@ from nullworker.logs import get_log
 
 log = get_log(__name__)
 
-#: Up to this size, a part of a wrong envelope is searched for what is wrong: 0.4 us a byte, for an unverified caller.
+#: Maximum size of a part of a wrong envelope that is searched for the error; it costs 0.4 us per byte, for an
+#: unverified caller.
 EXPLAINED_BYTES: Final = 16 * 1024
 #: The most that a grant may cost, and so how much load one request may be to the autoscaler.
 MAX_COST: Final = 1_000_000
@@ -63,7 +64,7 @@ class _Bare(msgspec.Struct):
 class Grant(msgspec.Struct):
     """A request that may be acted upon. `auth` is None for a bare payload on an unsecured worker.
 
-    `verified`: the signature was checked, so that the same auth_data again is the same caller again.
+    `verified`: the signature was checked, so the same auth_data identifies the same caller.
     """
 
     auth: Auth | None
@@ -93,7 +94,7 @@ class Grant(msgspec.Struct):
 
     @property
     def auth_json(self) -> Any:
-        """The auth_data as it came.
+        """The auth_data as received.
 
         Raises:
             Invalid: it cannot be read.
@@ -101,7 +102,7 @@ class Grant(msgspec.Struct):
         try:
             return json.loads(bytes(self.auth_data))
         except (ValueError, RecursionError):
-            raise Invalid("auth_data cannot be compared: it has a number too long, or nests too deep") from None
+            raise Invalid("auth_data cannot be compared: it has too long a number, or nests too deep") from None
 
     def read(self, shape: type[T]) -> T:
         """The payload, decoded as `shape`.
@@ -199,10 +200,12 @@ class Authenticator:
 
 
 def _explain(body: bytes) -> Invalid:
-    """What is wrong with an envelope. Its payload may be large, and only what kind of JSON it is matters here."""
+    """The error for a wrong envelope. Of a large payload, only the kind of JSON is checked."""
     if len(body) <= EXPLAINED_BYTES:
         return explain(body, _Checked)
-    too_large = Invalid(f"the envelope is wrong; where, is said of parts of up to {EXPLAINED_BYTES} bytes")
+    too_large = Invalid(
+        f"the envelope is wrong; parts larger than {EXPLAINED_BYTES} bytes are not searched for the error"
+    )
     try:
         fields = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, ValueError, RecursionError):

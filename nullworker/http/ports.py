@@ -120,7 +120,7 @@ class Ports:
 
     @property
     def own_ports(self) -> OwnPorts:
-        """Where no callback may go."""
+        """The ports of this worker, to which callbacks are refused."""
         settings = self.settings
         ports = {sock.getsockname()[1] for sock in self._sockets}
         ports |= {self._session_end_port(), settings.null_metrics_port or 0} - {0}
@@ -137,11 +137,16 @@ class Ports:
         except (CannotStart, OverflowError) as error:
             if self.settings.worker_http_port is not None:
                 raise
-            log.warning("session_end_port_taken", port=port, why=str(error), message="set WORKER_HTTP_PORT for it")
+            log.warning(
+                "session_end_port_taken",
+                port=port,
+                why=str(error),
+                message="the worker runs without it; set WORKER_HTTP_PORT to another port",
+            )
             return None
 
     def late_metrics(self, exporter: Exporter) -> Coroutine[Any, Any, None] | None:
-        """Serves /metrics once NULL_METRICS_HOST is there, if it was not at the start. None: nothing is left to do."""
+        """Serves /metrics once NULL_METRICS_HOST exists, if it did not at the start. None: nothing is to be done."""
         settings = self.settings
         if self._metrics is not None or settings.null_metrics_host is None:
             return None
@@ -152,8 +157,8 @@ class Ports:
             self._sockets.append(_listen_for_metrics(self.settings))
         except CannotStart as error:
             if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE:
-                raise  # that is no address which is still to come
-            log.warning("metrics_site_not_up", why=str(error), message="the worker goes on, and it is tried again")
+                raise  # the address exists, so it will not come later
+            log.warning("metrics_site_not_up", why=str(error), message="the worker runs without it and tries again")
             return None
         return self._sockets[-1]
 
@@ -167,7 +172,7 @@ def _listen_for_metrics(settings: Settings) -> socket.socket:
 
 
 def _is_numeric(host: str | None) -> bool:
-    """Whether it is an address, so that to listen on it waits for no name server."""
+    """Whether it is an address, for which no name server is asked."""
     try:
         ipaddress.ip_address(host or "")
     except ValueError:
@@ -176,14 +181,14 @@ def _is_numeric(host: str | None) -> bool:
 
 
 async def _serve_metrics_late(settings: Settings, app: web.Application) -> None:
-    """An address such as WireGuard's may come after the worker, and its name be known later still."""
+    """Retry until the address exists: WireGuard, for example, may start after the worker."""
     backoff = Backoff()
     while True:
         try:
             sock = await in_daemon_thread(_listen_for_metrics, settings)
             break
         except (CannotStart, ValueError) as error:
-            log.warning("metrics_site_not_up", why=str(error), message="the worker goes on, and it is tried again")
+            log.warning("metrics_site_not_up", why=str(error), message="the worker runs without it and tries again")
             await asyncio.sleep(backoff.failed())
     _, most = shares(raise_fd_limit(), settings.null_max_queued)
     server = Server(app, sock, max_connections=most, shutdown_seconds=0.1)

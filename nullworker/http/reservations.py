@@ -104,7 +104,7 @@ async def newest(
 
 
 def ended_error(row: ReservationJson) -> Gone:
-    """The answer to a claim, a ping or a wait for what has ended, for its owner."""
+    """The answer to the owner of an ended reservation, for a claim, a ping or a wait."""
     what = f"{row['kind']} {row['id']} has ended"
     return Gone(what, about=row["id"], reservation_id=row["id"], **final_status(row))
 

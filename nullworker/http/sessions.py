@@ -163,7 +163,7 @@ class SessionHandlers:
         """The session that is held, for who waits for its end.
 
         Raises:
-            Gone: it has ended, and its owner is told how; or it never was.
+            Gone: it has ended, or never existed. Its owner gets its final status.
         """
         session = self._find(session_id)
         if session is None:

@@ -105,7 +105,7 @@ async def stream_attachment(
 async def stream_events(request: web.Request, feed: EventFeed, after: int, watchers: Watchers) -> web.StreamResponse:
     """Stream all events after a seq, and new ones, until the reader hangs up or the worker stops.
 
-    A seq beyond the log is one of a log that was replaced: the reader is told so, and gets the new one from its start.
+    A seq beyond the end means that the log was replaced: the reader gets `log_replaced` and then the whole new log.
     """
     with watchers.wakeup() as wakeup, feed.reader(wakeup), _cut_off_by_errors(request):
         response = await _begin(request)

@@ -29,11 +29,11 @@ class QueueJson(TypedDict):
 
 
 class ConsumerJson(TypedDict):
-    """The consumer: its health, as BACKEND_HEALTH_URL tells it, and its connection to what is held."""
+    """The consumer: its health by BACKEND_HEALTH_URL, and its connection to the held reservation."""
 
-    healthy: bool | None  # None: nobody asks it
+    healthy: bool | None  # None: BACKEND_HEALTH_URL is unset
     url: str | None  # None: BACKEND_HEALTH_URL is not set
-    last: str | None  # the last result in words
+    last: str | None  # the result of the last poll
     why: str | None  # why no reservation is taken for it
     attached: bool  # whether it is attached to the held reservation
     attached_at: str | None  # when one first was, ISO 8601
@@ -51,7 +51,7 @@ class AutoscalerJson(TypedDict):
 class SinkJson(TypedDict):
     """The delivery of events to NULL_SINK."""
 
-    url: str  # without what is secret in it
+    url: str  # secrets are hidden
     backlog: int  # events that it has not accepted
     trouble: str | None  # why the last POST was not accepted
 
@@ -86,7 +86,7 @@ class CheckJson(TypedDict):
     """One check of GET /readyz."""
 
     ok: bool
-    why: str  # why it fails, or what is all right
+    why: str  # why it fails or succeeds
 
 
 class ReadyJson(TypedDict):

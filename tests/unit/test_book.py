@@ -86,7 +86,7 @@ def test_a_duration_of_0_is_held_and_expires_in_one_batch() -> None:
 def test_a_request_is_not_renewed_and_a_session_never_to_less() -> None:
     desk = Desk()
     desk.claim()
-    with pytest.raises(IllegalMove, match="is no session"):
+    with pytest.raises(IllegalMove, match="is not a session"):
         desk.book.renew("r1", NOW)
     desk = Desk()
     desk.does(desk.book.claim("s", Claim("session", 10.0, session=SessionTerms(10.0)), NOW))

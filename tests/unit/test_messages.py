@@ -231,7 +231,7 @@ def test_outcomes_have_the_fields_and_flags_of_the_official_worker() -> None:
 
 def test_a_key_of_another_kind_is_no_key() -> None:
     pem = ec.generate_private_key(ec.SECP256R1()).public_key()
-    with pytest.raises(ValueError, match="is no RSA key"):
+    with pytest.raises(ValueError, match="is not an RSA key"):
         PublicKey(pem.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
 
 
