@@ -64,7 +64,15 @@ class Soak:
         self.worker = Watched(folder, rng, vast.url, weather.health_url)
         pause = min(max(seconds / 20, 2.0), 30.0)
         self.load = Honest(self.worker, vast, self.ledger, random.Random(rng.random()))
-        self.guests = Guests(self.worker, vast, self.ledger, random.Random(rng.random()), pause, self.counts)
+        self.guests = Guests(
+            self.worker,
+            vast,
+            self.ledger,
+            random.Random(rng.random()),
+            pause,
+            self.counts,
+            lambda: weather.key_in_doubt,
+        )
         self.problems: list[str] = []
         self._rng, self._seconds = rng, seconds
         self._every = min(max(seconds / 100, 0.5), 5.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import sys
 from collections import Counter
@@ -16,7 +17,8 @@ import pytest
 from stress import soak, soak_figures
 from stress.crash_load import Ledger
 from stress.soak_figures import Life, Sample
-from stress.soak_guests import Guests
+from stress.soak_guests import NO_KEY, Guests
+from stress.soak_weather import KEY_SECONDS, Weather
 from stress.soak_worker import Ear, Watched
 
 pytestmark = pytest.mark.slow
@@ -146,7 +148,25 @@ async def test_a_report_in_an_outage_and_the_last_of_a_life_are_not_sure(watched
 
 
 async def test_a_reader_of_events_that_misses_one_says_so(watched: Watched) -> None:
-    guests: Any = Guests(watched, Ear(), Ledger(), random.Random(1), 1.0, Counter())
+    guests: Any = Guests(watched, Ear(), Ledger(), random.Random(1), 1.0, Counter(), lambda: False)
     for seq in (1, 2, 4):
         guests._next(seq)
     assert guests.problems == ["/events: after event 2 came 4"]
+
+
+async def test_a_forgery_may_be_in_doubt_while_the_key_cannot_be_fetched_and_a_little_after(watched: Watched) -> None:
+    vast = Ear()
+    weather: Any = Weather(vast, random.Random(1), 1.0, Counter())
+    guests: Any = Guests(watched, vast, Ledger(), random.Random(1), 1.0, Counter(), lambda: weather.key_in_doubt)
+    assert not weather.key_in_doubt
+    vast.fail("pubkey", "down")
+    weather._key_was_down = math.inf
+    assert weather.key_in_doubt
+    weather.clear()
+    assert weather.key_in_doubt
+    weather._key_was_down -= KEY_SECONDS
+    assert not weather.key_in_doubt
+    guests._judge("forged", NO_KEY, (401, NO_KEY))
+    assert not guests.lost
+    guests._judge("forged", NO_KEY, (401,))
+    assert len(guests.lost) == 1
