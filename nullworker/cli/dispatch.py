@@ -20,7 +20,9 @@ from nullworker.dispatch.dispatcher import Dispatcher, Plan, running
 from nullworker.dispatch.driver import Terms
 from nullworker.dispatch.ledger import Ledger, open_ledger
 from nullworker.dispatch.limits import Limits
-from nullworker.dispatch.queues import CommandQueue, Queue, open_queue
+from nullworker.dispatch.queues.local import CommandQueue
+from nullworker.dispatch.queues.opening import open_queue
+from nullworker.dispatch.queues.reading import Queue
 from nullworker.dispatch.vast import Vast
 from nullworker.errors import BadSettings, CannotStart
 from nullworker.settings import is_absolute_http_url

@@ -23,7 +23,7 @@ from nullworker.dispatch.decision import Policy
 from nullworker.dispatch.driver import Driver, Terms
 from nullworker.dispatch.ledger import Ledger
 from nullworker.dispatch.limits import Limits, Room
-from nullworker.dispatch.queues import Queue, QueueUnreadableError, look
+from nullworker.dispatch.queues.reading import Queue, QueueUnreadableError, look
 from nullworker.dispatch.trouble import Trouble
 from nullworker.dispatch.vast import Instance, Unreachable, Vast, address, trust
 from nullworker.errors import LogUnavailable

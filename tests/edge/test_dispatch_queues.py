@@ -18,9 +18,11 @@ import pytest
 from programs import free_port
 from queues import RabbitQueue, SqsQueue, server
 
-from nullworker.dispatch import queues
 from nullworker.dispatch.decision import Counts
-from nullworker.dispatch.queues import CommandQueue, QueueUnreadableError, look, open_queue
+from nullworker.dispatch.queues import local
+from nullworker.dispatch.queues.local import CommandQueue
+from nullworker.dispatch.queues.opening import open_queue
+from nullworker.dispatch.queues.reading import QueueUnreadableError, in_words, look
 from nullworker.errors import BadSettings
 
 
@@ -248,7 +250,7 @@ async def test_an_sqlite_query_that_gives_no_numbers_is_said(database: Path, que
 
 
 async def test_an_sqlite_query_without_an_end_is_given_up(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(queues, "READ_SECONDS", 0.3)
+    monkeypatch.setattr(local, "READ_SECONDS", 0.3)
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i %2B 1 FROM n) SELECT count(*) FROM n"
     with pytest.raises(QueueUnreadableError, match="interrupted"):
         await once(f"sqlite:///{database}?query={endless}")
@@ -343,4 +345,4 @@ def test_no_password_is_in_what_is_shown() -> None:
     ):
         queue = open_queue(url)
         assert "hunter2" not in queue.shown
-        assert "hunter2" not in json.dumps(queues._words(ValueError(f"cannot connect to {url}"), queue))
+        assert "hunter2" not in json.dumps(in_words(ValueError(f"cannot connect to {url}"), queue))

@@ -78,7 +78,8 @@ class World:
         self.sessions: dict[str, str] = {}  # by signature
         self.reads = self.renewals = 0
         self.lines: list[tuple[str, dict[str, Any]]] = []
-        self.shown, self.secrets = "memory", ()
+        self.shown = "memory"
+        self.secrets: tuple[str, ...] = ()
         self.endpoint = SimpleNamespace(_route=self._route, get_workers=self._get_workers, client=self)
 
     def count(self, event: str) -> int:
