@@ -106,20 +106,20 @@ async def run_until_signalled(
     Raises:
         Interrupted: a signal came, and `work` ended by cancellation.
     """
-    came: list[signal.Signals] = []
+    received: list[signal.Signals] = []
     task = asyncio.ensure_future(work)
 
     def stop(number: signal.Signals) -> None:
-        came.append(number)
+        received.append(number)
         task.cancel()
 
     on_signals(stop, signals)
     try:
         return await task
     except asyncio.CancelledError as error:
-        if not came:
+        if not received:
             raise
-        raise Interrupted(str(error) or "interrupted", came[0]) from None
+        raise Interrupted(str(error) or "interrupted", received[0]) from None
 
 
 async def in_daemon_thread(function: Callable[..., T], *arguments: Any) -> T:

@@ -62,16 +62,16 @@ class Callbacks:
 
     async def run(self) -> None:
         """Deliver callbacks until cancelled."""
-        seen = 0
+        last_seq = 0
         try:
             while True:
                 await self._wakeup.wait()
-                owed = self._owed(seen)
+                owed = self._owed(last_seq)
                 for callback in owed or ():
-                    seen = callback.seq
+                    last_seq = callback.seq
                     task = asyncio.ensure_future(self._deliver(callback))
-                    self._under_way[seen] = task
-                    task.add_done_callback(functools.partial(self._over, seen))
+                    self._under_way[last_seq] = task
+                    task.add_done_callback(functools.partial(self._over, last_seq))
                 if owed is None or self._service.unwritten:  # a callback is sent only after the end is in the log
                     await asyncio.sleep(FIRST_PAUSE_SECONDS)
                     self._wakeup.set()

@@ -107,7 +107,7 @@ class Sink:
         self._name = cursor_name(target.url, event_log.sink_key)
         self._cursor = event_log.cursor(self._name)
         self.backlog = self._count_backlog()
-        self._told: list[tuple[cloudevents.WorkerKind, float, dict[str, Any]]] = []
+        self._worker_events: list[tuple[cloudevents.WorkerKind, float, dict[str, Any]]] = []
         self._size = BATCH_EVENTS
         self._has_accepted = False
         self._hurried = False
@@ -127,14 +127,14 @@ class Sink:
 
     async def run(self) -> None:
         """Deliver for as long as the worker lives."""
-        starting = asyncio.ensure_future(self._tell_started())
+        starting = asyncio.ensure_future(self._add_started())
         backoff = Backoff(*RETRY_SECONDS)
         try:
             while True:
-                if not self._told and self._cursor >= self._log.last_seq:
+                if not self._worker_events and self._cursor >= self._log.last_seq:
                     self._empty.set()
                     if not await self._wake.wait(ALIVE_SECONDS):
-                        self._tell("alive")
+                        self._add_worker_event("alive")
                     continue
                 await self._pace()
                 if await self._deliver():
@@ -156,7 +156,7 @@ class Sink:
     async def finish(self, seconds: float) -> None:
         """Deliver the rest, and `stopped`, within `seconds`. To be called while `run` runs."""
         self.hurry()
-        self._tell("stopped")
+        self._add_worker_event("stopped")
         try:
             await aio.wait_for(self._empty.wait(), seconds)
         except asyncio.TimeoutError:
@@ -200,22 +200,22 @@ class Sink:
         return self._act(outcome, items)
 
     def _act(self, outcome: Outcome, items: list[_Item]) -> bool:
-        told = sum(item.seq is None for item in items)
+        worker_events = sum(item.seq is None for item in items)
         if outcome == "accepted":
             self.trouble = None
             self._has_accepted = True
             self._size = min(self._size * 2, BATCH_EVENTS)
-            del self._told[:told]
+            del self._worker_events[:worker_events]
             self._move(items)
             return True
         if outcome == "unknown":
-            del self._told[:told]  # at most once: it may have arrived
+            del self._worker_events[:worker_events]  # at most once: it may have arrived
         if outcome == "refused":
             if len(items) > 1:
                 self._size = len(items) // 2
                 return True
             if items[0].seq is None:
-                del self._told[0]
+                del self._worker_events[0]
                 return True
             if self._has_accepted:
                 return self._set_aside(items[0])
@@ -228,9 +228,11 @@ class Sink:
             "SELECT seq, at, reservation_id, kind, reason, data FROM events WHERE seq > ? ORDER BY seq LIMIT ?",
             (self._cursor, self._size),
         ).fetchall()
-        first = [note for note in self._told if note[0] == "started"]
+        first = [event for event in self._worker_events if event[0] == "started"]
         last = (
-            [] if rows and rows[-1][0] < self._log.last_seq else [note for note in self._told if note[0] != "started"]
+            []
+            if rows and rows[-1][0] < self._log.last_seq
+            else [event for event in self._worker_events if event[0] != "started"]
         )
         items = [self._worker_event(note) for note in first]
         size = sum(len(item.body) for item in items)
@@ -327,25 +329,25 @@ class Sink:
 
     def _count_backlog(self) -> int:
         query = "SELECT count(*) FROM events WHERE seq > ?"
-        found = int(self._log.conn.execute(query, (self._cursor,)).fetchone()[0])
-        pruned = self._log.last_seq - self._cursor - found
+        unsent = int(self._log.conn.execute(query, (self._cursor,)).fetchone()[0])
+        pruned = self._log.last_seq - self._cursor - unsent
         if self._cursor and pruned > 0:  # a new cursor begins at the first event in the log
             self._count("pruned", pruned)
             log.error("events_pruned_unsent", events=pruned, sink=self.shown, message="the sink will never get them")
-        return found
+        return unsent
 
     # -- events of the worker itself ---------------------------------------------------------------------------------
 
-    def _tell(self, kind: cloudevents.WorkerKind, data: dict[str, Any] | None = None) -> None:
-        self._told.append((kind, self._now(), data or {}))
+    def _add_worker_event(self, kind: cloudevents.WorkerKind, data: dict[str, Any] | None = None) -> None:
+        self._worker_events.append((kind, self._now(), data or {}))
         self._empty.clear()
         self._wake.set()
 
-    async def _tell_started(self) -> None:
+    async def _add_started(self) -> None:
         data: dict[str, Any] = {"version": __version__, "url": self._own_url, "instance": self._instance}
         if gpus := await gpu_names():
             data["gpus"] = gpus
-        self._tell("started", data)
+        self._add_worker_event("started", data)
 
 
 def cursor_name(url: str, key: str) -> str:

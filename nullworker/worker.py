@@ -94,7 +94,7 @@ def _build(settings: Settings, stack: contextlib.AsyncExitStack) -> Worker:
     return worker
 
 
-def identity(settings: Settings) -> Identity | None:
+def identity_of(settings: Settings) -> Identity | None:
     """The identity of this worker at the autoscaler; None when standalone."""
     if settings.container_id is None:
         return None
@@ -103,12 +103,12 @@ def identity(settings: Settings) -> Identity | None:
 
 async def _tell_failed_start(settings: Settings, why: str) -> None:
     """Report to the autoscaler that this worker cannot start."""
-    me = identity(settings)
-    if me is None:
+    worker_identity = identity_of(settings)
+    if worker_identity is None:
         return
     autoscaler = AutoscalerClient(settings.report_addr)
     with contextlib.suppress(asyncio.TimeoutError):
-        await aio.wait_for(autoscaler.post(STATUS_PATH, failed_start(me, why)), STOP_SECONDS)
+        await aio.wait_for(autoscaler.post(STATUS_PATH, failed_start(worker_identity, why)), STOP_SECONDS)
     await autoscaler.close()
 
 
@@ -148,12 +148,12 @@ class Worker:
         event_log.on_append.append(exporter.count_append)
         self._make_sink()
 
-        me = identity(settings)
-        self.autoscaler = None if me is None else AutoscalerClient(settings.report_addr)
+        worker_identity = identity_of(settings)
+        self.autoscaler = None if worker_identity is None else AutoscalerClient(settings.report_addr)
         self.keys: KeyRing | None = None
-        if me is not None and self.autoscaler is not None:
+        if worker_identity is not None and self.autoscaler is not None:
             self.reporter = Reporter(
-                me,
+                worker_identity,
                 service,
                 event_log,
                 self.autoscaler,

@@ -103,9 +103,9 @@ class AutoscalerClient:
     ) -> tuple[list[T | None], str | None]:
         """The answers of the addresses, up to the first without trouble; and the last trouble, or None.
 
-        While one is silent the next is asked as well: a silent one costs SILENT_SECONDS, and a slow one is still heard.
+        While one is silent, the next one is tried too: a silent one costs SILENT_SECONDS, and a slow one still counts.
         """
-        said: list[T | None] = []
+        answers: list[T | None] = []
         trouble: str | None = None
         calls: dict[asyncio.Future[tuple[T | None, str | None]], str] = {}
         to_ask = list(self._order)
@@ -118,13 +118,13 @@ class AutoscalerClient:
                 done, _ = await asyncio.wait(calls, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
                 for call in done:
                     address, (answer, why) = calls.pop(call), call.result()
-                    said.append(answer)
+                    answers.append(answer)
                     if why is None:
                         self._order.remove(address)
                         self._order.insert(0, address)
-                        return said, None
+                        return answers, None
                     trouble = f"{without_secrets(address)}{path} {why}"
-            return said, trouble
+            return answers, trouble
         finally:
             for call in calls:
                 call.cancel()

@@ -124,7 +124,7 @@ class Identity:
 
 
 def worker_status(
-    me: Identity,
+    identity: Identity,
     *,
     load: Load,
     served: float,
@@ -141,15 +141,15 @@ def worker_status(
     """
     working = list(live)
     return {
-        "id": me.worker_id,
-        "mtoken": me.mtoken,
+        "id": identity.worker_id,
+        "mtoken": identity.mtoken,
         "version": PROTOCOL_VERSION,
         "loadtime": load_seconds or 0.0,
-        "cur_load": round(sum(workload(r.terms.cost, me.perf) for r in working), LOAD_DIGITS),
+        "cur_load": round(sum(workload(r.terms.cost, identity.perf) for r in working), LOAD_DIGITS),
         "rej_load": round(load.rejected, LOAD_DIGITS),
         "new_load": round(max(load.received - load.cancelled, 0), LOAD_DIGITS),
         "error_msg": error_msg,
-        "max_perf": 0.0 if load_seconds is None else me.perf,
+        "max_perf": 0.0 if load_seconds is None else identity.perf,
         "cur_perf": round(served, LOAD_DIGITS),
         "cur_capacity": 0,
         "max_capacity": 0,
@@ -158,14 +158,14 @@ def worker_status(
         "additional_disk_usage": disk_added_gb,
         "disk_usage": disk_gb,
         "working_request_idxs": [r.terms.request_idx for r in working if r.terms.request_idx is not None],
-        "url": me.url,
+        "url": identity.url,
     }
 
 
-def failed_start(me: Identity, error_msg: str) -> dict[str, Any]:
+def failed_start(identity: Identity, error_msg: str) -> dict[str, Any]:
     """The body of a /worker_status/ that says why the worker cannot start."""
     return worker_status(
-        me,
+        identity,
         load=Load(),
         served=0.0,
         live=(),
@@ -177,11 +177,11 @@ def failed_start(me: Identity, error_msg: str) -> dict[str, Any]:
     )
 
 
-def delete_requests(me: Identity, finished: Iterable[Finished]) -> dict[str, Any]:
+def delete_requests(identity: Identity, finished: Iterable[Finished]) -> dict[str, Any]:
     """The body of POST /delete_requests/ (server/lib/metrics.py). 0 for a time that did not occur."""
     return {
-        "worker_id": me.worker_id,
-        "mtoken": me.mtoken,
+        "worker_id": identity.worker_id,
+        "mtoken": identity.mtoken,
         "requests": [
             {
                 "request_idx": end.request_idx,

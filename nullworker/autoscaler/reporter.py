@@ -58,7 +58,7 @@ class Reporter:
 
     def __init__(
         self,
-        me: Identity,
+        identity: Identity,
         service: Service,
         event_log: EventLog,
         autoscaler: AutoscalerClient,
@@ -66,7 +66,7 @@ class Reporter:
         *,
         report_held: bool = False,
     ) -> None:
-        self._me = me
+        self._identity = identity
         self._service = service
         self._log = event_log
         self._autoscaler = autoscaler
@@ -84,10 +84,10 @@ class Reporter:
         self._urgent = AutoResetEvent()
         self._ended = AutoResetEvent()
         since = event_log.cursor(STATUS)
-        self._load.received = queries.begun_load(event_log.conn, after=since, load=me.perf)
+        self._load.received = queries.begun_load(event_log.conn, after=since, load=identity.perf)
         for batch in self._finished_since(since):
             for end in batch:
-                self._load.ended(end.outcome, workload(end.cost, me.perf), at_once=end.refused_at_once)
+                self._load.ended(end.outcome, workload(end.cost, identity.perf), at_once=end.refused_at_once)
         self._cursor = event_log.cursor(OUTCOMES)
         self.backlog = queries.count_finished(event_log.conn, after=self._cursor)
         if self.backlog:
@@ -96,7 +96,7 @@ class Reporter:
     def observe(self, commit: Commit) -> None:
         """An event was committed."""
         reservation = commit.reservation
-        load = workload(reservation.terms.cost, self._me.perf)
+        load = workload(reservation.terms.cost, self._identity.perf)
         if commit.event.kind == "queued":
             self._load.begun(load)
             self._received += 1
@@ -162,9 +162,9 @@ class Reporter:
         held_seconds = 0.0 if self._held_time is None else self._held_time.total(self._service.now())
         served = sent.served
         if self._held_time is not None:
-            served = self._held_time.undelivered(held_seconds) * self._me.perf
+            served = self._held_time.undelivered(held_seconds) * self._identity.perf
         body = worker_status(
-            self._me,
+            self._identity,
             load=sent,
             served=served,
             live=self._service.book.live(),
@@ -223,7 +223,9 @@ class Reporter:
         outcomes = [end for end in batch if end.request_idx is not None and end.outcome is not None]
         delivery: Delivery = "ok"
         if outcomes:
-            delivery = await self._autoscaler.post(OUTCOMES_PATH, delete_requests(self._me, outcomes), seconds=seconds)
+            delivery = await self._autoscaler.post(
+                OUTCOMES_PATH, delete_requests(self._identity, outcomes), seconds=seconds
+            )
             self._count(OUTCOMES, delivery)
         if delivery == "failed":
             log.warning("report_not_delivered", call=OUTCOMES, why=self._autoscaler.trouble, owed=self.backlog)

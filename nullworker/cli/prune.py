@@ -65,16 +65,16 @@ def prune(keep: float, *, dry_run: bool, as_json: bool, path: str | None) -> Non
     with contextlib.closing(open_for_reading(file) if dry_run else _open(file)) as log:
         size = log.size()
         try:
-            gone = [reservation_id for ids in expendable(log.conn, before) for reservation_id in ids]
-            kept = ended_before(log.conn, before) - len(gone)
+            prunable = [reservation_id for ids in expendable(log.conn, before) for reservation_id in ids]
+            kept = ended_before(log.conn, before) - len(prunable)
             if not dry_run:
-                _remove(log, gone, quiet=as_json)
+                _remove(log, prunable, quiet=as_json)
         except sqlite3.Error as error:
             raise CannotStart(f"the event log {log.path} cannot be pruned: {error}") from error
     summary = {  # after the close, which folds the write-ahead log into the file
         "log": str(log.path),
         "before": iso(before),
-        "reservations": len(gone),
+        "reservations": len(prunable),
         "kept": kept,
         "dry_run": dry_run,
         "bytes_before": size,
@@ -96,11 +96,11 @@ def _open(file: Path) -> EventLog:
         ) from None
 
 
-def _remove(log: EventLog, gone: list[str], *, quiet: bool) -> None:
+def _remove(log: EventLog, prunable: list[str], *, quiet: bool) -> None:
     if quiet or not sys.stderr.isatty():
-        log.prune(gone)
+        log.prune(prunable)
     else:
-        with click.progressbar(gone, label="pruning", file=sys.stderr) as shown:
+        with click.progressbar(prunable, label="pruning", file=sys.stderr) as shown:
             log.prune(shown)
     log.give_back(0)
 

@@ -15,7 +15,7 @@ from nullworker.doctor.finding import Finding, failed, ok, warning
 
 #: Seconds for the autoscaler's answers.
 ANSWER_SECONDS: Final = 30.0
-#: States of a worker that is no machine at work.
+#: States of a worker whose machine does not run.
 INACTIVE: Final = frozenset(("ERROR", "STOPPED", "INACTIVE", "UNKNOWN"))
 #: Vast's values for parameters that are not set (vastai 1.9.1, `vastai update endpoint --help`).
 DEFAULTS: Final[Mapping[str, float]] = {
@@ -32,20 +32,22 @@ async def look_at_endpoint(name: str, *, cost: float, autoscaler: str | None, ap
     """All findings about the endpoint of that name."""
     patience = Patience(lambda line: None, ANSWER_SECONDS)
     try:
-        async with connect(name, api_key or STAND_IN_KEY, autoscaler, patience) as found:
-            config, number = vars(found.sdk.data.config), int(found.sdk.id)
+        async with connect(name, api_key or STAND_IN_KEY, autoscaler, patience) as vast:
+            config, number = vars(vast.sdk.data.config), int(vast.sdk.id)
             workers = [
-                EndpointWorker(each.id, each.status, each.perf, each.measured_perf, each.cur_perf, each.reqs_working)
-                for each in await patience.within(found.workers())
+                EndpointWorker(
+                    worker.id, worker.status, worker.perf, worker.measured_perf, worker.cur_perf, worker.reqs_working
+                )
+                for worker in await patience.within(vast.workers())
             ]
     except HoldError as error:
         fix = "see what there is with: vastai show endpoints; for the client: pip install 'nullworker[client]'"
-        return [failed("endpoint", str(error), why="its parameters cannot be looked at", fix=fix)]
+        return [failed("endpoint", str(error), why="its parameters cannot be checked", fix=fix)]
     return list(judge(config, number, workers, cost=cost))
 
 
 class EndpointWorker(NamedTuple):
-    """A worker as the engine has it (vastai 1.9.1, client/worker.py)."""
+    """A worker as the engine sees it (vastai 1.9.1, client/worker.py)."""
 
     id: int
     status: str
@@ -56,7 +58,7 @@ class EndpointWorker(NamedTuple):
 
     @property
     def figures(self) -> str:
-        """The figures that the engine has of it."""
+        """The figures of the engine for this worker."""
         return f"perf {self.perf:g}, measured_perf {self.measured_perf:g}, cur_perf {self.cur_perf:g}"
 
 
@@ -83,7 +85,7 @@ def judge(
         yield failed(
             "max_queue_time",
             f"max_queue_time is {values['max_queue_time']:g} s",
-            why="a worker that is held counts as 1 s of queue whatever its hold will take, so up to "
+            why="a held worker counts as 1 s of queue, however long its hold lasts, so up to "
             f"{values['max_queue_time']:g} requests are sent to wait behind it",
             fix=update("max_queue_time", 1),
         )
@@ -103,7 +105,7 @@ def judge(
         yield failed(
             "min_load",
             f"min_load is {values['min_load']:g}",
-            why=f"workers are whole: it is no multiple of {cost:g}, the load of one reservation",
+            why=f"workers are whole: it is not a multiple of {cost:g}, the load of one reservation",
             fix=f"{update('min_load', up)}  ({up / cost:.0f} always ready)",
         )
     else:
@@ -155,46 +157,46 @@ def _judge_rest(config: Mapping[str, Any], values: Mapping[str, float], number: 
 
 
 def _judge_workers(workers: Sequence[EndpointWorker], number: int, cost: float) -> Iterator[Finding]:
-    for each in workers:
-        worker, status, perf = each.id, each.status, each.perf
+    for worker in workers:
+        name, status, perf = f"worker {worker.id}", worker.status, worker.perf
         if status == "ERROR":
             yield failed(
                 "workers",
-                f"worker {worker} is errored",
-                why="it takes no requests until it is well again or replaced",
+                f"{name} is errored",
+                why="it takes no requests until it recovers or is replaced",
                 fix=f"vastai get endpt-logs {number}; on the instance: curl -s http://127.0.0.1:18999/readyz",
             )
-        elif each.reqs_working and perf < cost and each.measured_perf in (0, cost):
+        elif worker.reqs_working and perf < cost and worker.measured_perf in (0, cost):
             yield failed(
                 "perf",
-                f"worker {worker} is held and downgraded: {each.figures}",
-                why="while it is held it reports cur_perf 0, so the engine takes it for one that cannot deliver, and "
-                "starts others late, as Vast's own null worker saw in May 2026",
+                f"{name} is held and downgraded: {worker.figures}",
+                why="while it is held it reports cur_perf 0, so the engine takes it for one that does not perform, "
+                "and starts others late, as Vast's own null worker saw in May 2026",
                 fix="NULL_REPORT_PERF=held in the template's environment",
             )
         elif perf and perf != cost:
             yield failed(
                 "cost",
-                f"worker {worker} reports max_perf {perf:g}, and clients send cost={cost:g}",
-                why="one request must be worth one worker: else too many or too few are started",
+                f"{name} reports max_perf {perf:g}, and clients send cost={cost:g}",
+                why="one request must be the load of one worker; otherwise too many or too few are started",
                 fix=f"NULL_MAX_PERF={cost:g} in the template's environment, or cost={perf:g} in every request",
             )
         else:
-            held = f", {each.reqs_working} at work" if each.reqs_working else ""
-            yield ok("workers", f"worker {worker} is {status}{held}; {each.figures}")
+            held = f", {worker.reqs_working} at work" if worker.reqs_working else ""
+            yield ok("workers", f"{name} is {status}{held}; {worker.figures}")
 
 
 def _judge_growth(workers: Sequence[EndpointWorker], most: float, number: int, cost: float) -> Iterator[Finding]:
-    """Whether claims that wait may wait for ever: the engine reads a load of exactly 100 % as being on target."""
-    active = [each for each in workers if each.status not in INACTIVE and not _starts(each)]
-    if len(active) < 2 or any(_starts(each) for each in workers) or len(active) >= most:
+    """Whether claims may wait for ever: the engine may take a load of exactly 100 % for on target."""
+    active = [worker for worker in workers if worker.status not in INACTIVE and not _starts(worker)]
+    if len(active) < 2 or any(_starts(worker) for worker in workers) or len(active) >= most:
         return
-    if all(each.reqs_working for each in active):
+    if all(worker.reqs_working for worker in active):
         yield warning(
             "growth",
             f"all {len(active)} workers are held, max_workers is {most:g}, and nothing starts",
-            why="if a claim waits now, it waits for a release: the engine has been seen to take workers that are all "
-            "held, with a cost equal to max_perf, for being on target, from the second worker on",
+            why="a claim that waits now waits for a release: with all workers held and cost equal to max_perf, the "
+            "engine was seen to take that for on target, from the second worker on",
             fix=f"vastai update endpoint {number} --min_load {(len(active) + 1) * cost:g}; or send cost={2 * cost:g}",
         )
 

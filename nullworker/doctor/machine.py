@@ -240,6 +240,8 @@ def _parsed(lines: Any) -> list[Any]:
         parser = importlib.import_module("packaging.requirements")
     except ImportError:  # pip, which sqlite-utils brings, has its own
         parser = importlib.import_module("pip._vendor.packaging.requirements")
-    found = [parser.Requirement(line) for line in lines if line]
+    requirements = [parser.Requirement(line) for line in lines if line]
     here = {"extra": ""}
-    return [requirement for requirement in found if requirement.marker is None or requirement.marker.evaluate(here)]
+    return [
+        requirement for requirement in requirements if requirement.marker is None or requirement.marker.evaluate(here)
+    ]

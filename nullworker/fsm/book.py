@@ -268,31 +268,31 @@ class Book:
             if data.request_idx is not None:
                 self._by_request_idx.setdefault(data.request_idx, reservation.id)
             return reservation
-        known = self.get(event.reservation_id)
-        if known is None:
+        live = self.get(event.reservation_id)
+        if live is None:
             raise IllegalMove(f"{event.kind} for reservation {event.reservation_id}, which is not live")
-        state = step(known.state, event.kind, event.reason)
+        state = step(live.state, event.kind, event.reason)
         if event.kind == "held" and self.held is not None:
             raise IllegalMove(f"reservation {event.reservation_id} cannot be held while {self.held.id} is")
-        known.state = state
+        live.state = state
         if isinstance(data, Held):
-            del self.queue[known.id]
-            self.held, known.held_at, known.ends_at = known, event.at, data.ends_at
+            del self.queue[live.id]
+            self.held, live.held_at, live.ends_at = live, event.at, data.ends_at
         elif isinstance(data, Extended):
-            known.ends_at = data.ends_at
-            if event.reason == "attached" and known.attachment.first_at is None:
-                known.attachment.first_at = event.at
-                known.attachment.state = "restarted"  # `attached` follows in the process that has the connection
+            live.ends_at = data.ends_at
+            if event.reason == "attached" and live.attachment.first_at is None:
+                live.attachment.first_at = event.at
+                live.attachment.state = "restarted"  # `attached` follows in the process that has the connection
         else:
-            known.reason, known.ended_at, known.result = event.reason, event.at, data.result
+            live.reason, live.ended_at, live.result = event.reason, event.at, data.result
         if state in ENDED:
-            if (idx := known.terms.request_idx) is not None and self._by_request_idx.get(idx) == known.id:
+            if (idx := live.terms.request_idx) is not None and self._by_request_idx.get(idx) == live.id:
                 del self._by_request_idx[idx]
-            if known is self.held:
+            if live is self.held:
                 self.held = None
             else:
-                del self.queue[known.id]
-        return known
+                del self.queue[live.id]
+        return live
 
     # -- the consumer's connection, which is not in the log ----------------------------------------------------------
 

@@ -52,16 +52,16 @@ class EndedClaims:
         return None if reservation_id is None else find(self._service, self._log, reservation_id)
 
     def session(self, session_id: str, auth: Any) -> ReservationJson | None:
-        """The session of that id which has ended, for who shows its auth_data; None for everybody else.
+        """The ended session with that id, for a caller with its auth_data; None for any other caller.
 
         Raises:
             Invalid: the auth nests too deep to be compared.
         """
-        found = self._service.find(session_id)
+        reservation = self._service.find(session_id)
         kind, auth_sha256 = (
             queries.claimed_by(self._log.conn, session_id)
-            if found is None
-            else (found.terms.kind, found.terms.auth_sha256)
+            if reservation is None
+            else (reservation.terms.kind, reservation.terms.auth_sha256)
         )
         if kind != "session" or auth_sha256 is None or not owns(auth, auth_sha256):
             return None

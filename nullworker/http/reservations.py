@@ -69,9 +69,9 @@ def final_status(known: ReservationJson) -> FinalStatusJson:
 
 def find(service: Service, event_log: EventLog, reservation_id: str) -> ReservationJson | None:
     """A reservation by its id: live, ended but not yet written, or in the log. None: it is unknown."""
-    found = service.find(reservation_id)
-    if found is not None:
-        return reservation_json(found, service.now())
+    reservation = service.find(reservation_id)
+    if reservation is not None:
+        return reservation_json(reservation, service.now())
     return queries.reservation(event_log.conn, reservation_id)
 
 
@@ -105,8 +105,8 @@ async def newest(
 
 def ended_error(row: ReservationJson) -> Gone:
     """The answer to the owner of an ended reservation, for a claim, a ping or a wait."""
-    what = f"{row['kind']} {row['id']} has ended"
-    return Gone(what, about=row["id"], reservation_id=row["id"], **final_status(row))
+    message = f"{row['kind']} {row['id']} has ended"
+    return Gone(message, about=row["id"], reservation_id=row["id"], **final_status(row))
 
 
 def warn_if_capped(reservation: Reservation, duration: float | None) -> None:

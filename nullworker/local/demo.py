@@ -114,18 +114,18 @@ class Narrator:
 async def run(folder: Path) -> None:
     """Run the demo. SIGINT and SIGTERM end it in order; further signals are ignored."""
     task = asyncio.ensure_future(_demo(folder))
-    came: list[int] = []
+    received: list[int] = []
 
     def stop(number: int) -> None:
-        if not came:
+        if not received:
             task.cancel()
-        came.append(number)
+        received.append(number)
 
     on_signals(stop, (signal.SIGINT, signal.SIGTERM))
     try:
         await task
     except asyncio.CancelledError:
-        raise click.exceptions.Exit(128 + came[0]) from None
+        raise click.exceptions.Exit(128 + received[0]) from None
 
 
 async def _demo(folder: Path) -> None:
@@ -305,9 +305,9 @@ def _audit(folder: Path, numbers: list[int]) -> None:
 
 
 def _ask(conn: sqlite3.Connection, question: str, query: str) -> list[Any]:
-    found = conn.execute(query)
-    names = [column[0] for column in found.description]
-    rows = found.fetchall()
+    cursor = conn.execute(query)
+    names = [column[0] for column in cursor.description]
+    rows = cursor.fetchall()
     if not rows:
         raise DemoFailed(f"there is no answer to: {question}")
     click.echo(_heading(question))

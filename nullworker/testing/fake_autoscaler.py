@@ -224,8 +224,8 @@ class FakeAutoscaler(Recorder):
 
     async def _instances(self, request: web.Request) -> web.Response:
         self._check_account(request.headers.get("Authorization", "").removeprefix("Bearer "))
-        found = [payloads.instance(each) for each in self.fleet.workers.values() if each.status["url"]]
-        return web.json_response({"success": True, "instances": found, "next_token": None})
+        instances = [payloads.instance(worker) for worker in self.fleet.workers.values() if worker.status["url"]]
+        return web.json_response({"success": True, "instances": instances, "next_token": None})
 
     async def _faults(self, request: web.Request) -> web.Response:
         """GET lists the faults, POST sets one, DELETE removes all or that of ?call=."""
