@@ -18,6 +18,9 @@ OK, FULL, IOERR_FSYNC = 0, 13, 1034
 #: Bytes that a disk writes whole or not at all.
 SECTOR: Final = 512
 
+#: Those with a file that is open yet: when a broken test leaves a connection behind, SQLite calls them at its end.
+_OPEN: Final[list[FaultyDisk]] = []
+
 _Close = CFUNCTYPE(c_int, c_void_p)
 _Write = CFUNCTYPE(c_int, c_void_p, c_void_p, c_int, c_int64)
 _Truncate = CFUNCTYPE(c_int, c_void_p, c_int64)
@@ -106,6 +109,7 @@ class FaultyDisk:
         self._files: dict[str, _File] = {}
         self._deleted_files: dict[str, _File] = {}
         self._open_files: dict[int, str] = {}
+        self._nameless: set[str] = set()
         self._kept: list[Any] = []  # what C has a pointer to
         self._wrapped: dict[int, _Methods] = {}
         self._lib = _library()
@@ -125,15 +129,17 @@ class FaultyDisk:
         """New connections are on the real disk."""
         self._lib.sqlite3_vfs_register(ctypes.byref(self._real), 1)
         self._lib.sqlite3_vfs_unregister(ctypes.byref(self._vfs))
+        self._dead = True
+        if self._open_files:
+            _OPEN.append(self)
 
     def kill(self) -> None:
         """The process is gone: what it still does to its files, as when it closes them, does not happen."""
         self._dead = True
 
     def start(self) -> None:
-        """Another process: all files are closed, and writes are done again."""
+        """Another process: writes are done again."""
         self._dead = False
-        self._open_files.clear()
 
     def cut(self) -> None:
         """After `kill`: the files are what a power cut could have left."""
@@ -143,6 +149,8 @@ class FaultyDisk:
                 self._files[path] = deleted
         self._deleted_files.clear()
         for path, file in self._files.items():
+            if path in self._nameless:
+                continue
             content = file.left(self._random, survives)
             if content is None:
                 Path(path).unlink(missing_ok=True)
@@ -151,6 +159,18 @@ class FaultyDisk:
         for index in Path(self._folder).glob("*-shm"):
             index.unlink()
         self._files.clear()
+
+    def unlink(self, path: Path) -> None:
+        """Somebody removes a file, which may be open: it lives on without a name, until it is closed."""
+        path.unlink(missing_ok=True)
+        file = self._files.pop(str(path), None)
+        if file is not None:
+            nameless = f"{path}, removed {len(self._nameless)}"
+            self._nameless.add(nameless)
+            self._files[nameless] = file
+            self._open_files = {
+                handle: nameless if name == str(path) else name for handle, name in self._open_files.items()
+            }
 
     def forget(self) -> None:
         """The files were changed by somebody else: what is there is on the platter."""

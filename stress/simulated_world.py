@@ -1,25 +1,23 @@
-"""A simulated world for the worker in one thread: time, disk, network, autoscaler and session owners, from one seed.
+"""The simulated machine of a worker, in one thread and from one seed: time and disk.
 
-As in the simulations of FoundationDB and TigerBeetle, the code under test is real (service, log, reporter and callbacks
-on a real SQLite file) and everything it touches is simulated, except HTTP. Time jumps to the next timer, so an hour
-takes milliseconds, and the same seed gives the same history.
+As in the simulations of FoundationDB and TigerBeetle, the code under test is real (service, log, reporter, callbacks,
+clock; on a real SQLite file) and everything it touches is simulated, except HTTP. Time jumps to the next timer, so an
+hour takes milliseconds, and the same seed gives the same history.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import selectors
 import sqlite3
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from nullworker import clock
-from nullworker.autoscaler.connection import AutoscalerClient, Delivery
-from nullworker.autoscaler.messages import OUTCOMES_PATH, STATUS_PATH
-from nullworker.clock import Anchor, boot_id
+from nullworker.clock import Anchor
 from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.opening import open_log
 from stress.faulty_disk import FaultyDisk
@@ -59,63 +57,95 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         """Let time pass."""
         self._now += max(seconds, 0.0)
 
+    def end(self) -> None:
+        """Cancel what is left when a history has broken off."""
+        self.set_exception_handler(lambda *_: None)
+        if tasks := asyncio.all_tasks(self):
+            for task in tasks:
+                task.cancel()
+            self.run_until_complete(asyncio.wait(tasks))
+
 
 class SimulatedClock:
-    """The worker's clock over the loop's time; `step_wall` sets the wall clock, as nullworker.clock knows it."""
+    """A worker's clock over the loop's time, where nobody sets the wall clock and nothing restarts."""
 
     def __init__(self, loop: SimulatedLoop) -> None:
         self._loop = loop
-        self._wall = self._offset = BEGINNING
 
     def now(self) -> float:
-        return self._offset + self._loop.time()
-
-    def step_wall(self, seconds: float) -> None:
-        self._wall += seconds
+        return BEGINNING + self._loop.time()
 
     def moved(self) -> Anchor | None:
-        return None if self._wall == self._offset else Anchor(boot_id(), self._wall)
+        return None
 
     def follow(self, anchor: Anchor) -> None:
-        self._offset = anchor.offset
+        raise NotImplementedError
 
-    @property
-    def anchor(self) -> Anchor:
-        return Anchor(boot_id(), self._offset)
 
-    def restarted(self, stored: Anchor | None, *, not_before: float) -> None:
-        """A new process: it goes on with the stored anchor, or takes the wall clock, as SystemClock does."""
-        same_boot = stored is not None and stored.boot_id == boot_id()
-        self._offset = stored.offset if stored is not None and same_boot else self._wall
-        self._offset = max(self._offset, not_before - self._loop.time())
+class Machine:
+    """What nullworker.clock reads, over the loop's time: the module `time`, and the file with the boot id."""
+
+    def __init__(self, folder: Path, loop: SimulatedLoop) -> None:
+        self._loop = loop
+        self._wall = BEGINNING
+        self._booted_at = 0.0
+        self._boots = 0
+        self._boot_id = folder / "boot_id"
+        self._real = vars(clock)["time"], clock._BOOT_ID
+        self.boot()
+
+    def time(self) -> float:
+        return self._wall + self._loop.time()
+
+    def monotonic(self) -> float:
+        return self._loop.time() - self._booted_at
+
+    def step_wall(self, seconds: float) -> None:
+        """Somebody sets the wall clock."""
+        self._wall += seconds
+
+    def boot(self) -> None:
+        """The machine begins anew."""
+        self._boots += 1
+        self._boot_id.write_text(f"boot-{self._boots}")
+        self._booted_at = self._loop.time()
+
+    def install(self) -> None:
+        """This is the machine from now on, until `remove`."""
+        vars(clock)["time"], clock._BOOT_ID = self, self._boot_id
+
+    def remove(self) -> None:
+        """The real machine again."""
+        vars(clock)["time"], clock._BOOT_ID = self._real
 
 
 class Disk:
     """Where the log is: a disk that fails while `broken`, and that has only what was synced when the power is cut.
 
     With sync "full" each commit is synced. With "normal" a commit is safe only once SQLite has come by.
+
+    Attributes:
+        whole_since: since when nothing has been in the way of a write, in the loop's time; None: something is.
+        only_locked: all that is in the way is somebody's lock, for a moment.
     """
 
-    def __init__(self, folder: Path, random: Random, *, sync: str) -> None:
+    def __init__(self, folder: Path, random: Random, loop: SimulatedLoop, *, sync: str) -> None:
         self.sync_mode = sync
         self.path = folder / "log.db"
         self.log: EventLog
+        self.whole_since: float | None = 0.0
+        self.only_locked = False
+        self._loop = loop
         self._random = random
-        self._boots = 0
-        self._boot_id = folder / "boot_id"
         self._faulty = FaultyDisk(folder, random)
-        self._real_boot_id = clock._BOOT_ID
 
     def install(self) -> None:
-        """This is the machine from now on, until `remove`."""
+        """SQLite is on this disk from now on, until `remove`."""
         self._faulty.install()
-        clock._BOOT_ID = self._boot_id
-        self._boot()
 
     def remove(self) -> None:
-        """The real machine again."""
+        """The real disk again."""
         self._faulty.remove()
-        clock._BOOT_ID = self._real_boot_id
 
     def breaks(self, kind: str | None = None, rate: float | None = None) -> None:
         """From now on writes ("full") or syncs ("deaf") fail, some or all."""
@@ -123,13 +153,17 @@ class Disk:
         kind = kind or self._random.choice(("full", "deaf", "both"))
         self._faulty.full = rate if kind != "deaf" else 0.0
         self._faulty.deaf = rate if kind != "full" else 0.0
+        self.whole_since, self.only_locked = None, False
 
     def mends(self) -> None:
         """All is well again."""
         self._faulty.full = self._faulty.deaf = 0.0
+        if self.whole_since is None:
+            self.whole_since = self._loop.time()
 
     def open(self) -> EventLog:
         self.log = open_log(self.path, sync=self.sync_mode)
+        self.log.conn.execute("PRAGMA busy_timeout = 0")  # nobody could end his lock while this thread waits for it
         return self.log
 
     def crash(self, *, power_cut: bool) -> int:
@@ -139,11 +173,42 @@ class Disk:
         self.log.close()
         if power_cut:
             self._faulty.cut()
-            self._boot()
         self._faulty.start()
         self.mends()
         left = max((seq for (seq,) in self.ask("SELECT seq FROM events")), default=0)
         return max(before - left, 0)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Another program has the lock to write."""
+        conn = sqlite3.connect(self.path, isolation_level=None, timeout=0)
+        try:
+            conn.execute("BEGIN IMMEDIATE")
+            self.whole_since, self.only_locked = None, True
+            yield
+        finally:
+            conn.close()
+            self.only_locked = False
+            self.mends()
+
+    def shell(self, *, hold: str) -> None:
+        """Somebody tries to hold a second reservation, and to change the first, from a sqlite3 shell."""
+        conn = sqlite3.connect(self.path, isolation_level=None, timeout=0)
+        (seq,) = conn.execute("SELECT max(seq) FROM events").fetchone()
+        insert = "INSERT {} INTO events VALUES ({}, 0.0, ?, 'held', NULL, '{{}}')"
+        try:
+            conn.execute(f"PRAGMA recursive_triggers = {self._random.randrange(2)}")
+            for clause in ("", "OR REPLACE", "OR IGNORE", "OR FAIL", "OR ROLLBACK"):
+                for statement in (insert.format(clause, seq + 1), insert.format(clause, seq)):
+                    with contextlib.suppress(sqlite3.IntegrityError):
+                        conn.execute(statement, (hold,))
+                        raise AssertionError(f"a shell may say: {statement}")
+        finally:
+            conn.close()
+
+    def loses_its_wal(self) -> None:
+        """Somebody removes the -wal of a worker that runs."""
+        self._faulty.unlink(Path(f"{self.path}-wal"))
 
     def harm(self) -> bool:
         """What no kill does to a -wal: it is removed, cut, or a bit of it is flipped. Whether there was one."""
@@ -176,94 +241,3 @@ class Disk:
             return conn.execute(query).fetchall()
         finally:
             conn.close()
-
-    def _boot(self) -> None:
-        self._boots += 1
-        self._boot_id.write_text(f"boot-{self._boots}")
-
-
-class Autoscaler(AutoscalerClient):
-    """The autoscaler at two addresses, behind a network: down, slow, or taking a message without its answer arriving.
-
-    Attributes:
-        heard: request_idx of the outcomes that arrived, in order of first arrival, and how each ended.
-        served, rejected: sums of the figures in all reports that arrived.
-        modes: by address: up, down, hangs, refuses (whatever comes).
-        contradicted: request_idx that arrived with two different ends.
-        doubled: the part of those sums that the worker cannot know to have arrived, so may send again.
-    """
-
-    def __init__(self, random: Random, *, perf: float) -> None:
-        super().__init__(["http://a", "http://b"])
-        self.modes: dict[str, str] = {}
-        self.heard: dict[int, str] = {}
-        self.served = self.rejected = 0.0
-        self.doubled: Counter[str] = Counter()
-        self.contradicted: set[int] = set()
-        self.trouble_rate = 0.0
-        self.poison: set[int] = set()
-        self._perf = perf
-        self._random = random
-
-    async def post(self, path: str, body: dict[str, Any], *, seconds: float = 10.0) -> Delivery:
-        async def post(address: str) -> tuple[Delivery | None, str | None]:
-            return await asyncio.wait_for(self._arrive(address, path, body), seconds)
-
-        deliveries, self.trouble = await self._ask(post, path)
-        if self.trouble is None:
-            self._settle(path, body)
-            return "ok"
-        return "refused" if all(delivery == "refused" for delivery in deliveries) else "failed"
-
-    async def _arrive(self, address: str, path: str, body: dict[str, Any]) -> tuple[Delivery, str | None]:
-        mode = self.modes.get(address, "up")
-        if mode == "hangs":
-            await asyncio.sleep(1e6)
-        if mode == "refuses":
-            return "refused", "answered 400"
-        fate = self._random.random() / self.trouble_rate if self.trouble_rate else 2.0
-        if mode == "down" or fate < 0.4:  # down at once, or after the time-out
-            await asyncio.sleep(20.0 if fate < 0.1 else 0.01)
-            return "failed", "is down"
-        await asyncio.sleep(self._random.uniform(0.001, 3.0 if fate < 0.7 else 0.02))
-        if path == OUTCOMES_PATH and any(each["request_idx"] in self.poison for each in body["requests"]):
-            return "refused", "answered 400"
-        self._take(path, body)  # until the worker knows: a crash in between sends it again
-        if 0.7 <= fate < 1.0:
-            await asyncio.sleep(1e6)
-        return "ok", None
-
-    def _take(self, path: str, body: dict[str, Any]) -> None:
-        if path == STATUS_PATH:
-            served, rejected = body["cur_perf"] / self._perf, body["rej_load"] / self._perf
-            self.served += served
-            self.rejected += rejected
-            self.doubled.update(served=int(served), rejected=int(rejected))
-            return
-        for each in body["requests"]:
-            index, status = each["request_idx"], each["status"]
-            if self.heard.setdefault(index, status) != status:
-                self.contradicted.add(index)
-
-    def _settle(self, path: str, body: dict[str, Any]) -> None:
-        if path == STATUS_PATH:
-            self.doubled["served"] -= int(body["cur_perf"] / self._perf)
-            self.doubled["rejected"] -= int(body["rej_load"] / self._perf)
-
-
-class Owners:
-    """Those to whom the ends of sessions are posted. Attributes: `told`, session ids and how often."""
-
-    def __init__(self, random: Random) -> None:
-        self.told: Counter[str] = Counter()
-        self.trouble_rate = 0.0
-        self._random = random
-
-    async def __call__(self, route: str, body: dict[str, Any]) -> str | None:
-        await asyncio.sleep(self._random.uniform(0.001, 0.2))
-        if self._random.random() < self.trouble_rate:
-            if self._random.random() < 0.3:
-                self.told[body["session_id"]] += 1  # taken, but the answer is lost
-            return "down"
-        self.told[body["session_id"]] += 1
-        return None

@@ -55,22 +55,12 @@ class AutoscalerClient:
         "refused": every address says that this body is wrong (a 4xx for good).
         """
         data = msgspec.json.encode(body)
-        timeout = aiohttp.ClientTimeout(total=seconds)
-        headers = {"Content-Type": "application/json"}
 
         async def post(address: str) -> tuple[Delivery | None, str | None]:
-            async with self._http(address).post(
-                address + path, data=data, headers=headers, timeout=timeout, allow_redirects=False
-            ) as answer:
-                if 200 <= answer.status < 300:
-                    return "ok", None
-                for_good = 400 <= answer.status < 500 and answer.status not in _NOT_FOR_GOOD
-                return "refused" if for_good else "failed", f"answered {answer.status}"
+            return await self._post(address, path, data, seconds)
 
         deliveries, self.trouble = await self._ask(post, path)
-        if self.trouble is None:
-            return "ok"
-        return "refused" if all(delivery == "refused" for delivery in deliveries) else "failed"
+        return "ok" if self.trouble is None else _verdict(deliveries)
 
     async def fetch_key(self) -> PublicKey | None:
         """The key, from the first address that has one; None: no address has, and `trouble` says why."""
@@ -97,6 +87,18 @@ class AutoscalerClient:
         """Close its connections."""
         for session in self._sessions.values():
             await session.close()
+
+    async def _post(self, address: str, path: str, data: bytes, seconds: float) -> tuple[Delivery, str | None]:
+        """POST to one address; returns also why it was not delivered."""
+        timeout = aiohttp.ClientTimeout(total=seconds)
+        headers = {"Content-Type": "application/json"}
+        async with self._http(address).post(
+            address + path, data=data, headers=headers, timeout=timeout, allow_redirects=False
+        ) as answer:
+            if 200 <= answer.status < 300:
+                return "ok", None
+            for_good = 400 <= answer.status < 500 and answer.status not in _NOT_FOR_GOOD
+            return "refused" if for_good else "failed", f"answered {answer.status}"
 
     async def _ask(
         self, ask: Callable[[str], Awaitable[tuple[T | None, str | None]]], path: str
@@ -137,6 +139,11 @@ class AutoscalerClient:
         if proxied not in self._sessions:
             self._sessions[proxied] = http_session(trust_env=proxied)
         return self._sessions[proxied]
+
+
+def _verdict(deliveries: Sequence[str | None]) -> Delivery:
+    """What is undelivered is refused for good only when every address refuses it; None: one could not be reached."""
+    return "refused" if all(delivery == "refused" for delivery in deliveries) else "failed"
 
 
 async def _reach(
