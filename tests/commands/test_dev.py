@@ -17,7 +17,7 @@ import click
 import pytest
 from fleets import Dev, health, official, reserve
 from harness import PATIENCE, ROOT
-from programs import until
+from programs import nullworker, until
 
 from nullworker.cli.dev import dev as dev_command
 
@@ -221,17 +221,10 @@ async def test_a_failed_start_is_one_line(
 ) -> None:
     server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
     port = str(server.sockets[0].getsockname()[1])
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "nullworker", "dev"),
-        *(argument.replace("PORT", port) for argument in arguments),
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **env},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    _, err = await asyncio.wait_for(process.communicate(), PATIENCE)
+    err = await nullworker("dev", *(argument.replace("PORT", port) for argument in arguments), code=code, **env)
     server.close()
-    assert (process.returncode, len(err.splitlines())) == (code, 1), err
-    assert words.replace("PORT", port) in err.decode()
+    assert len(err.splitlines()) == 1, err
+    assert words.replace("PORT", port) in err
 
 
 # ---- what it shows ----

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from harness import PATIENCE, ROOT, secured
 from instances import the_only
@@ -107,12 +108,9 @@ def test_an_endpoint_that_is_going_to_be_deleted(field: dict[str, Any]) -> None:
 
 async def doctor(*arguments: str, code: int, **env: str) -> dict[str, Any]:
     """`nullworker doctor --json`; its answer."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "nullworker", "doctor", "--json", *arguments),
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **env},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    own = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error", **env}
+    command = (sys.executable, "-m", "nullworker", "doctor", "--json", *arguments)
+    process = await forks.start(command, cwd=Path.cwd(), env=own)
     out, err = await asyncio.wait_for(process.communicate(), PATIENCE)
     assert (process.returncode, err) == (code, b"")
     answer: dict[str, Any] = json.loads(out)

@@ -325,7 +325,7 @@ async def test_prometheus_has_data_for_every_rule_and_panel_and_hears_of_a_kill(
 async def test_scale_down_pages_nobody_and_a_death_while_holding_does(tmp_path: Path, vast: FakeAutoscaler) -> None:
     ports = [free_port(), free_port()]
     async with contextlib.AsyncExitStack() as stack:
-        collector = await stack.enter_async_context(CollectorProcess(tmp_path, "--silence", "4s"))
+        collector = await stack.enter_async_context(CollectorProcess(tmp_path, "--silence", "2s"))
         workers = []
         for number, port in enumerate(ports):
             folder = tmp_path / f"worker-{number}"
@@ -343,7 +343,8 @@ async def test_scale_down_pages_nobody_and_a_death_while_holding_does(tmp_path: 
         assert await idle.terminate() == 0
         assert await server.until(f'up{{job="nullworker", instance="{targets[0]}"}} == 0')
         assert await server.until('nullworker_collect_workers{state="stopped"} == 1')
-        await asyncio.sleep(6)  # longer than the silence, some scrapes and the pause of an alert
+        # looked at for longer than the silence, and the pause of an alert
+        assert await server.until(f'count_over_time((up{{instance="{targets[0]}"}} == 0)[1m:1s]) >= 4')
         assert await server.values('ALERTS{alertname=~"NullworkerDown|NullworkerSilentWhileHolding"}') == []
 
         stack.push_async_callback(hang_up, asyncio.ensure_future(post(holding.url + "/reserve", {"duration": 3000})))

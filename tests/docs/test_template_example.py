@@ -140,8 +140,11 @@ def program() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The virtual environment as install.sh makes it, with nullworker from here."""
-    venv = tmp_path_factory.mktemp("image") / "venv"
-    env = {**os.environ, "NULLWORKER": f"{ROOT}"}
+    folder = tmp_path_factory.mktemp("image")
+    venv = folder / "venv"
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder], cwd=ROOT, check=True)
+    (wheel,) = folder.glob("*.whl")
+    env = {**os.environ, "NULLWORKER": f"{wheel}"}
     done = subprocess.run([TEMPLATE / "install.sh", venv], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r"nullworker, version \d", done.stdout)

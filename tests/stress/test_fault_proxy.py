@@ -17,7 +17,7 @@ from harness import PATIENCE, WorkerProcess
 pytestmark = pytest.mark.slow
 
 #: Seconds of bad network. Set FAULT_SECONDS for a longer run.
-SECONDS = float(os.environ.get("FAULT_SECONDS", "8"))
+SECONDS = float(os.environ.get("FAULT_SECONDS", "5"))
 
 
 async def caller(proxy: FaultProxy, random: Random, heard: dict[str, str], over: asyncio.Event) -> None:

@@ -31,7 +31,7 @@ HOUR = 3600.0
 async def test_a_worker_under_everything_at_once_neither_grows_nor_loses_anything() -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-W", "error", "-m", "stress.soak", "--minutes", "0.35", "--seed", "1", "--json"),
+        *("-W", "error", "-m", "stress.soak", "--minutes", "0.25", "--seed", "1", "--json"),
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

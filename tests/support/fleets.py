@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 from aiohttp import web
 from harness import PATIENCE, ROOT
 from marks import MARK, marked
@@ -42,16 +43,10 @@ class Dev:
         self._env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "error"}
         self._env |= {MARK: self.mark, "NULL_DRAIN_SECONDS": "1", **env}
         self._arrived = asyncio.Condition()
-        self.process: asyncio.subprocess.Process
+        self.process: asyncio.subprocess.Process | forks.ForkedProcess
 
     async def __aenter__(self) -> Dev:
-        self.process = await asyncio.create_subprocess_exec(
-            *self._command,
-            cwd=self.folder,
-            env=self._env,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-        )
+        self.process = await forks.start(self._command, cwd=self.folder, env=self._env, merged=True)
         self._reader = asyncio.ensure_future(self._read())
         self.url = (await self.line("a stand-in for Vast Serverless")).rpartition(" ")[2]
         return self

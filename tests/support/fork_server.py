@@ -31,7 +31,8 @@ LIBRARIES: Final = {"redis": "redis.asyncio", "nats": "nats", "rabbitmq": "aio_p
 #: What is imported before the first program with that word in its command, beside the module of that command.
 BY_WORD: Final = {
     "dispatch": ("nullworker.dispatch.server", "vastai"),
-    "reserve": ("vastai",),
+    "--endpoint": ("vastai",),
+    str(Path(sys.executable).with_name("vastai")): ("vastai.cli.main",),
     "workers.null.client": ("nullworker.cli.reserve", "vastai"),
     **{str(ROOT / "examples" / name / "consumer.py"): (library,) for name, library in LIBRARIES.items()},
 }
@@ -113,7 +114,7 @@ def _run(request: Any, out: int, err: int) -> None:
         exec(words[1], vars(sys.modules["__main__"]))
     else:
         sys.argv = words
-        sys.path[0] = os.path.dirname(words[0])
+        sys.path[0] = os.path.dirname(os.path.abspath(words[0]))
         runpy.run_path(words[0], run_name="__main__")
 
 

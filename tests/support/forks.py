@@ -32,7 +32,7 @@ class ForkedProcess:
     """Has what the tests use of asyncio.subprocess.Process."""
 
     def __init__(
-        self, pid: int, told: asyncio.StreamReader, out: asyncio.StreamReader | None, err: asyncio.StreamReader
+        self, pid: int, told: asyncio.StreamReader, out: asyncio.StreamReader | None, err: asyncio.StreamReader | None
     ) -> None:
         self.pid, self.stdout, self.stderr = pid, out, err
         self.returncode: int | None = None
@@ -45,6 +45,7 @@ class ForkedProcess:
     async def communicate(self) -> tuple[bytes, bytes]:
         """All that it says until it ends, on stdout and on stderr."""
         assert self.stdout is not None
+        assert self.stderr is not None
         out, err, _ = await asyncio.gather(self.stdout.read(), self.stderr.read(), self.wait())
         return out, err
 
@@ -65,17 +66,24 @@ class ForkedProcess:
 
 
 async def start(
-    command: Sequence[str], *, cwd: Path, env: Mapping[str, str], out: IO[bytes] | None = None, new: bool = False
+    command: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    out: IO[bytes] | None = None,
+    merged: bool = False,
+    new: bool = False,
 ) -> asyncio.subprocess.Process | ForkedProcess:
-    """Start a program. Its stderr is a pipe; its stdout goes into the file `out`, or is a pipe too."""
+    """Start a program. Its stdout goes into the file `out`, or is a pipe; its stderr is one, if `merged` the same."""
     starts_as_we_do = env.get("PYTHONPATH", str(ROOT)) == str(ROOT) and not any(map(AT_START.match, env))
     if new or command[0] != sys.executable or not starts_as_we_do or os.environ.get("FORKS") == "no":
         pipe = asyncio.subprocess.PIPE
-        return await asyncio.create_subprocess_exec(*command, cwd=cwd, env=env, stdout=out or pipe, stderr=pipe)
+        errors = asyncio.subprocess.STDOUT if merged else pipe
+        return await asyncio.create_subprocess_exec(*command, cwd=cwd, env=env, stdout=out or pipe, stderr=errors)
     with contextlib.ExitStack() as ends:
         told, told_end = await _pipe(ends)
-        err, err_end = await _pipe(ends)
         reader, out_end = await _pipe(ends) if out is None else (None, out.fileno())
+        err, err_end = (reader, out_end) if merged else await _pipe(ends)
         ignored = [number for number in signal.valid_signals() if signal.getsignal(number) is signal.SIG_IGN]
         request = {"command": command, "cwd": str(cwd), "env": dict(env), "ignored": ignored}
         socket.send_fds(_requests(), [json.dumps(request).encode()], [out_end, err_end, told_end])
