@@ -184,6 +184,54 @@ def test_a_damaged_log_is_set_aside_and_another_begins(path: Path, logged: Calla
     assert not Path(f"{path}.suspect").exists()
 
 
+def spoiled(db: Path) -> None:
+    """What was asked for is no JSON any more."""
+    conn = sqlite3.connect(db)
+    conn.execute("PRAGMA ignore_check_constraints = ON")
+    conn.execute("DROP TRIGGER events_are_not_changed")
+    conn.execute("UPDATE events SET data = '{' WHERE kind = 'queued'")
+    conn.commit()
+    conn.close()
+
+
+@pytest.mark.parametrize(
+    ("damage", "ended"),
+    [
+        (emptied_of_its_tables, None),
+        (contradictory, None),
+        (spoiled, None),
+        (emptied_of_its_tables, 60.0),
+        (spoiled, 60.0),
+    ],
+)
+def test_what_a_worker_needs_to_go_on_is_read_at_the_start(
+    path: Path, damage: Callable[[Path], None], ended: float | None, logged: Callable[[], list[str]]
+) -> None:
+    leave_session(path, begun=0.0, ended=ended, route="http://10.0.0.1/")
+    damage(path)
+    with contextlib.closing(open_log(path)) as log:
+        assert log.last_seq == 0
+    assert logged() == ["event_log_damaged"]
+
+
+def test_a_log_that_is_under_suspicion_is_read_as_a_whole(path: Path, logged: Callable[[], list[str]]) -> None:
+    with contextlib.closing(open_log(path)) as log:
+        queue(log, "a")
+        log.append([(2, Event(100.0, "a", "expired", "queue_full", Ended()))])
+        for reader in ("worker_status", "delete_requests"):
+            log.move_cursor(reader, 2)
+        ((page,),) = log.conn.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'events_by_reservation'")
+    with path.open("r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(random.Random(1).randbytes(4096))
+    with contextlib.closing(open_log(path)) as log:
+        assert log.last_seq == 2, "nothing is open, so nothing was read there"
+    Path(f"{path}.suspect").touch()
+    with contextlib.closing(open_log(path)) as log:
+        assert log.last_seq == 0
+    assert logged() == ["event_log_damaged"]
+
+
 def test_what_a_killed_worker_left_beside_a_damaged_log_is_set_aside_with_it(path: Path, tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     killed.mkdir()

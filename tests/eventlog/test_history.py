@@ -15,11 +15,12 @@ from test_golden import GOLDEN, rows
 
 from nullworker.autoscaler.messages import Identity
 from nullworker.autoscaler.reporter import Reporter
+from nullworker.clock import iso
 from nullworker.eventlog import queries
 from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.opening import open_log
 from nullworker.fsm.book import Claim, Limits
-from nullworker.fsm.events import from_row
+from nullworker.fsm.events import SessionTerms, from_row
 from nullworker.fsm.table import STATES
 from nullworker.http.reservations import newest
 from nullworker.readiness import Readiness
@@ -105,3 +106,61 @@ def test_a_search_of_the_history_does_not_block_the_event_loop(log: EventLog, mo
         turns += 1
     assert len(found) == 6
     assert turns == log.last_seq
+
+
+def test_the_page_before_an_id_or_a_time_or_since_one_begins_right_beside_it(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with contextlib.closing(open_log(tmp_path / "log.db")) as log:
+        service = Service(log, clock, Limits(max_queued=10), Readiness())
+        made = []
+        for _ in range(4):  # after the first they wait: one event each
+            made.append(service.claim(Claim()))
+            clock.advance(1.0)
+        first, second, third, last = (reservation.id for reservation in made)
+        assert ids(log.conn, before=third) == [second, first]
+        assert ids(log.conn, before=iso(made[2].queued_at)) == [second, first]
+        assert ids(log.conn, since=made[2].queued_at) == [last, third]
+        with pytest.raises(ValueError, match="nobody"):
+            ids(log.conn, before="nobody")
+
+
+def test_events_are_read_on_from_a_place_and_of_one_reservation(tmp_path: Path) -> None:
+    clock = FakeClock(1_800_000_000.0)
+    with contextlib.closing(open_log(tmp_path / "log.db")) as log:
+        service = Service(log, clock, Limits(), Readiness())
+        session = SessionTerms(60.0, "http://10.0.0.1/secret", {"secret": 1})
+        held = service.claim(Claim("session", 60.0, session=session, auth_sha256="secret"))
+        service.claim(Claim())
+        service.release(held.id, result="done")
+        everything = queries.events(log.conn)
+        assert [event["seq"] for event in everything] == [1, 2, 3, 4, 5, 6, 7][: len(everything)]
+        assert everything[0] == {
+            "seq": 1,
+            "at": "2027-01-15T08:00:00.000Z",
+            "reservation_id": held.id,
+            "kind": "queued",
+            "reason": None,
+            "data": everything[0]["data"],
+        }
+        assert everything[0]["data"]["session"] == {"lifetime": 60.0}
+        assert "secret" not in str(everything)
+        assert queries.events(log.conn, after=1, limit=2) == everything[1:3]
+        mine = [event for event in everything if event["reservation_id"] == held.id]
+        assert queries.events(log.conn, after=1, reservation_id=held.id) == mine[1:]
+        assert [event["reason"] for event in mine] == [None, None, "explicit"]
+        assert queries.claimed_by(log.conn, held.id) == ("session", "secret")
+        assert queries.claimed_by(log.conn, "nobody") == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("payload", "sent"), [({"job": "a"}, {"job": "a"}), ([1], {"payload": [1]}), (0, {"payload": 0}), (None, {})]
+)
+def test_a_callback_has_what_was_asked_for_and_how_it_ended(tmp_path: Path, payload: Any, sent: dict[str, Any]) -> None:
+    with contextlib.closing(open_log(tmp_path / "log.db")) as log:
+        service = Service(log, FakeClock(), Limits(), Readiness())
+        terms = SessionTerms(60.0, "http://10.0.0.1/", payload)
+        held = service.claim(Claim("session", 60.0, session=terms))
+        service.release(held.id, reason="session_end")
+        (owed,) = queries.callbacks(log.conn, after=0)
+        ended = {"session_id": held.id, "state": "released", "reason": "session_end"}
+        assert queries.callback_call(log.conn, owed.seq) == ("http://10.0.0.1/", {**sent, **ended})

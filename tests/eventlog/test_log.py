@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def test_each_append_is_told_with_its_events_and_its_seconds(log: EventLog) -> N
     assert all(0 < seconds < 10 for _, seconds in told)
 
 
-def test_a_failing_append_listener_does_not_undo_the_append(log: EventLog) -> None:
+def test_a_failing_append_listener_does_not_undo_the_append(log: EventLog, logged: Callable[[], list[str]]) -> None:
     heard: list[int] = []
 
     def fails(*_: object) -> None:
@@ -66,6 +67,40 @@ def test_a_failing_append_listener_does_not_undo_the_append(log: EventLog) -> No
     log.on_append += [fails, lambda events, _: heard.append(events)]
     queue(log, "a")
     assert (log.last_seq, heard) == (1, [1])
+    assert logged() == ["listener_failed"]
+
+
+def test_each_log_has_an_id_and_a_key_of_its_own_and_keeps_them(path: Path) -> None:
+    made: list[list[str]] = []
+    for name in (path, path.with_name("other.db"), path):
+        with contextlib.closing(open_log(name)) as log:
+            made.append([log.log_id, log.sink_key])
+    assert made[0] == made[2]
+    assert len({*made[0], *made[1]}) == 4
+    assert all(len(word) >= 16 for word in made[0])
+
+
+def test_a_log_remembers_its_instance_and_its_consumer_and_writes_only_what_is_new(path: Path) -> None:
+    with contextlib.closing(open_log(path)) as log:
+        assert (log.instance, log.consumer_was_healthy) == (os.uname().nodename, "")
+        log.set_instance("7")
+        log.set_consumer_was_healthy("boot 1")
+        written = log.conn.total_changes
+        log.set_instance("7")
+        log.set_consumer_was_healthy("boot 1")
+        assert log.conn.total_changes == written
+    with contextlib.closing(open_log(path)) as log:
+        assert (log.instance, log.consumer_was_healthy) == ("7", "boot 1")
+
+
+def test_the_folder_of_a_new_log_is_synced_so_that_a_power_cut_does_not_take_its_name(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(os.readlink(f"/proc/self/fd/{file}")))
+    for _ in range(2):
+        open_log(path).close()
+    assert synced == [str(path.parent)]
 
 
 def test_a_batch_that_is_refused_leaves_the_log_as_it_was(log: EventLog) -> None:
@@ -241,6 +276,21 @@ def test_a_write_that_can_not_even_be_undone_is_told_like_any_other(
     with pytest.raises(LogUnavailable, match=says):  # two events: one is a statement that commits by itself
         log.append([(seq, Event(100.0, name, "queued", None, TERMS)) for seq, name in enumerate("ab", 1)])
     assert log.last_seq == 0
+    log.conn = whole
+
+
+def test_a_write_that_meets_damage_marks_the_log_and_one_that_meets_a_full_disk_does_not(
+    log: EventLog, path: Path
+) -> None:
+    whole = log.conn
+    for error, marked in (
+        (sqlite3.OperationalError("database or disk is full"), False),
+        (sqlite3.DatabaseError("database disk image is malformed"), True),
+    ):
+        log.conn = Failing(whole, COMMIT=error)  # type: ignore[assignment]
+        with pytest.raises(LogUnavailable):
+            log.append([(seq, Event(100.0, name, "queued", None, TERMS)) for seq, name in enumerate("ab", 1)])
+        assert Path(f"{path}.suspect").exists() == marked
     log.conn = whole
 
 

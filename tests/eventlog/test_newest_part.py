@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -167,6 +168,23 @@ def test_a_wal_that_is_removed_under_a_log_is_noticed_and_nothing_is_lost(
         assert Path(f"{path}-wal").stat().st_size > 0
     with contextlib.closing(open_log(path)) as log:
         assert log.last_seq == 2
+
+
+def test_a_wal_that_is_removed_while_somebody_reads_is_saved_when_he_has_ended(path: Path) -> None:
+    with contextlib.closing(open_log(path)) as log:
+        queue(log, "a")
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            reader.execute("SELECT count(*) FROM events").fetchone()
+            queue(log, "b")
+            os.unlink(f"{path}-wal")
+            log.conn.execute("PRAGMA busy_timeout = 0")
+            with pytest.raises(LogUnavailable, match=r"was removed or replaced .*; a reader keeps") as refusal:
+                log.probe()
+            assert refusal.value.momentary, "it is waited out"
+        queue(log, "c")
+    with contextlib.closing(open_log(path)) as log:
+        assert [event.reservation_id for _, event in log.live()] == ["a", "b", "c"]
 
 
 @pytest.mark.process

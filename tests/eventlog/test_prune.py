@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import sqlite3
 
 import pytest
@@ -11,9 +13,10 @@ from hypothesis import strategies as st
 from pruning import DAY, add, names, told_all
 
 from nullworker.errors import LogUnavailable
+from nullworker.eventlog import retention
 from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.opening import open_log
-from nullworker.eventlog.retention import STEP, expendable
+from nullworker.eventlog.retention import STEP, ended_before, expendable, prune_gently
 
 
 def prune(log: EventLog, before: float) -> None:
@@ -31,6 +34,46 @@ def test_what_is_old_leaves_whole_and_what_is_not_stays_whole(log: EventLog) -> 
     with contextlib.closing(open_log(log.path)) as again:
         assert (again.last_seq, list(again.live())) == (last, [])
         assert add(again, "new", 11 * DAY) == last + 4
+
+
+async def test_a_running_worker_prunes_in_steps_and_others_have_their_turn(
+    log: EventLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "STEP", 8)
+    monkeypatch.setattr(retention, "PAUSE_SECONDS", 0)
+    for day in range(6):
+        add(log, f"day{day}", day * DAY)
+    told_all(log)
+    pruning = asyncio.ensure_future(prune_gently(log, 4 * DAY))
+    left: list[int] = []
+    while not pruning.done():
+        await asyncio.sleep(0)
+        left.append(len(names(log)))
+    assert (left[0], sorted(set(left))) == (4, [2, 4])
+    assert log.conn.execute("PRAGMA freelist_count").fetchone() == (0,)
+    assert [ended_before(log.conn, day * DAY) for day in (4, 5, 6)] == [0, 1, 2]
+
+
+async def test_a_pruning_that_fails_says_how_far_it_came_and_ends(
+    log: EventLog, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(retention, "STEP", 8)
+    monkeypatch.setattr(retention, "PAUSE_SECONDS", 0)
+    for day in range(6):
+        add(log, f"day{day}", day * DAY)
+    told_all(log)
+    give_back = log.give_back
+
+    def full(pages: int) -> None:
+        give_back(pages)
+        log.conn.execute("PRAGMA query_only = ON")
+
+    monkeypatch.setattr(log, "give_back", full)
+    with caplog.at_level(logging.WARNING):
+        await prune_gently(log, 4 * DAY)
+    (line,) = (record.__dict__ for record in caplog.records if record.getMessage() == "not_pruned")
+    assert "readonly" in str(line)
+    assert len(names(log)) == 4
 
 
 def test_what_is_open_stays_however_old(log: EventLog) -> None:
