@@ -70,7 +70,7 @@ async def held(worker: WorkerProcess) -> str:
 @pytest.fixture
 async def worker(tmp_path: Path) -> AsyncIterator[WorkerProcess]:
     async with WorkerProcess(
-        tmp_path, NULL_CONSUMER_GRACE_SECONDS="0.2", NULL_CONTROL_PORT=str(free_port())
+        tmp_path, NULL_CONSUMER_GRACE_SECONDS="0.2", NULL_MAX_QUEUE_SECONDS="2", NULL_CONTROL_PORT=str(free_port())
     ) as process:
         yield process
 
@@ -164,6 +164,11 @@ def program(worker: WorkerProcess, reservation: str, then: str = "pass", extend:
     return Program(worker.folder, sys.executable, "-c", PROGRAM, str(worker.control_port), reservation, extend, then)
 
 
+async def graces(worker: WorkerProcess) -> None:
+    """Let the grace of a consumer that is gone pass ten times: a claim waits for two seconds in vain."""
+    assert (await post(worker.url + "/reserve", {})).body["reason"] == "queue_timeout"
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
 async def test_a_process_that_dies_ends_its_hold(worker: WorkerProcess, number: signal.Signals) -> None:
     known_as = await session(worker, lifetime=3600)
@@ -179,7 +184,7 @@ async def test_a_stopped_process_is_not_dead(worker: WorkerProcess) -> None:
     async with program(worker, known_as) as consumer:
         await consumer.line("attached")
         consumer.process.send_signal(signal.SIGSTOP)
-        await asyncio.sleep(1)  # five graces
+        await graces(worker)
         assert (await worker.get("/reservation"))["id"] == known_as
         consumer.process.send_signal(signal.SIGCONT)
 
@@ -198,7 +203,7 @@ exit
     async with Program(worker.folder, "bash", "-c", script) as shell:
         await shell.line("HTTP/1.1 200")
         assert await asyncio.wait_for(shell.process.wait(), PATIENCE) == 0
-        await asyncio.sleep(0.6)  # three graces
+        await graces(worker)
         assert (await worker.get("/reservation"))["id"] == known_as
         (worker.folder / "gate").write_text("\n")
         assert (await worker.line("reservation_cancelled"))["reason"] == "consumer_lost"

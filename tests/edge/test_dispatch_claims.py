@@ -35,20 +35,21 @@ class Engine:
 
     def __init__(self, *urls: str) -> None:
         self.urls = list(urls)
-        self.asked = 0
+        self.asked = self.looked = 0  # how often for a worker, and for the list of the instances
         self.down = False
         self.instances: frozenset[int] = frozenset()
 
     async def route(self, cost: float, request_idx: int) -> Routed:
+        self.asked += 1
         if self.down:
             raise Unreachable("the engine is down")
-        self.asked += 1
         if not self.urls:
             return Routed(None, 7)
         url = self.urls.pop(0) if len(self.urls) > 1 else self.urls[0]
         return Routed(Grant(url, {"url": url, "signature": "c2VjcmV0", "reqnum": next(REQNUMS), "cost": cost}), 7)
 
     async def running(self) -> frozenset[int]:
+        self.looked += 1
         if self.down:
             raise Unreachable("the engine is down")
         return self.instances
@@ -197,7 +198,7 @@ async def test_an_engine_that_is_down_is_waited_out(worker: ContractWorker, star
     engine.down = True
     life = start(engine)
     claim = life.open()
-    await asyncio.sleep(0.2)
+    await life.until(lambda: engine.asked >= 2)
     assert life.state(claim) == "pending"
     engine.down = False
     await life.until(lambda: life.state(claim) == "held")
@@ -275,8 +276,8 @@ async def test_a_silent_worker_with_a_consumer_stays_held_until_it_answers_or_is
     life.book.priced(claim.id, 0.4, 17)
     worker.cut()
     await life.until(lambda: claim.id in life.driver.silent)
-    engine.instances = frozenset((17, 18))
-    await asyncio.sleep(0.5)
+    looked = engine.looked
+    await life.until(lambda: engine.looked >= looked + 2)
     assert life.state(claim) == "held"
     worker.silent = False
     await life.until(lambda: claim.id not in life.driver.silent)
@@ -309,14 +310,15 @@ async def test_no_worker_is_asked_while_the_ledger_cannot_be_written(
     monkeypatch.setattr(driving, "POLL_SECONDS", 0.1)
     life = start(Engine(worker.url))
     claim = life.book.claim(Counts(1, 0))
-    append = life.ledger.append
+    append, tries = life.ledger.append, []
 
     def full(*_: Any) -> None:
+        tries.append(claim)
         raise LogUnavailable("the disk is full")
 
     monkeypatch.setattr(life.ledger, "append", full)
     life.driver.start(claim)
-    await asyncio.sleep(0.5)
+    await life.until(lambda: len(tries) >= 3)
     assert (life.state(claim), worker.bodies) == ("pending", [])
     monkeypatch.setattr(life.ledger, "append", append)
     await life.until(lambda: life.state(claim) == "held")

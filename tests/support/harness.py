@@ -32,6 +32,8 @@ def changed(**constants: float) -> tuple[str, ...]:
     return ("-c", f"{script}main()", "serve")
 
 
+#: `nullworker serve`, for which no ping comes too early to move a deadline.
+EACH_PING_RENEWS = changed(nullworker__fsm__book__SMALLEST_RENEWAL_SECONDS=0)
 #: Seconds after which a test stops waiting for something that should take far less.
 PATIENCE = 20.0
 #: Lines of a process that are shown when the one that was waited for does not come.

@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, cast
 
 import pytest
 
 from nullworker.consumer import Job, Lost, Reservation, drain, jobs
+from stress.simulated_world import SimulatedLoop
 
 #: For what must not end by itself.
 FOREVER = 1000.0
+
+
+def simulated(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    """Run a test on an event loop whose time passes at once when nobody has anything to do."""
+
+    def run_it() -> None:
+        with contextlib.closing(SimulatedLoop()) as loop:
+            loop.run_until_complete(test())
+
+    return run_it
 
 
 class Message(Job):
@@ -136,10 +148,12 @@ async def test_a_queue_that_stays_away_ends_the_reservation_in_words(monkeypatch
     assert result == {"done": 0, "failed": 0, "error": "the queue cannot be read: ConnectionError: reset"}
 
 
+@simulated
 async def test_an_empty_queue_is_asked_again_while_idle_lasts() -> None:
     assert await run(None, Message(), idle=1.5) == {"done": 1, "failed": 0}
 
 
+@simulated
 async def test_a_lease_is_renewed_while_the_work_goes_on() -> None:
     async def work(_: Any) -> None:
         await asyncio.sleep(0.5)
@@ -149,6 +163,7 @@ async def test_a_lease_is_renewed_while_the_work_goes_on() -> None:
     assert message.story.count("renew") >= 3
 
 
+@simulated
 async def test_a_renewal_that_fails_for_a_while_costs_nothing() -> None:
     message = Message(lease=3.0)
     message.broken["renew"] = ConnectionError("reset")
