@@ -65,7 +65,7 @@ class EndpointWorker(NamedTuple):
 def judge(
     config: Mapping[str, Any], number: int, workers: Sequence[EndpointWorker], *, cost: float
 ) -> Iterator[Finding]:
-    """The findings. `cost`: what clients send with a request."""
+    """The findings. `cost`: the load that clients send with a request."""
     values = {name: default if config.get(name) is None else config[name] for name, default in DEFAULTS.items()}
 
     def update(name: str, value: float) -> str:
@@ -75,8 +75,8 @@ def judge(
         yield failed(
             "target_util",
             f"target_util is {values['target_util']:g}",
-            why=f"one reservation of {cost:g} asks for {cost / values['target_util']:.0f} of load, and workers are "
-            "whole: that is a second one",
+            why=f"one reservation of {cost:g} requests capacity for {cost / values['target_util']:.0f}, and workers "
+            "are whole: that is a second one",
             fix=update("target_util", 1.0),
         )
     else:
@@ -95,7 +95,7 @@ def judge(
         yield failed(
             "target_queue_time",
             f"target_queue_time is {values['target_queue_time']:g} s",
-            why="workers that are all held count as 1 s of queue: above that, further ones are started late or never",
+            why="if all workers are held, they count as 1 s of queue: above that, others are started late or never",
             fix=update("target_queue_time", 0.5),
         )
     else:
@@ -121,7 +121,9 @@ def _judge_rest(config: Mapping[str, Any], values: Mapping[str, float], number: 
         yield warning(
             "inactivity_timeout",
             "inactivity_timeout is not set" if inactivity is None else f"inactivity_timeout is {inactivity:g}",
-            why="the endpoint is not told when it may go to zero" if inactivity is None else "it never goes to zero",
+            why="it is not defined when the endpoint scales to zero"
+            if inactivity is None
+            else "it never scales to zero",
             fix=update("inactivity_timeout", 10),
         )
     else:
@@ -135,8 +137,8 @@ def _judge_rest(config: Mapping[str, Any], values: Mapping[str, float], number: 
         yield warning(
             "cold_workers",
             f"{values['cold_workers']:g} stopped workers are kept",
-            why="they start faster than new ones, and their storage is billed for as long as they are kept",
-            fix=f"{update('cold_workers', 0)}  (if slow starts are worth less than that)",
+            why="they start faster than new ones, and their storage is billed while they are kept",
+            fix=f"{update('cold_workers', 0)}  (if slower starts are acceptable)",
         )
     if config.get("auto_delete_in_seconds") is not None or config.get("auto_delete_due_24h"):
         seconds = config.get("auto_delete_in_seconds")
@@ -144,7 +146,7 @@ def _judge_rest(config: Mapping[str, Any], values: Mapping[str, float], number: 
             "auto_delete",
             "Vast will delete this endpoint" + ("" if seconds is None else f" in {seconds:g} s"),
             why="auto_delete_in_seconds or auto_delete_due_24h is set; Vast documents neither",
-            fix="use it, and look again; ask Vast's support if it stays",
+            fix="use it, and check again; ask Vast's support if it stays",
         )
     state = config.get("endpoint_state")
     if state not in (None, "active"):

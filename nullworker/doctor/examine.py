@@ -26,7 +26,7 @@ def examine(host: Host, *, strict: bool = True) -> Iterator[Finding]:
         yield say(
             "settings",
             str(error),
-            why="nullworker serve exits with code 2, and Vast's supervisor starts it again and again",
+            why="nullworker serve exits with code 2, and Vast's supervisor restarts it repeatedly",
             fix="correct it in the template's environment"
             + ("; in a shell on an instance: set -a; . /etc/environment; set +a" if standalone else ""),
         )
@@ -40,7 +40,7 @@ def examine(host: Host, *, strict: bool = True) -> Iterator[Finding]:
         yield warning(
             "settings",
             unknown_setting(name, nearest),
-            why="what it should set keeps its default",
+            why="it has no effect: the setting that is meant keeps its default",
             fix=f"rename it to {nearest}, or remove it" if nearest else "remove it",
         )
     yield from look_at_settings(settings)
@@ -72,8 +72,8 @@ def look_at_settings(settings: Settings) -> Iterator[Finding]:
     if settings.public_ipaddr == "127.0.0.1" or settings.vast_tcp_port is None:
         yield failed(
             "public address",
-            f"the worker tells the autoscaler that it is at {settings.own_url}",
-            why="clients are sent to this address, and it is not the one that leads here from outside",
+            f"the worker reports its address as {settings.own_url}",
+            why="the autoscaler sends clients to this address, which cannot be reached from outside",
             fix=f"let the template open port {settings.worker_port}: Vast then sets PUBLIC_IPADDR and "
             f"VAST_TCP_PORT_{settings.worker_port} itself",
         )

@@ -74,8 +74,8 @@ def look_at_programs(host: Host) -> Iterator[Finding]:
         yield failed(
             "packages",
             "; ".join(bad),
-            why="the worker or the official client may fail at any moment; uv installs what it is given and does "
-            "not check other packages' requirements",
+            why="the worker or the official client may fail at any moment; uv installs the given versions "
+            "without checking the requirements of other packages",
             fix=f"uv pip install -r {ROOT / 'requirements.txt'} vastai && uv pip check",
         )
     else:
@@ -88,7 +88,7 @@ def look_at_template(host: Host) -> Iterator[Finding]:
         yield failed(
             "template",
             f"BACKEND={host.environ['BACKEND']} without HF_TOKEN",
-            why="Vast's start script stops when BACKEND is set and HF_TOKEN is not",
+            why="Vast's start script stops if BACKEND is set and HF_TOKEN is not",
             fix="remove BACKEND from the template: worker.py is found without it",
         )
 
@@ -120,7 +120,7 @@ def look_at_ports(settings: Settings) -> Iterator[Finding]:
                 "ports",
                 str(error).partition("; ")[0],
                 why="consumers cannot end a session there" if optional else "the worker exits with code 1",
-                fix=f"see who has it with: ss -ltnp 'sport = :{port}'; stop that, or set {variable}",
+                fix=f"see which program has it: ss -ltnp 'sport = :{port}'; stop that, or set {variable}",
             )
         else:
             yield ok("ports", f"{variable} {port} is free")
@@ -128,13 +128,13 @@ def look_at_ports(settings: Settings) -> Iterator[Finding]:
 
 def _look_at_worker(url: str, status: dict[str, Any]) -> Iterator[Finding]:
     if status["state"] == "ready":
-        yield ok("worker", f"one runs and is ready, its control port is {url}")
+        yield ok("worker", f"a worker runs and is ready; its control port is {url}")
         return
     whys = [part["why"] for part in (status.get("consumer"), status.get("log")) if part and part.get("why")]
     yield failed(
         "worker",
-        f"one runs and is {status['state']}: {'; '.join(whys) or 'see its checks'}",
-        why="it takes no reservation as long as it is not ready",
+        f"a worker runs and is {status['state']}: {'; '.join(whys) or 'see its checks'}",
+        why="it takes no reservations until it is ready",
         fix=f"see each check with: curl -s {url}/readyz",
     )
 
@@ -175,7 +175,7 @@ def look_at_log(host: Host, settings: Settings) -> Iterator[Finding]:
         yield failed(
             "event log",
             f"{path}: {why}",
-            why="without its log the worker takes no reservation",
+            why="without its log the worker takes no reservations",
             fix="set NULL_EVENT_LOG to a file in a folder that can be written",
         )
     else:
@@ -195,8 +195,8 @@ def look_at_log(host: Host, settings: Settings) -> Iterator[Finding]:
         yield (failed if free < NEEDED_BYTES else warning)(
             "disk",
             f"{free / 1e6:.0f} MB are free at {folder}",
-            why="on a full disk the worker refuses new reservations with 503, and is errored to the autoscaler",
-            fix=f"find what is large with: du -xh --max-depth=2 {folder} | sort -h; or give the template more disk",
+            why="on a full disk the worker refuses new reservations with 503, and reports itself as errored",
+            fix=f"find large files with: du -xh --max-depth=2 {folder} | sort -h; or give the template more disk",
         )
     else:
         yield ok("disk", f"{free / 1e9:.0f} GB are free at {folder}")

@@ -36,14 +36,14 @@ def look_at_certificate(host: Host, settings: Settings) -> Iterator[Finding]:
             yield warning(
                 "certificate",
                 "USE_SSL is not true",
-                why="grants and reservations travel in the clear, and the url that is reported begins with http",
+                why="grants and reservations are sent unencrypted, and the reported url begins with http",
                 fix="set USE_SSL=true in the template's environment",
             )
         return
     from cryptography import x509
     from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
-    renew = "restart the instance: Vast's start script makes a new pair and has it signed"
+    renew = "restart the instance: Vast's start script creates a new pair and has it signed"
     try:
         certificate = x509.load_pem_x509_certificate(host.certificate.read_bytes())
         key = load_pem_private_key(host.private_key.read_bytes(), password=None)
@@ -61,7 +61,7 @@ def look_at_certificate(host: Host, settings: Settings) -> Iterator[Finding]:
         yield failed(
             "certificate",
             f"{host.certificate} is self-signed",
-            why="the official client trusts Vast's own root alone: every one of its calls fails",
+            why="the official client trusts only Vast's own root, so all of its calls fail",
             fix=f"{renew}; if it does so each time, look at its output in /workspace/debug.log",
         )
     elif not begins <= now < ends:
@@ -97,9 +97,10 @@ def look_at_network(host: Host, settings: Settings) -> Iterator[Finding]:
         yield (failed if alone else warning)(
             "autoscaler",
             what,
-            why="without the key no request can be verified, and the autoscaler does not hear that this worker is ready"
+            why="without the key no request can be verified, and the autoscaler does not learn that this worker is "
+            "ready"
             if alone
-            else "the worker goes on with the others",
+            else "the worker uses the others",
             fix=f"curl -v {what.partition(': ')[0]}; REPORT_ADDR must be what Vast's template sets",
         )
     if dates:
@@ -125,7 +126,7 @@ def look_at_consumer(settings: Settings) -> Iterator[Finding]:
         yield warning(
             "consumer",
             "BACKEND_HEALTH_URL is unset",
-            why="the worker takes reservations also while the consumer is dead, and each stays held until its deadline",
+            why="the worker takes reservations even while the consumer is dead, and each stays held until its deadline",
             fix="nullworker work --health-port 18998 -- CMD, and BACKEND_HEALTH_URL=http://127.0.0.1:18998/health",
         )
         return
@@ -135,7 +136,7 @@ def look_at_consumer(settings: Settings) -> Iterator[Finding]:
         yield failed(
             "consumer",
             f"{without_secrets(url)}: {error}",
-            why="the worker becomes ready only after the first 200, and is errored when later answers are no 200",
+            why="the worker becomes ready only after the first 200, and is errored when a later answer is not 200",
             fix=f"start the consumer, and see what it answers with: curl -i {without_secrets(url)}",
         )
     else:
@@ -143,11 +144,11 @@ def look_at_consumer(settings: Settings) -> Iterator[Finding]:
 
 
 class _NoAnswer(Exception):
-    """There is no answer, or another status than 200: why, in words."""
+    """There is no answer, or its status is not 200; the message says why."""
 
 
 def _get(url: str, *, timeout: float = ANSWER_SECONDS) -> tuple[bytes, str | None]:
-    """The body and the Date of a 200, asked for as the worker does.
+    """The body and the Date of a 200, requested as the worker does.
 
     Raises:
         _NoAnswer: there is none.

@@ -140,7 +140,7 @@ async def test_a_running_worker_holds_its_ports(well: Well, vast: FakeAutoscaler
         port = str(worker.control_port)
         findings = await found(well.machine(WORKER_PORT=str(worker.port), NULL_CONTROL_PORT=port))
     assert [each.what for each in findings if each.check == "worker"] == [
-        f"one runs and is ready, its control port is {worker.control}"
+        f"a worker runs and is ready; its control port is {worker.control}"
     ]
     assert not [each for each in findings if each.check in ("ports", "second worker")]
 
@@ -148,7 +148,7 @@ async def test_a_running_worker_holds_its_ports(well: Well, vast: FakeAutoscaler
 async def test_a_worker_that_runs_and_is_not_ready(well: Well, tmp_path: Path) -> None:
     async with consumer(503) as health, WorkerProcess(tmp_path, BACKEND_HEALTH_URL=health) as worker:
         finding = the_only(await found(well.machine(NULL_CONTROL_PORT=str(worker.control_port))), "worker")
-    assert (finding.level, "one runs and is starting" in finding.what) == ("error", True)
+    assert (finding.level, "a worker runs and is starting" in finding.what) == ("error", True)
     assert f"curl -s {worker.control}/readyz" in finding.fix
 
 
