@@ -32,7 +32,7 @@ async def test_a_claim_is_held_until_its_release(worker: WorkerProcess, vast: Fa
     assert await worker.metric("nullworker_reservations", state="held") == 1
     assert await worker.release() == {"released": True}
     answer = await claim.answer()
-    assert (answer.status, answer.headers[HEADER]) == (200, claim.id)
+    assert (answer.status, answer.headers[HEADER], answer.headers["Nullworker-Instance"]) == (200, claim.id, "7")
     assert answer.headers["Content-Type"].startswith("application/json")
     seconds = {name: answer.body.pop(name) for name in ("queued_seconds", "held_seconds")}
     assert answer.body == {"released": "explicit", "duration_cap": 3600, "reservation_id": claim.id}
@@ -181,7 +181,7 @@ async def test_a_stream_tells_each_event_and_ends_with_the_plain_answer(
     await worker.release(reservation_id=claim.id, result=3)
     answer = await claim.answer()
     assert (answer.status, answer.headers["Content-Type"]) == (200, "text/event-stream")
-    assert answer.headers[HEADER] == claim.id
+    assert (answer.headers[HEADER], answer.headers["Nullworker-Instance"]) == (claim.id, "7")
     *events, last = [json.loads(data) for data in data_of(answer.body)]
     assert [event["kind"] for event in events] == ["queued", "held", "released"]
     assert {event["reservation_id"] for event in events} == {claim.id}
