@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from doors import EMPTY, HEAD, Door
 
+from nullworker.http import bodies
 from nullworker.http.bodies import MAX_BODY_BYTES
 
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n"
@@ -168,4 +169,14 @@ async def test_a_chunked_body_has_the_same_limit(door: Door, size: int, status: 
     await wire.send(b"0\r\n\r\n")
     answer = await wire.answer()
     assert (answer.status, answer.body.get("bytes")) == (status, size if status == 200 else None)
+    await wire.close()
+
+
+@pytest.mark.parametrize(("size", "status"), [(10, 200), (11, 413)])
+async def test_a_chunked_body_that_comes_with_its_head_has_the_same_limit(
+    door: Door, monkeypatch: pytest.MonkeyPatch, size: int, status: int
+) -> None:
+    monkeypatch.setattr(bodies, "MAX_BODY_BYTES", 10)
+    wire = await door.connect(HEAD + b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (size, bytes(size)))
+    assert (await wire.answer()).status == status
     await wire.close()
