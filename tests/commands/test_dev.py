@@ -85,7 +85,7 @@ async def test_a_cold_worker_comes_back_with_its_number_and_its_log(tmp_path: Pa
 
 
 async def test_a_worker_that_is_killed_in_the_middle_is_started_again_and_the_client_is_served(tmp_path: Path) -> None:
-    async with Dev(tmp_path, "--max-workers", "1", "--", *SLEEP, "3") as dev:
+    async with Dev(tmp_path, "--max-workers", "1", "--", *SLEEP, "2") as dev:
         async with official(dev) as endpoint:
             asked = asyncio.ensure_future(reserve(endpoint))
             await dev.line("worker 1: held")
@@ -131,7 +131,7 @@ async def test_an_errored_worker_may_finish_what_it_holds(tmp_path: Path) -> Non
     sick = asyncio.Event()
     async with (
         health(lambda worker, _: 503 if worker == 1 and sick.is_set() else 200) as url,
-        Dev(tmp_path, "--", *SLEEP, "3", BACKEND_HEALTH_URL=url, NULL_HEALTH_INTERVAL="0.2") as dev,
+        Dev(tmp_path, "--", *SLEEP, "2", BACKEND_HEALTH_URL=url, NULL_HEALTH_INTERVAL="0.2") as dev,
         official(dev) as endpoint,
     ):
         asked = asyncio.ensure_future(reserve(endpoint))
@@ -179,7 +179,7 @@ async def test_a_consumer_is_found_from_where_dev_was_called(tmp_path: Path) -> 
 
 
 async def test_the_first_ctrl_c_lets_what_is_held_finish(tmp_path: Path) -> None:
-    async with Dev(tmp_path, "--", *SLEEP, "3", NULL_DRAIN_SECONDS="30") as dev, official(dev) as endpoint:
+    async with Dev(tmp_path, "--", *SLEEP, "2", NULL_DRAIN_SECONDS="30") as dev, official(dev) as endpoint:
         asked = asyncio.ensure_future(reserve(endpoint))
         await dev.line("worker 1: held")
         assert await dev.end(signal.SIGINT) == 0

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import psutil
 import pytest
+from harness import PATIENCE
 from programs import free_port
 from queues import RabbitQueue, SqsQueue, server
 
@@ -26,10 +27,10 @@ from nullworker.dispatch.queues.reading import QueueUnreadableError, in_words, l
 from nullworker.errors import BadSettings
 
 
-async def once(url: str) -> Counts:
+async def once(url: str, seconds: float = PATIENCE) -> Counts:
     queue = open_queue(url)
     try:
-        return await look(queue)
+        return await look(queue, seconds)
     finally:
         await queue.close()
 
@@ -150,7 +151,7 @@ async def test_a_nats_stream_before_its_consumer_and_with_it(tmp_path: Path) -> 
         assert await once(url) == Counts(3, 1)
         await connection.close()
     with pytest.raises(QueueUnreadableError):
-        await once(url)
+        await once(url, 1.0)
 
 
 @pytest.mark.slow

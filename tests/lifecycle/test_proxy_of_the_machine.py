@@ -31,10 +31,12 @@ async def test_the_bash_example(tmp_path: Path, proxy: Any) -> None:
     (tmp_path / "new" / "job").write_text("true\n")
     async with WorkerProcess(tmp_path) as worker:
         env = {"NULL_CONTROL_PORT": str(worker.control_port), "JOB_FOLDER": str(tmp_path), "HEALTH_PORT": "0", **proxy}
+        env["WAIT_SECONDS"] = "1"
         example = str(ROOT / "examples" / "bash" / "consumer.sh")
         async with Program(tmp_path, "bash", example, **env) as consumer, caller(worker) as asked:
             assert (await answered(asked))["result"] == {"exit_code": 0, "runs": 1, "failed": 0}
-            await consumer.terminate()
+            consumer.process.terminate()
+            await worker.terminate()  # for which it would wait until it answers
 
 
 async def test_commands_and_the_consumer_library(tmp_path: Path, proxy: Any) -> None:

@@ -82,25 +82,25 @@ async def test_ten_slow_failures_in_a_row_release_too(worker: WorkerProcess) -> 
 
 
 async def test_an_empty_queue_is_asked_again_while_idle_lasts(worker: WorkerProcess) -> None:
-    async with nullworker_work(worker, "--until", "3", "--idle", "6", *shell(TAKE)) as work, caller(worker) as asked:
+    async with nullworker_work(worker, "--until", "3", "--idle", "3", *shell(TAKE)) as work, caller(worker) as asked:
         await work.line("work_started", nth=2)
         put(worker.folder, 0)
         answer = await answered(asked)
         assert answer["result"] == {"exit_code": 0, "runs": 1, "failed": 0}
-        assert answer["held_seconds"] >= 6
+        assert answer["held_seconds"] >= 3
         runs = [line for line in work.lines if line["event"] == "work_started"]
-        assert len(runs) <= 8  # after 1 s, then 2 s, ...
+        assert len(runs) <= 6  # after 1 s, then 2 s, ...
 
 
 async def test_no_run_begins_after_half_of_the_longest_hold(tmp_path: Path) -> None:
     async with (
-        WorkerProcess(tmp_path, NULL_MAX_HOLD_SECONDS="8") as worker,
-        nullworker_work(worker, "--until", "3", *shell("sleep 1; exit 0")),
+        WorkerProcess(tmp_path, NULL_MAX_HOLD_SECONDS="5") as worker,
+        nullworker_work(worker, "--until", "3", *shell("sleep 0.5; exit 0")),
         caller(worker) as asked,
     ):
         answer = await answered(asked)
         assert answer["released"] == "consumer_exit"
-        assert 4 <= answer["held_seconds"] < 8
+        assert 2.5 <= answer["held_seconds"] < 5
         assert answer["result"]["failed"] == 0
 
 
