@@ -50,7 +50,7 @@ class Book:
         self._clock = clock
         self.claims: dict[str, Claim] = ledger.open_claims()
         self.unwritten: list[Event] = []
-        self._trouble = Trouble("ledger_unwritable", "nothing is opened; what is held stays")
+        self._trouble = Trouble("ledger_unwritable", "no worker is reserved; held sessions stay held")
         self.observers: list[Observer] = []
 
     @property
@@ -64,30 +64,30 @@ class Book:
 
     @property
     def open(self) -> Open:
-        """For the decision."""
+        """The open claims, as the decision needs them."""
         held = tuple(claim.hold for claim in self.in_state("held"))
         return Open(len(self.in_state("pending")), len(self.in_state("granted")), held)
 
     def claim(self, counts: Counts, *, reclaim: bool = False, metadata: dict[str, Any] | None = None) -> Claim:
-        """A new claim, `pending`. Its id is added to the metadata as `claim`, so that the worker's log can be joined.
+        """Open a claim, `pending`. Its id is added to the metadata as `claim`, by which the worker's log can be joined.
 
         Raises:
-            LogUnavailable: there is none.
+            LogUnavailable: no claim was opened.
         """
         claim_id = uuid.uuid4().hex[:16]
         opened = Pending(counts.waiting, counts.in_flight, reclaim, {**(metadata or {}), "claim": claim_id})
         return self._decided(claim_id, "pending", opened)
 
     def granted(self, claim_id: str, url: str, body: str) -> Claim:
-        """A worker has been named, and is about to be asked with this body.
+        """The autoscaler has chosen a worker, which is about to be asked with this body.
 
         Raises:
-            LogUnavailable: it must not be asked.
+            LogUnavailable: the worker must not be asked.
         """
         return self._decided(claim_id, "granted", Granted(url), Credential(url, body))
 
     def refused(self, claim_id: str, why: str, status: int | None = None) -> Claim:
-        """The worker has surely not taken it."""
+        """The worker has certainly not taken it."""
         return self._happened(claim_id, "refused", Refused(why, status))
 
     def held(
@@ -97,7 +97,7 @@ class Book:
         return self._happened(claim_id, "held", Held(session_id, lifetime, *counts, instance))
 
     def priced(self, claim_id: str, price: float, instance: int | None = None) -> Claim:
-        """What its instance costs is known: dollars an hour."""
+        """The price of its instance is known: dollars per hour."""
         return self._happened(claim_id, "priced", Priced(price, instance))
 
     def attached(self, claim_id: str) -> Claim:
@@ -105,11 +105,11 @@ class Book:
         return self._happened(claim_id, "attached", Attached())
 
     def ended(self, claim_id: str, reason: str, end: Ended = Ended()) -> Claim:  # noqa: B008  # it is frozen
-        """It is over."""
+        """The claim has ended."""
         return self._happened(claim_id, "ended", end, reason)
 
     def write(self) -> None:
-        """Write what has not been written yet, and find out whether the ledger can be written.
+        """Write the unwritten events, or check that the ledger can be written.
 
         Raises:
             LogUnavailable: it cannot.

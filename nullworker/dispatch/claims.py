@@ -34,7 +34,7 @@ STATES: Final[tuple[State, ...]] = ("pending", "granted", "held", "ended")
 
 
 class Edge(NamedTuple):
-    """One way from a state to the next. None: there is no state before it."""
+    """A transition. `source` None: the claim does not exist yet."""
 
     source: State | None
     event: EventKind
@@ -44,10 +44,10 @@ class Edge(NamedTuple):
 EDGES: Final = (
     Edge(None, "pending", "pending"),
     Edge("pending", "granted", "granted"),
-    Edge("granted", "refused", "pending"),  # the worker has surely not taken it: another one is asked for
+    Edge("granted", "refused", "pending"),  # the worker has certainly not taken it: another one is asked for
     Edge("granted", "held", "held"),
-    Edge("held", "priced", "held"),  # what its instance costs is known
-    Edge("held", "attached", "held"),  # a consumer works there: its job must not be cut
+    Edge("held", "priced", "held"),  # the price of its instance is known
+    Edge("held", "attached", "held"),  # a consumer works there: its job must not be interrupted
     Edge("pending", "ended", "ended"),
     Edge("granted", "ended", "ended"),
     Edge("held", "ended", "ended"),
@@ -68,7 +68,7 @@ OWN_REASONS: Final = {
 
 
 class Pending(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A worker is to be asked for: `pending`."""
+    """Data of `pending`: the claim waits for a worker."""
 
     waiting: int
     in_flight: int | None = None
@@ -77,44 +77,44 @@ class Pending(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Granted(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The autoscaler has named a worker: `granted`. The grant itself is in the ledger's credentials."""
+    """Data of `granted`: the autoscaler has chosen a worker. The grant itself is in the ledger's credentials."""
 
     url: str  # of the worker
 
 
 class Refused(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The worker did not take it: `refused`."""
+    """Data of `refused`: the worker did not take it."""
 
     why: str
     status: int | None = None
 
 
 class Held(msgspec.Struct, frozen=True, omit_defaults=True):
-    """The worker holds a session: `held`. The queue's numbers are those of the look before."""
+    """Data of `held`: the worker holds a session. The queue's numbers are those of the last poll before."""
 
     session_id: str
-    lifetime: float  # seconds after each renewal, as the worker has it
+    lifetime: float  # seconds, as the worker has capped it
     waiting: int
     in_flight: int | None = None
-    instance: int | None = None  # as the worker tells it
+    instance: int | None = None  # from the worker's answer
 
 
 class Priced(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What the worker's instance costs: `priced`."""
+    """Data of `priced`: the price of the worker's instance is known."""
 
-    price: float  # dollars an hour
+    price: float  # dollars per hour
     instance: int | None = None
 
 
 class Attached(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A consumer has attached: `attached`."""
+    """Data of `attached`: a consumer has attached."""
 
 
 class Ended(msgspec.Struct, frozen=True, omit_defaults=True):
-    """It is over: `ended`."""
+    """Data of `ended`: the claim has ended."""
 
-    final: dict[str, Any] | None = None  # how the reservation ended, as the worker tells it
-    held_seconds: float | None = None  # by the worker's own clock, or at most, where it could not be asked
+    final: dict[str, Any] | None = None  # the reservation's final status, from the worker
+    held_seconds: float | None = None  # by the worker's clock; an upper bound if it could not be asked
     why: str | None = None
 
 
@@ -132,7 +132,7 @@ DATA_OF: Final[dict[EventKind, type[Data]]] = {
 
 
 class Event(msgspec.Struct, frozen=True):
-    """One thing that has happened to one claim."""
+    """One event of one claim."""
 
     at: float  # epoch seconds
     claim_id: str
@@ -142,7 +142,7 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class Claim(msgspec.Struct, frozen=True):
-    """What the events of one claim add up to."""
+    """The state of one claim, folded from its events."""
 
     id: str
     state: State
@@ -153,7 +153,7 @@ class Claim(msgspec.Struct, frozen=True):
     held: Held | None = None
     held_at: float | None = None
     attached_at: float | None = None
-    price: float | None = None  # dollars an hour
+    price: float | None = None  # dollars per hour
     instance: int | None = None
     ended_at: float | None = None
     reason: str | None = None
@@ -161,7 +161,7 @@ class Claim(msgspec.Struct, frozen=True):
 
     @property
     def hold(self) -> Hold:
-        """For the decision. Only of one that is or was held."""
+        """The hold, as the decision needs it. Only for a claim that is or was held."""
         assert self.held is not None
         assert self.held_at is not None
         before = Counts(self.held.waiting, self.held.in_flight)
@@ -169,7 +169,7 @@ class Claim(msgspec.Struct, frozen=True):
 
     @property
     def held_seconds(self) -> float | None:
-        """By the worker's clock where it told; None of one that was never held, or has not ended.
+        """By the worker's clock if it is known; None if the claim was never held, or has not ended.
 
         Of a `lost` one that may have been held, it is the lifetime.
         """
@@ -182,7 +182,7 @@ class Claim(msgspec.Struct, frozen=True):
 
     @property
     def ended_hold(self) -> EndedHold | None:
-        """For the decision; None of one that was never held, or has not ended."""
+        """The ended hold, as the decision needs it; None if the claim was never held, or has not ended."""
         if self.held_at is None or self.ended_at is None or self.end is None:
             return None
         final = self.end.final or {}
@@ -193,7 +193,7 @@ class Claim(msgspec.Struct, frozen=True):
 
 
 def says_failed(result: Any) -> bool:
-    """Whether a consumer's result tells of a failure: an `exit_code` that is not 0, or an `error`."""
+    """Whether a consumer's result is a failure: it has an `exit_code` other than 0, or an `error`."""
     return isinstance(result, dict) and (result.get("exit_code", 0) != 0 or bool(result.get("error")))
 
 
@@ -239,7 +239,7 @@ def apply(claim: Claim | None, event: Event) -> Claim:
 
 
 def replay(events: Mapping[str, list[Event]]) -> dict[str, Claim]:
-    """The claims that events, by claim and in order, add up to.
+    """The claims, folded from events that are grouped by claim and in order.
 
     Raises:
         LogDamaged: they are not those of a claim.

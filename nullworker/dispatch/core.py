@@ -29,17 +29,17 @@ from nullworker.errors import LogUnavailable
 
 
 class Step(NamedTuple):
-    """What one look at the queue has led to."""
+    """The result of one poll of the queue."""
 
     decision: Decision
     room: Room
     opened: tuple[Claim, ...]
     given_up: tuple[Claim, ...]
-    trouble: str | None  # why fewer were opened than was decided: the ledger cannot be written
+    trouble: str | None  # why fewer were opened than decided: the ledger cannot be written
 
 
 class Core:
-    """Decides, and keeps what decisions need: the open claims, what has ended, the memory of the last decision."""
+    """Decides, and keeps the inputs of decisions: open claims, ended holds, and the memory of the last decision."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Core:
         self.book = Book(ledger, clock)
         self.policy = policy
         self.memory = NOTHING
-        self.counts = Counts(0)  # the last look
+        self.counts = Counts(0)  # of the last poll
         self._ledger = ledger
         self._clock = clock
         self._limits = limits
@@ -66,16 +66,16 @@ class Core:
         self.book.observers.append(self._observe)
 
     def snapshot(self) -> Open:
-        """The claims that are open now. Call it before the queue is read."""
+        """The claims that are open now; to be called before the queue is read."""
         return self.book.open
 
     def clock_was_set(self, seconds: float) -> None:
-        """The clock has gone forward by so many seconds, or back; it does so only while no claim is open."""
+        """The clock was set forward by `seconds`, or back; this happens only while no claim is open."""
         self.memory = self.memory.shifted(seconds)
         self._ended = [over.shifted(seconds) for over in self._ended]
 
     def room(self) -> Room:
-        """What the limits leave."""
+        """The room that the limits leave."""
         now = self._clock.now()
         open_ = self.book.open
         holds = self._ledger.held_time(now - DAY_SECONDS)
@@ -84,7 +84,7 @@ class Core:
         )
 
     def step(self, counts: Counts, open_: Open) -> Step:
-        """Decide, open and give up."""
+        """Decide, open claims and give claims up."""
         now = self._clock.now()
         decision = decide(now, counts, open_, self._ended, self.memory, policy=self.policy)
         self.memory, self._ended, self.counts = decision.memory, [], counts
@@ -109,10 +109,10 @@ class Core:
             self._ended.append(over)
 
     def _ended_before(self, now: float) -> list[EndedHold]:
-        """The holds whose pause may still last: a dispatcher that is started again and again must not forget them.
+        """The holds whose pause may still last, so that a restart does not forget them.
 
-        What the queue showed at the time is known only from the claims that were held later. Ends in the future are of
-        before the clock was set back.
+        The queue's numbers of that time are known only from claims that were held later. An end in the future is one
+        from before the clock was set back.
         """
         recent = self._ledger.ended_since(now - 2 * LONGEST_PAUSE_SECONDS)
         looks = [claim.hold for claim in (*recent, *self.book.claims.values()) if claim.held is not None]

@@ -14,25 +14,25 @@ import math
 from collections.abc import Collection
 from typing import Any, Final, NamedTuple
 
-#: Seconds: the longest time for which a hold that brought nothing counts as open.
+#: Maximum of the seconds for which a fruitless hold counts as open.
 LONGEST_PAUSE_SECONDS: Final = 600.0
 
 
 class Policy(NamedTuple):
-    """What the user has asked for."""
+    """The user's options."""
 
     max: int
     min: int = 0
     jobs_per_worker: int = 1
-    interval: float = 5.0  # seconds between two looks at the queue; also the first pause
-    settle: float = 10.0  # seconds after which a hold has surely taken its job
+    interval: float = 5.0  # seconds between two polls of the queue; also the first pause
+    settle: float = 10.0  # seconds after which a hold counts as having taken its job
 
 
 class Counts(NamedTuple):
-    """One look at the queue."""
+    """The numbers of one poll of the queue."""
 
-    waiting: int  # jobs that nobody has taken
-    in_flight: int | None = None  # jobs that are being worked on; None: this queue cannot tell
+    waiting: int  # jobs that no consumer has taken
+    in_flight: int | None = None  # jobs that are being worked on; None: unknown
 
 
 class Hold(NamedTuple):
@@ -41,20 +41,20 @@ class Hold(NamedTuple):
     claim_id: str
     opened_at: float  # epoch seconds at which the claim was made
     held_at: float  # epoch seconds
-    before: Counts  # the last look at the queue before it was held
-    reclaim: bool = False  # opened for work that somebody dropped
+    before: Counts  # the last poll of the queue before it was held
+    reclaim: bool = False  # opened for dropped work
 
 
 class EndedHold(NamedTuple):
-    """A hold that is over."""
+    """A hold that has ended."""
 
     hold: Hold
     ended_at: float  # epoch seconds
-    failed: bool  # cancelled, expired, or released with a result that says so
-    worked: bool = False  # its result says that jobs were done: no need to look at the queue
+    failed: bool  # cancelled, expired, or released with a failed result
+    worked: bool = False  # its result says that jobs were done, whatever the queue shows
 
     def shifted(self, seconds: float) -> EndedHold:
-        """The same by a clock that was set forward by so many seconds, or back."""
+        """The same, by a clock that was set forward by `seconds`, or back."""
         hold = self.hold._replace(opened_at=self.hold.opened_at + seconds, held_at=self.hold.held_at + seconds)
         return self._replace(hold=hold, ended_at=self.ended_at + seconds)
 
@@ -68,29 +68,29 @@ class Open(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The number of open claims."""
         return self.pending + self.granted + len(self.held)
 
 
 class Pause(NamedTuple):
-    """A hold that brought nothing, and counts as open until a time."""
+    """A fruitless hold, which counts as open for a while."""
 
     ended: EndedHold
     until: float  # epoch seconds
 
 
 class Memory(NamedTuple):
-    """What one decision leaves to the next."""
+    """What one decision passes on to the next."""
 
     dropped_since: float | None = None  # epoch seconds since when more is in flight than the open claims can work on
     pauses: tuple[Pause, ...] = ()
-    pause_seconds: float = 0.0  # length of the last pause; 0: the last hold to be judged brought something
+    pause_seconds: float = 0.0  # length of the last pause; 0: the last judged hold was fruitful
     lengthened_at: float = 0.0  # epoch seconds of the end that set the length
-    useful: frozenset[str] = frozenset()  # claims, held now, that have brought something
+    useful: frozenset[str] = frozenset()  # held claims that were fruitful
     surplus: int = 0  # open claims more than were needed
 
     def shifted(self, seconds: float) -> Memory:
-        """The same by a clock that was set forward by so many seconds, or back."""
+        """The same, by a clock that was set forward by `seconds`, or back."""
         return self._replace(
             dropped_since=None if self.dropped_since is None else self.dropped_since + seconds,
             pauses=tuple(pause._replace(until=pause.until + seconds) for pause in self.pauses),
@@ -98,32 +98,32 @@ class Memory(NamedTuple):
         )
 
 
-#: Of a dispatcher that has decided nothing yet.
+#: The memory before the first decision.
 NOTHING: Final = Memory()
 
 
 class Decision(NamedTuple):
-    """What to do, and the numbers that led to it."""
+    """What to do, and the numbers on which it is based."""
 
     opens: int
     gives_up: int  # pending claims
-    reclaim: bool  # one of `opens` is for work that somebody dropped
+    reclaim: bool  # one of `opens` is for dropped work
     desired: int
-    desired_high: int  # by the high estimate; the same where in flight is known
+    desired_high: int  # by the high estimate; equal if the number in flight is known
     waiting: int
     in_flight: int | None
-    low: int  # jobs in flight at least
-    high: int  # jobs in flight at most
+    low: int  # estimate of the jobs in flight, low
+    high: int  # estimate of the jobs in flight, high
     pending: int
     granted: int
     held: int
-    paused: int  # holds that brought nothing and count as open
+    paused: int  # fruitless holds that count as open
     pause_seconds: float  # length of the last such pause
     memory: Memory
 
     @property
     def numbers(self) -> dict[str, Any]:
-        """For a log line and for /status."""
+        """The numbers, for a log line and for /status."""
         left_out = ("memory", "low", "high", "desired_high") if self.in_flight is not None else ("memory",)
         return {name: value for name, value in self._asdict().items() if name not in left_out}
 
@@ -137,7 +137,7 @@ def decide(
     *,
     policy: Policy,
 ) -> Decision:
-    """What to do after one look at the queue. `ended`: the holds that have ended since the last decision."""
+    """Decide after one poll of the queue. `ended`: the holds that have ended since the last decision."""
     memory = _judge(now, counts, open_.held, ended, memory, policy)
     paused = len(memory.pauses)
     counted = open_.total + paused
@@ -155,7 +155,7 @@ def decide(
 
     by_queue = min(desired - counted, math.ceil(counts.waiting / policy.jobs_per_worker))
     opens = max(by_queue, policy.min - counted, int(reclaim), 0)
-    # Seen twice: a job that is done is not in flight any more, a moment before its hold is over.
+    # At two polls in a row: a finished job leaves the queue a moment before its hold ends.
     surplus = max(0, open_.total - desired_high)
     return Decision(
         opens=opens,
@@ -188,7 +188,7 @@ def _judge(
     memory: Memory,
     policy: Policy,
 ) -> Memory:
-    """Which holds have brought something, which count as open although they have ended, and for how long."""
+    """Judge the holds: which were fruitful, which fruitless ones count as open, and for how long."""
     useful = {hold.claim_id for hold in held if _brings(hold, now - hold.held_at, counts, policy)}
     relief = bool(useful - memory.useful)
     useless = []
@@ -199,7 +199,7 @@ def _judge(
             useless.append(each)
         elif not each.failed:
             relief = True
-    for pause in memory.pauses:  # the queue may show only now what a hold has done
+    for pause in memory.pauses:  # the queue may show the work of a hold only now
         relief |= not pause.ended.failed and seen_in_queue(pause.ended.hold, counts)
     kept = memory.useful | useful
     memory = memory._replace(useful=frozenset(hold.claim_id for hold in held if hold.claim_id in kept))
@@ -211,7 +211,7 @@ def _judge(
     for each in useless:
         if seconds == 0.0:
             seconds, lengthened_at = policy.interval, each.ended_at
-        elif each.hold.opened_at >= lengthened_at:  # not one of a crowd that was opened together
+        elif each.hold.opened_at >= lengthened_at:  # holds that were opened together lengthen the pause once
             seconds, lengthened_at = min(seconds * 2, LONGEST_PAUSE_SECONDS), each.ended_at
         if each.ended_at + seconds > now:
             pauses.append(Pause(each, each.ended_at + seconds))
@@ -229,7 +229,7 @@ def _brings(hold: Hold, seconds: float, counts: Counts, policy: Policy) -> bool:
 
 
 def seen_in_queue(hold: Hold, counts: Counts) -> bool:
-    """Whether the queue's numbers have moved as they do when a job is taken, or dropped work is done.
+    """Whether the queue's numbers have changed as they do when a job is taken, or dropped work is done.
 
     More in flight counts beside fewer waiting: in a queue that only grows, short jobs would look like none.
     """

@@ -1,4 +1,4 @@
-"""The dispatcher: polls the queue, decides, and drives claims, until it is told to stop.
+"""The dispatcher: polls the queue, decides, and drives claims, until it is stopped.
 
 While the queue cannot be read, the autoscaler is down or the disk is full, it opens nothing and ends nothing, and logs
 the trouble once.
@@ -31,18 +31,18 @@ from nullworker.logs import get_log
 
 log = get_log(__name__)
 
-#: Seconds between two looks at the endpoint's workers and at what instances cost.
+#: Seconds between two polls of the endpoint's workers and of the prices of instances.
 WATCH_SECONDS: Final = 60.0
-#: Seconds between two questions for prices at least, while there are workers whose instance is not known.
+#: Minimum of the seconds between two requests for prices while the instance of a worker is unknown.
 PRICE_SECONDS: Final = 2.0
-#: Dollars an hour of a machine while no price is known: an H200's, so that a limit is rather kept than broken.
+#: Dollars per hour assumed while no price is known: an H200's, so that a limit is reached too early rather than late.
 ASSUMED_PRICE: Final = 4.0
-#: Seconds until --end-all gives up.
+#: Seconds after which --end-all gives up.
 END_SECONDS: Final = 60.0
 
 
 class Plan(NamedTuple):
-    """What one dispatcher is told to do."""
+    """The plan of one dispatcher, from the options of the command."""
 
     policy: Policy
     terms: Terms = Terms()
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
 
 
 class Dispatcher:
-    """Built by `running`.
+    """One dispatcher; use `running` to create it.
 
     Attributes:
         step: what the last look at the queue has led to; None before the first.
@@ -93,7 +93,7 @@ class Dispatcher:
         self.step: Step | None = None
         self.room: Room = self.core.room()
         self.polled_at = 0.0
-        self._polled = 0.0  # the same by the stopwatch: the wall clock may be set
+        self._polled = 0.0  # the same by the monotonic clock: the wall clock may be set
         self.queue_errors = 0
         self.stalled = False
         self.foreign = 0
@@ -101,10 +101,10 @@ class Dispatcher:
         self._limit_trouble = Trouble("limit_reached")
         self._price_trouble = Trouble("prices_unreadable")
         self._tls = tls
-        self._url_met = AutoResetEvent()  # a worker whose instance is not known
+        self._url_met = AutoResetEvent()  # set by a worker whose instance is unknown
 
     def price(self) -> float:
-        """Dollars an hour of the next machine, as far as it can be known: the dearest that is held or rented."""
+        """The expected price of the next machine in dollars per hour: that of the dearest one held or rented."""
         if self.plan.limits.price is not None:
             return self.plan.limits.price
         known = [claim.price for claim in self.book.claims.values() if claim.price is not None]
@@ -112,10 +112,10 @@ class Dispatcher:
         return max(known, default=ASSUMED_PRICE)
 
     async def run(self) -> None:
-        """Go on with what the ledger has, then look at the queue each interval, for ever."""
+        """Continue the claims of the ledger, then poll the queue each interval, for ever."""
         self._resume()
         loops = {asyncio.ensure_future(each) for each in (self._look_often(), self._watch())}
-        # The sessions of a former life are held and renewed whether Vast answers or not.
+        # Sessions from before a restart are renewed whether Vast answers or not.
         try:
             done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
             for each in done:
@@ -127,7 +127,7 @@ class Dispatcher:
             await self.driver.stop()
 
     async def end_all(self) -> int:
-        """End every session of the ledger. Returns how many could not be ended."""
+        """End every session in the ledger. Returns the number that could not be ended."""
         for claim in list(self.book.claims.values()):
             if claim.state == "pending":
                 self.book.ended(claim.id, "end_all")
@@ -160,7 +160,7 @@ class Dispatcher:
     async def _look(self) -> None:
         now = self.clock.now()
         self._check_stall(now)
-        with contextlib.suppress(LogUnavailable):  # the book has said so
+        with contextlib.suppress(LogUnavailable):  # the book has logged it
             self.book.write()
         open_ = self.core.snapshot()
         try:
@@ -200,7 +200,7 @@ class Dispatcher:
             hours=round(room.spent.hours, 3),
             dollars=round(room.spent.dollars, 2),
             opens_again_at=again,
-            message="nothing is opened" + ("; what is held is ended" if self.plan.at_limit == "end" else ""),
+            message="no worker is reserved" + ("; held sessions are ended" if self.plan.at_limit == "end" else ""),
         )
         if room.over and self.plan.at_limit == "end":
             for claim in self.book.in_state("held"):
@@ -232,7 +232,7 @@ class Dispatcher:
             try:
                 await self.vast.connect()
                 trust(self._tls, await self.vast.ssl_context())
-            except Unreachable:  # `vast` has said so
+            except Unreachable:  # `vast` has logged it
                 await asyncio.sleep(failures.failed())
             else:
                 log.info("endpoint_found", endpoint=self.vast.endpoint)
@@ -245,7 +245,7 @@ class Dispatcher:
         while True:
             if loop.time() - workers_at >= WATCH_SECONDS:
                 workers_at = loop.time()
-                with contextlib.suppress(Unreachable):  # `vast` has said so
+                with contextlib.suppress(Unreachable):  # `vast` has logged it
                     await self._watch_workers()
             if self.plan.limits.price is None:
                 try:
@@ -279,7 +279,7 @@ class Dispatcher:
             self._set_price(claim.id)
 
     def _set_price(self, claim_id: str) -> None:
-        """Write down what a held claim's instance costs, as soon as that is known."""
+        """Record the price of a held claim's instance, as soon as it is known."""
         claim = self.book.claims.get(claim_id)
         if claim is None or claim.state != "held" or claim.price is not None:
             return
@@ -289,7 +289,7 @@ class Dispatcher:
         elif found is not None:
             self.book.priced(claim_id, found.price, found.instance)
 
-    # -- what is said ----------------------------------------------------------------------------------------------
+    # -- logging and status ------------------------------------------------------------------------------------------
 
     def _log_event(self, claim: Claim, event: Event) -> None:
         if event.kind == "granted" and address(claim.url or "") not in self.instances:
@@ -309,7 +309,7 @@ class Dispatcher:
             log.info(f"claim_{event.kind}", **{name: value for name, value in fields.items() if value is not None})
 
     def readiness(self) -> dict[str, str | None]:
-        """Each check, and why it fails; None: it does not."""
+        """Each check with the reason of its failure; None: it passes."""
         late = stopwatch() - self._polled > 3 * self.plan.policy.interval + 10
         unread = "it has not been read yet" if not self.polled_at else "the last look is too long ago"
         return {
@@ -319,7 +319,7 @@ class Dispatcher:
         }
 
     def status(self) -> dict[str, Any]:
-        """For GET /status."""
+        """The document of GET /status."""
         now = self.clock.now()
         return {
             "version": __version__,
@@ -358,9 +358,9 @@ class Dispatcher:
 async def running(
     plan: Plan, queue: Queue, vast: Vast, ledger: Ledger, clock: WorkerClock
 ) -> AsyncIterator[Dispatcher]:
-    """A dispatcher with the connections that it needs."""
+    """A dispatcher with its connections, which are closed at the end of the block."""
     context = ssl.create_default_context()
-    # Without a limit: each session that is followed keeps a connection open.
+    # Without a limit: each followed session keeps a connection open.
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, ssl=context)) as http:
         try:
             yield Dispatcher(plan, queue, vast, ledger, clock, http, context)

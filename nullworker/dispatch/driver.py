@@ -29,30 +29,30 @@ from nullworker.logs import get_log
 
 log = get_log(__name__)
 
-#: Seconds between two questions for a worker at most; the SDK's own figure (vastai 1.9.1, client/client.py).
+#: Maximum of the seconds between two requests for a worker; the SDK's value (vastai 1.9.1, client/client.py).
 POLL_SECONDS: Final = 5.0
-#: Seconds that a worker is asked for at least before a claim is lost, however short the lifetime is.
+#: Minimum of the seconds for which a worker is asked before a claim is lost, however short the lifetime is.
 LEAST_PATIENCE_SECONDS: Final = 10.0
-#: Seconds until a session is kept again whose worker has refused a question for good, as with a changed key.
+#: Seconds until a session is followed again after its worker has refused for good, as with a changed key.
 AGAIN_SECONDS: Final = 10.0
 #: The id of a session that may be held already: its worker is asked as after a lost answer.
 UNKNOWN: Final = "unknown"
 
 
 class Router(Protocol):
-    """Who names workers; `Vast` is one."""
+    """Chooses workers; implemented by `Vast`."""
 
     async def route(self, cost: float, request_idx: int) -> Routed:
-        """Ask once."""
+        """Ask for a worker once."""
         ...
 
     async def running(self) -> frozenset[int]:
-        """The instances whose machines run."""
+        """The instances whose machines are running."""
         ...
 
 
 class Terms(NamedTuple):
-    """How sessions are held."""
+    """The terms of the sessions."""
 
     cost: float = 100.0
     lifetime: float = 300.0  # seconds
@@ -60,7 +60,7 @@ class Terms(NamedTuple):
 
 
 class Driver:
-    """All claims of one dispatcher."""
+    """Drives all claims of one dispatcher."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Driver:
         terms: Terms,
         counts: Callable[[], Counts],
     ) -> None:
-        self._sessions: dict[str, _Session] = {}  # those that are held, by claim
+        self._sessions: dict[str, _Session] = {}  # held sessions, by claim
         self._book = book
         self._ledger = ledger
         self._clock = clock
@@ -81,8 +81,8 @@ class Driver:
         self._terms = terms
         self._counts = counts
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._ending: dict[str, str] = {}  # claims that are to be ended, and why
-        self._told_to_end: dict[str, asyncio.Event] = {}  # of the held ones
+        self._ending: dict[str, str] = {}  # the reason for each claim that is to be ended
+        self._told_to_end: dict[str, asyncio.Event] = {}  # for held claims: set to end them
 
     @property
     def silent(self) -> list[str]:
@@ -90,7 +90,7 @@ class Driver:
         return [claim_id for claim_id, session in self._sessions.items() if session.silent]
 
     def start(self, claim: Claim) -> None:
-        """Drive a claim from the state in which it is."""
+        """Drive a claim from its present state."""
         task = asyncio.ensure_future(self._drive(claim.id))
         self._tasks[claim.id] = task
         task.add_done_callback(lambda _: self._tasks.pop(claim.id, None))
@@ -101,18 +101,18 @@ class Driver:
             task.cancel()
 
     def end(self, claim: Claim, reason: str) -> None:
-        """End what is held, or will be: for a limit, or --end-all."""
+        """End a claim that is held, or will be: for a limit, or --end-all."""
         self._ending.setdefault(claim.id, reason)
         if (event := self._told_to_end.get(claim.id)) is not None:
             event.set()
 
     async def idle(self) -> None:
-        """Wait until nothing is driven."""
+        """Wait until no claim is driven any more."""
         while self._tasks:
             await asyncio.wait(set(self._tasks.values()))
 
     async def stop(self) -> None:
-        """Leave every session as it is."""
+        """Stop driving, and leave all sessions held."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -129,7 +129,7 @@ class Driver:
                 else:
                     await self._hold(claim)
             except Exception:
-                log.exception("claim_failed", claim=claim_id, message="a bug; it is gone on with")
+                log.exception("claim_failed", claim=claim_id, message="a bug; the claim is driven again")
                 await asyncio.sleep(AGAIN_SECONDS)
 
     # -- from pending to held --------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ class Driver:
             credential = Credential(routed.grant.url, body)
             try:
                 self._book.granted(claim.id, *credential)
-            except LogUnavailable:  # the book has said so; no worker is asked
+            except LogUnavailable:  # the book has logged it; no worker is asked
                 await asyncio.sleep(POLL_SECONDS)
                 continue
             session = self._session(claim.id, credential)
@@ -158,9 +158,9 @@ class Driver:
             await asyncio.sleep(refusals.failed() * random.uniform(0.5, 1.0))  # noqa: S311  # no secret
 
     async def _ask_again(self, claim: Claim) -> None:
-        """After a restart: the worker may have been asked before, and may hold it."""
+        """After a restart: the worker may have been asked before, and may hold the session."""
         credential = self._ledger.credential(claim.id)
-        if credential is None:  # the ledger lost it to somebody's hand: it cannot be asked for any more
+        if credential is None:  # it was removed from the ledger by hand: the worker cannot be asked any more
             self._book.ended(claim.id, "lost", Ended(why="its credentials are missing"))
             return
         session = self._session(claim.id, credential)
@@ -181,12 +181,12 @@ class Driver:
             if routed.grant is not None:
                 return routed
             request_idx = routed.request_idx
-            # At random as the SDK, but as often for an old claim as for a new one, which else would overtake it.
+            # Random as with the SDK, but as often for an old claim as for a new one, or new ones would overtake it.
             longest = min(1.0 + len(self._book.in_state("pending")) / 10, POLL_SECONDS)
             await asyncio.sleep(random.uniform(0.5, 1.0) * longest)  # noqa: S311  # no secret
 
     async def _ask(self, claim_id: str, session: _Session) -> tuple[str | None, int | None]:
-        """Ask for the session, and write down what came of it; why it was refused, and the status, if it surely was."""
+        """Ask for the session, and record the result. Returns the reason and the status of a certain refusal."""
         counts = self._counts()
         try:
             await session.create(self._http, patience=max(self._terms.lifetime, LEAST_PATIENCE_SECONDS))
@@ -202,7 +202,7 @@ class Driver:
             if not error.sent:
                 return str(error), None
             log.warning("claim_lost", claim=claim_id, why=str(error))
-            why = f"{error}, for a lifetime"  # which it may have been held for
+            why = f"{error}, for a lifetime"  # for which it may have been held
             self._book.ended(claim_id, "lost", Ended(held_seconds=self._terms.lifetime, why=why))
             return None, None
         lifetime = session.lifetime or self._terms.lifetime
@@ -254,7 +254,7 @@ class Driver:
         self._ending.pop(claim.id, None)
 
     async def _keep(self, claim: Claim, session: _Session) -> None:
-        """Renew and follow it until it has ended."""
+        """Renew and follow a session until it has ended."""
         assert claim.held_at is not None
         began, gone = self._clock.now(), False
 
@@ -310,18 +310,18 @@ class Driver:
                 await asyncio.sleep(AGAIN_SECONDS)
 
     def _renewed(self, claim_id: str) -> None:
-        with contextlib.suppress(LogUnavailable):  # the book says so at the next look
+        with contextlib.suppress(LogUnavailable):  # the book logs it at the next poll
             self._ledger.renewed(claim_id, self._clock.now())
 
     def _over(self, claim_id: str, final: Mapping[str, Any] | None, why: str | None) -> None:
-        """The worker has told of its end. An end that this dispatcher has asked for keeps its own reason."""
+        """The worker has reported the end. An end that this dispatcher has requested keeps its own reason."""
         seconds = final.get("held_seconds") if final else None
         reason = self._ending.get(claim_id) or (final or {}).get("reason") or UNKNOWN
         held_seconds = float(seconds) if isinstance(seconds, (int, float)) else None
         self._book.ended(claim_id, str(reason), Ended(dict(final) if final else None, held_seconds, why))
 
     def _lost(self, claim: Claim, why: str) -> Ended:
-        """It was held until a lifetime after the last renewal at most; until now, where a consumer has kept it."""
+        """It was held for at most a lifetime after the last renewal, or until now if a consumer has kept it."""
         assert claim.held is not None
         assert claim.held_at is not None
         now, renewed_at = self._clock.now(), self._ledger.renewed_at(claim.id) or claim.held_at
@@ -331,7 +331,7 @@ class Driver:
 
 
 class _Session(WorkerSession):
-    """Tells of each renewal that was answered."""
+    """A session that reports each answered renewal."""
 
     def __init__(
         self, url: str, auth_data: Mapping[str, Any], body: Mapping[str, Any], on_renewed: Callable[[], None]
@@ -340,11 +340,11 @@ class _Session(WorkerSession):
         self._on_renewed = on_renewed
 
     async def renew(self, http: aiohttp.ClientSession) -> None:
-        """Renew it by its lifetime."""
+        """Renew the session."""
         await super().renew(http)
         self._on_renewed()
 
 
 def number(instance: str | None) -> int | None:
-    """Vast's number of an instance, as its worker tells it."""
+    """Vast's number of the instance, from the worker's answer; None: unknown."""
     return int(instance) if instance is not None and instance.isdecimal() else None

@@ -21,7 +21,7 @@ from nullworker.eventlog.lock import lock_beside, refuse_other_kind
 from nullworker.eventlog.schema import LEDGER_APPLICATION_ID
 from nullworker.eventlog.sqlite import still_names, transaction
 
-#: Milliseconds that an append waits for a stranger's write lock; renewals wait with it.
+#: Milliseconds that an append waits for the write lock of another program; renewals wait meanwhile.
 BUSY_MILLISECONDS: Final = 500
 #: Bytes that the write-ahead log keeps on disk after a checkpoint.
 WAL_BYTES: Final = 1024 * 1024
@@ -31,7 +31,7 @@ _SELECT: Final = "SELECT at, claim_id, kind, reason, data FROM events WHERE clai
 
 
 class Credential(NamedTuple):
-    """What a session is asked for, renewed and ended with."""
+    """The grant with which a session is created, renewed and ended."""
 
     url: str  # of the worker
     body: str  # JSON of the request
@@ -56,7 +56,7 @@ class Ledger:
         self._seq: int = conn.execute("SELECT coalesce(max(seq), 0) FROM events").fetchone()[0]
 
     def append(self, events: Sequence[Event], credentials: dict[str, Credential] | None = None) -> None:
-        """Write events, and the credentials of claims, all or none. An end removes its claim's credentials.
+        """Write events and the credentials of claims, all or none. An end removes the credentials of its claim.
 
         Raises:
             LogUnavailable: nothing was written; the cause is in the sentence.
@@ -68,11 +68,11 @@ class Ledger:
                 self._conn.execute("INSERT OR REPLACE INTO credentials VALUES (?, ?, ?)", (claim_id, *credential))
         self._seq += len(rows)
         if any(event.kind in ("ended", "refused") for event in events):
-            with contextlib.suppress(sqlite3.Error):  # else a grant would stay readable in the write-ahead log
+            with contextlib.suppress(sqlite3.Error):  # otherwise the grant would stay readable in the write-ahead log
                 self._conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def open_claims(self) -> dict[str, Claim]:
-        """Every claim that has not ended, in the order in which they were opened.
+        """All claims that have not ended, in the order in which they were opened.
 
         Raises:
             LogDamaged: an event cannot be read.
@@ -80,7 +80,7 @@ class Ledger:
         return self._claims("(SELECT claim_id FROM live)")
 
     def ended_since(self, at: float) -> list[Claim]:
-        """The claims that have ended since then, in the order of their ends.
+        """The claims that have ended since a time, in the order of their ends.
 
         Raises:
             LogDamaged: an event cannot be read.
@@ -89,12 +89,12 @@ class Ledger:
         return sorted(claims.values(), key=lambda claim: claim.ended_at or 0.0)
 
     def credential(self, claim_id: str) -> Credential | None:
-        """What a claim's session is renewed and ended with; None when it has none."""
+        """The credential of a claim; None: it has none."""
         row = self._conn.execute("SELECT url, body FROM credentials WHERE claim_id = ?", (claim_id,)).fetchone()
         return Credential(*row) if row else None
 
     def renewed(self, claim_id: str, at: float) -> None:
-        """Remember when the last renewal that was answered was sent.
+        """Store when the last answered renewal was sent.
 
         Raises:
             LogUnavailable: it is not remembered.
@@ -103,12 +103,12 @@ class Ledger:
             self._conn.execute("INSERT OR REPLACE INTO renewals VALUES (?, ?)", (claim_id, at))
 
     def renewed_at(self, claim_id: str) -> float | None:
-        """Epoch seconds of the last renewal that was answered; None where there was none."""
+        """When the last answered renewal was sent, in epoch seconds; None: there was none."""
         row = self._conn.execute("SELECT at FROM renewals WHERE claim_id = ?", (claim_id,)).fetchone()
         return float(row[0]) if row else None
 
     def held_time(self, since: float, *, open_too: bool = True) -> list[HeldTime]:
-        """Every hold that has ended since then, or has not; also a claim that was lost, and may have been held."""
+        """All holds that have not ended before a time; also claims that were lost, and may have been held."""
         rows = self._conn.execute(
             "SELECT h.at, iif(e.seq IS NULL, NULL, max(0, coalesce(e.data ->> 'held_seconds', e.at - h.at))),"
             " (SELECT p.data ->> 'price' FROM events p WHERE p.claim_id = h.claim_id AND p.kind = 'priced'"
@@ -129,7 +129,7 @@ class Ledger:
         return [HeldTime(*row) for row in (*rows, *lost)]
 
     def anchor(self) -> Anchor | None:
-        """The clock's anchor, if a claim is open that was timed by it."""
+        """The clock's anchor, if a claim that was timed by it is open."""
         query = "SELECT value FROM meta WHERE name = 'clock' AND EXISTS (SELECT 1 FROM live)"
         row = self._conn.execute(query).fetchone()
         if row is None:
@@ -138,12 +138,12 @@ class Ledger:
         return Anchor(boot_id, float(offset))
 
     def latest(self) -> float:
-        """Epoch seconds of the newest event of an open claim; 0 when none is open."""
+        """Epoch seconds of the newest event of an open claim; 0: none is open."""
         query = "SELECT coalesce(max(at), 0) FROM events WHERE claim_id IN (SELECT claim_id FROM live)"
         return float(self._conn.execute(query).fetchone()[0])
 
     def store_anchor(self, anchor: Anchor) -> None:
-        """Remember the clock's anchor.
+        """Store the clock's anchor.
 
         Raises:
             LogUnavailable: it is not remembered.
@@ -151,7 +151,7 @@ class Ledger:
         self._set("clock", f"{anchor.boot_id} {anchor.offset!r}")
 
     def probe(self, size: int = 0) -> None:
-        """Find out whether the ledger can be written. `size`: bytes that must fit.
+        """Check that the ledger can be written. `size`: bytes that must fit.
 
         Raises:
             LogUnavailable: it cannot.
@@ -159,7 +159,7 @@ class Ledger:
         self._set("probe", f"{self._seq} {'.' * size}")
 
     def close(self) -> None:
-        """Close the file and give the lock back. A second call does nothing."""
+        """Close the file and release the lock. A second call does nothing."""
         with contextlib.suppress(sqlite3.Error):
             self._conn.close()
         if self._lock is not None:
@@ -190,7 +190,7 @@ class Ledger:
 
 
 def open_ledger(path: Path) -> Ledger:
-    """Open the ledger, and make it if there is none.
+    """Open the ledger; create it if there is none.
 
     Raises:
         CannotStart: another dispatcher has it, it is of another program, damaged, or its folder is not writable.
@@ -203,7 +203,7 @@ def open_ledger(path: Path) -> Ledger:
         os.chmod(path, 0o600)
         lock = lock_beside(path, "a dispatcher", "stop that one, or set --ledger")
     except OSError as error:
-        raise CannotStart(f"the ledger {path} cannot be made: {error.strerror}; set --ledger") from error
+        raise CannotStart(f"the ledger {path} cannot be created: {error.strerror}; set --ledger") from error
     try:
         return _open(path, lock)
     except (sqlite3.Error, UnicodeDecodeError, LogDamaged) as error:

@@ -17,33 +17,33 @@ DAY_SECONDS: Final = 86_400.0
 
 
 class Limits(NamedTuple):
-    """What the user has set; None is no limit."""
+    """The limits of the user; None: no limit."""
 
     hours: float | None = None  # held hours in 24 hours
     dollars: float | None = None  # dollars in 24 hours
-    price: float | None = None  # dollars an hour of every instance; None: each has its own
+    price: float | None = None  # dollars per hour of every instance; None: each has its own price
 
 
 class Spent(NamedTuple):
-    """What the last 24 hours came to."""
+    """The sums over the last 24 hours."""
 
     hours: float
     dollars: float
 
 
 class Room(NamedTuple):
-    """How much may still be opened."""
+    """How many claims may still be opened."""
 
-    opens: int | None  # claims; None: as many as one likes
+    opens: int | None  # claims; None: no limit
     spent: Spent
-    reached: Literal["hours", "dollars"] | None = None  # the limit because of which nothing may be opened
-    over: bool = False  # what has been held alone has reached it
+    reached: Literal["hours", "dollars"] | None = None  # the limit that allows no claim
+    over: bool = False  # past and current holds alone have reached it
     again_at: float | None = None  # epoch seconds at which one claim may be opened, if all holds ended now
-    never: bool = False  # one lifetime alone is more than the limit
+    never: bool = False  # one lifetime alone exceeds the limit
 
 
 def spent(now: float, holds: Iterable[HeldTime], price: float, window: float = DAY_SECONDS) -> Spent:
-    """Hours and dollars of the last 24 hours. `price`: dollars an hour where a hold's own is not known.
+    """Hours and dollars of the last 24 hours. `price`: dollars per hour for holds without a known price.
 
     A hold that ended in the future, by a clock that was set back, counts as one that has just ended.
     """
@@ -75,7 +75,7 @@ def room(
     if opens:
         return Room(opens, used)
     reached: Literal["hours", "dollars"] = "hours" if name == "hours" else "dollars"
-    if fits:  # the claims that wait for a worker have all of it
+    if fits:  # all of it is needed for the claims that wait for a worker
         return Room(0, used, reached)
     again = _again(now, holds, limits, one, price)
     return Room(0, used, reached, over, again, again is None)
@@ -88,7 +88,7 @@ def _fits(left: float, one: float) -> int:
 
 
 def _again(now: float, holds: Sequence[HeldTime], limits: Limits, one: float, price: float) -> float | None:
-    """When one claim fits, if every hold ended now: what is spent only falls from then on."""
+    """When one claim fits, if every hold ended now: the sums of the last 24 hours then only fall."""
     ended = [hold._replace(seconds=now - hold.held_at) if hold.seconds is None else hold for hold in holds]
 
     def fits(at: float) -> bool:
@@ -99,7 +99,7 @@ def _again(now: float, holds: Sequence[HeldTime], limits: Limits, one: float, pr
 
     early, late = now, now + DAY_SECONDS
     if not fits(late):
-        return None  # one lifetime alone is more than the limit
+        return None  # one lifetime alone exceeds the limit
     while late - early > 1.0:
         middle = (early + late) / 2
         early, late = (early, middle) if fits(middle) else (middle, late)

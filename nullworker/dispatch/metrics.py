@@ -18,9 +18,9 @@ from nullworker.dispatch.limits import spent
 from nullworker.fsm.table import EDGES
 
 PREFIX: Final = "nullworker_dispatch_"
-#: Seconds until a worker holds: from a warm one to a machine that has to be rented and loaded.
+#: Seconds until a worker is held: from a warm one to a machine that has to be rented and loaded.
 BUCKETS: Final = (0.5, 1, 2, 5, 10, 30, 60, 120, 180, 300, 600, 1200, 1800, 3600)
-#: Every end that is known; others, of a newer worker, are counted as `other`.
+#: All known reasons; those of newer workers are counted as `other`.
 REASONS: Final = tuple(
     sorted({edge.reason for edge in EDGES if edge.reason and edge.status} | set(OWN_REASONS) | {"other", "unknown"})
 )
@@ -32,7 +32,7 @@ class Exporter(Collector):
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         past = spent(dispatcher.clock.now(), dispatcher.ledger.held_time(0.0, open_too=False), 0.0, window=math.inf)
-        self._seconds, self._dollars = past.hours * 3600, past.dollars  # of what has ended
+        self._seconds, self._dollars = past.hours * 3600, past.dollars  # of holds that have ended
         self._shown = (0.0, 0.0)
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
@@ -57,7 +57,7 @@ class Exporter(Collector):
             self._dollars += seconds / 3600 * (claim.price or 0.0)
 
     def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily | InfoMetricFamily]:
-        """The figures of now."""
+        """Read the gauges."""
         dispatcher = self._dispatcher
         decision = None if dispatcher.step is None else dispatcher.step.decision
         in_flight = None if decision is None else decision.in_flight
@@ -90,7 +90,7 @@ class Exporter(Collector):
         ]
         seconds = self._seconds + sum(seconds for seconds, _ in held)
         dollars = self._dollars + sum(seconds / 3600 * price for seconds, price in held)
-        # A hold that turns out to have been shorter must not take a counter back.
+        # The end of a hold may turn out to be earlier, but a counter must not go back.
         self._shown = max(self._shown[0], seconds), max(self._shown[1], dollars)
         yield CounterMetricFamily(
             f"{PREFIX}hold_seconds", "Seconds for which workers were held, by this ledger.", value=self._shown[0]
@@ -101,10 +101,10 @@ class Exporter(Collector):
         yield info
 
     def count_request(self, port: str, route: str, status: int, seconds: float | None) -> None:
-        """Requests to a port on 127.0.0.1 are not counted."""
+        """Not counted: the port is on 127.0.0.1."""
 
     def count_auth_failure(self, reason: str) -> None:
-        """There is no authentication."""
+        """Never called: there is no authentication."""
 
 
 def _gauge(name: str, help_text: str, value: float) -> GaugeMetricFamily:

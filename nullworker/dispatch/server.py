@@ -19,7 +19,7 @@ _LOCAL = frozenset(("127.0.0.1", "localhost", "::1"))
 
 
 def server(dispatcher: Dispatcher, listener: socket.socket) -> Server:
-    """The server, to be started."""
+    """The server, not yet started."""
 
     async def status(_: web.Request) -> web.Response:
         return json_response(dispatcher.status())
@@ -39,7 +39,7 @@ def server(dispatcher: Dispatcher, listener: socket.socket) -> Server:
 
 
 def _only_local(request: web.BaseRequest) -> None:
-    """A page of another site, or a rebound name, must not read what is held."""
+    """Refuse pages of other sites, and DNS rebinding."""
     origin = request.headers.get("Origin")
     hosts = [urlsplit(f"//{request.host}").hostname, urlsplit(origin).hostname if origin is not None else "localhost"]
     if not all(host in _LOCAL for host in hosts):

@@ -1,4 +1,4 @@
-"""Logs a trouble once when it begins and once when it is over, however often it is met."""
+"""Logs a trouble once when it begins and once when it is over, however often it occurs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nullworker.logs import get_log
 
 log = get_log(__name__)
 
-#: Seconds until a trouble that has changed its cause is said again.
+#: Seconds until a trouble whose cause has changed is logged again.
 QUIET_SECONDS: Final = 60.0
 
 
@@ -32,7 +32,7 @@ class Trouble:
         self._said_at = 0.0
 
     def met(self, why: str, **fields: Any) -> None:
-        """It is there. `fields` go into the log line; `message` replaces that of the constructor."""
+        """The trouble has occurred. `fields` go into the log line; `message` replaces that of the constructor."""
         changed = why != self._said and stopwatch() - self._said_at >= QUIET_SECONDS
         if self.why is None or changed:
             self._said, self._said_at = why, stopwatch()
@@ -40,7 +40,7 @@ class Trouble:
         self.why = why
 
     def over(self) -> None:
-        """It is not there."""
+        """The trouble is over, or did not occur."""
         if self.why is not None:
             log.info(f"{self._event}_over")
         self.why = None

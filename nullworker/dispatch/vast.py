@@ -24,29 +24,29 @@ from nullworker.outgoing import describe_failure
 
 log = get_log(__name__)
 
-#: Seconds that the engine keeps a request that does not ask again; the SDK's own figure (vastai 1.9.1, client.py).
+#: Seconds for which the engine keeps a request that is not repeated; the SDK's value (vastai 1.9.1, client.py).
 REPLAY_SECONDS: Final = 60.0
-#: Seconds that a call of the account's API may take.
+#: Seconds for a call of the account's API.
 API_SECONDS: Final = 20.0
-#: Seconds for which a list of the workers serves all claims that ask for it.
+#: Seconds for which a list of the workers is cached for all claims.
 FRESH_SECONDS: Final = 5.0
-#: Seconds until one that does not answer is said; the SDK tries five times in them.
+#: Seconds without an answer until it is logged; the SDK tries five times in them.
 CONNECT_SECONDS: Final = 8.0
 
 
 class Unreachable(Exception):
-    """Vast did not answer, or not now; the message has no key in it."""
+    """Vast did not answer, or refuses for now; the message contains no key."""
 
 
 class Grant(NamedTuple):
-    """A worker that may be asked, and what to show it."""
+    """A worker that may be asked, and the grant for it."""
 
     url: str
     auth_data: dict[str, Any]
 
 
 class Routed(NamedTuple):
-    """The engine's answer: a grant, or None for now. `request_idx` goes with the next question."""
+    """The engine's answer: a grant, or None for now. `request_idx` is sent with the next request."""
 
     grant: Grant | None
     request_idx: int
@@ -56,8 +56,8 @@ class WorkerSeen(NamedTuple):
     """A worker, as the engine sees it."""
 
     instance: int
-    working: int  # requests and sessions that it has
-    off: bool  # its machine is stopped: nothing can run there
+    working: int  # number of its requests and sessions
+    off: bool  # its machine is stopped
 
 
 class Instance(NamedTuple):
@@ -68,7 +68,7 @@ class Instance(NamedTuple):
 
 
 class Vast:
-    """One endpoint. `connect` first: until it has worked, `route` waits, and the other calls raise Unreachable."""
+    """One endpoint. Until `connect` has succeeded, `route` waits, and the other calls raise Unreachable."""
 
     def __init__(self, endpoint: str, api_key: str, autoscaler: str | None) -> None:
         self.endpoint = endpoint
@@ -84,7 +84,7 @@ class Vast:
 
     @property
     def trouble(self) -> str | None:
-        """Why the last call was not answered; None: it was."""
+        """Why the last call failed; None: it succeeded."""
         return self._trouble.why or (None if self._answered else "no call has been answered yet")
 
     async def connect(self) -> None:
@@ -122,7 +122,7 @@ class Vast:
         return [WorkerSeen(each.id, each.reqs_working, is_off(each)) for each in listed]
 
     async def running(self) -> frozenset[int]:
-        """The instances of the endpoint whose machines run, as of some seconds ago."""
+        """The instances of the endpoint whose machines are running, cached for some seconds."""
         async with self._asking:
             if self._running is None or stopwatch() - self._running[0] > FRESH_SECONDS:
                 asked_at = stopwatch()
@@ -131,7 +131,7 @@ class Vast:
             return self._running[1]
 
     async def instances(self) -> dict[str, Instance]:
-        """The account's instances by their number, and by `host:port` of their external ports, with what each costs.
+        """The account's instances by their number, and by `host:port` of their external ports, with their prices.
 
         Shape: vastai 1.9.1, api/instances.py (`/api/v1/instances/`, pages by `after_token`) and the `ports` of docker.
         """
@@ -142,7 +142,9 @@ class Vast:
             except Exception as error:
                 raise Unreachable(self._words(error)) from None
             for each in page.get("instances") or ():
-                with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # one that is not up yet
+                with contextlib.suppress(
+                    KeyError, TypeError, ValueError, AttributeError
+                ):  # an instance that is not running yet
                     seen = instances[str(each["id"])] = Instance(int(each["id"]), float(each["dph_total"]))
                     for bindings in each["ports"].values():
                         for binding in bindings:
@@ -152,7 +154,7 @@ class Vast:
                 return instances
 
     async def ssl_context(self) -> ssl.SSLContext:
-        """What workers' certificates are checked with."""
+        """The TLS context for workers' certificates."""
         context: ssl.SSLContext = await self._call(self._connected().client.get_ssl_context())
         return context
 
@@ -209,7 +211,7 @@ def address(url: str) -> str:
 
 
 def trust(ours: ssl.SSLContext, theirs: ssl.SSLContext) -> None:
-    """Trust what another context trusts, Vast's root certificate among them, and as leniently."""
+    """A context with the trust of another one, Vast's root certificate included, and the same checks."""
     for certificate in theirs.get_ca_certs(binary_form=True):
         ours.load_verify_locations(cadata=certificate)
     ours.verify_flags = theirs.verify_flags
