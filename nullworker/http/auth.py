@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Callable
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -117,6 +116,9 @@ class Grant(msgspec.Struct):
             raise Invalid(str(error), payload=error.fields or str(error)) from None
 
 
+_canonical: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
+
+
 def fingerprint(auth: Any) -> str:
     """SHA-256 of an auth_data, independent of spacing and the order of keys.
 
@@ -125,25 +127,18 @@ def fingerprint(auth: Any) -> str:
     Raises:
         Invalid: it nests too deep to be compared.
     """
-    return _sha256(auth, _whole_as_int)
+    if is_deeper(auth, MAX_DEPTH):
+        raise Invalid(f"the auth cannot be compared: it must nest at most {MAX_DEPTH} deep")
+    return hashlib.sha256(_canonical(_whole_as_int(auth)).encode()).hexdigest()
 
 
 def owns(auth: Any, auth_sha256: str) -> bool:
-    """Whether this auth_data has that fingerprint, also one of an old log, which told 100.0 from 100.
+    """Whether this auth_data has that fingerprint.
 
     Raises:
         Invalid: it nests too deep to be compared.
     """
-    return any(hmac.compare_digest(auth_sha256, _sha256(auth, form)) for form in (_whole_as_int, lambda auth: auth))
-
-
-_canonical: Final = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
-
-
-def _sha256(auth: Any, form: Callable[[Any], Any]) -> str:
-    if is_deeper(auth, MAX_DEPTH):
-        raise Invalid(f"the auth cannot be compared: it must nest at most {MAX_DEPTH} deep")
-    return hashlib.sha256(_canonical(form(auth)).encode()).hexdigest()
+    return hmac.compare_digest(auth_sha256, fingerprint(auth))
 
 
 def _whole_as_int(value: Any) -> Any:
