@@ -86,7 +86,7 @@ class Callbacks:
         try:
             return queries.callbacks(self._log.conn, after=after)
         except sqlite3.Error as error:
-            log.error("callbacks_not_read", error=str(error), message="the event log cannot be read; it is tried again")
+            log.error("callbacks_not_read", error=str(error), message="the event log cannot be read; trying again")
             return None
 
     async def _deliver(self, callback: queries.Callback) -> None:
@@ -126,7 +126,7 @@ class Callbacks:
             try:
                 self._log.settle(NAME, [callback.seq], self._service.now(), outcome, detail)
             except LogUnavailable as error:
-                log.warning("callback_not_settled", seq=callback.seq, error=str(error), message="it is tried again")
+                log.warning("callback_not_settled", seq=callback.seq, error=str(error), message="trying again")
                 await asyncio.sleep(SETTLE_SECONDS)
             else:
                 return

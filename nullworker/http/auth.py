@@ -24,7 +24,7 @@ log = get_log(__name__)
 #: Maximum size of a part of a wrong envelope that is searched for the error; it costs 0.4 us per byte, for an
 #: unverified caller.
 EXPLAINED_BYTES: Final = 16 * 1024
-#: The most that a grant may cost, and so how much load one request may be to the autoscaler.
+#: Maximum cost of a grant, and so of the load that one request may report.
 MAX_COST: Final = 1_000_000
 ALLOWED_COST: Final = f"must be a number from 0 to {MAX_COST}"
 
@@ -61,7 +61,7 @@ class _Bare(msgspec.Struct):
 
 
 class Grant(msgspec.Struct):
-    """A request that may be acted upon. `auth` is None for a bare payload on an unsecured worker.
+    """An authenticated request. `auth` is None for a bare payload on an unsecured worker.
 
     `verified`: the signature was checked, so the same auth_data identifies the same caller.
     """
@@ -79,7 +79,7 @@ class Grant(msgspec.Struct):
 
     @property
     def cost(self) -> float | None:
-        """The load that the autoscaler has been asked for; None without an envelope."""
+        """The load that was requested from the autoscaler; None without an envelope."""
         return None if self.auth is None else float(self.auth.cost)
 
     @property

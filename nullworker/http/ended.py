@@ -1,4 +1,4 @@
-"""EndedClaims: finds the final status of an ended claim by the auth_data that it was made with.
+"""EndedClaims: finds the final status of an ended claim by the auth_data of its request.
 
 A caller whose answer was lost sends the same body again, or asks by the session's id. Ended reservations are in the
 log; only the hashes of the newest are in memory, so that a claim needs no search.
@@ -17,12 +17,12 @@ from nullworker.http.auth import owns
 from nullworker.http.reservations import find
 from nullworker.service import Commit, Service
 
-#: Claims that were held and have ended which are known by their auth_data alone.
+#: Number of ended claims that are known by their auth_data.
 REMEMBERED: Final = 1000
 
 
 class EndedClaims:
-    """What has ended, by its auth. Add `observe` to the service's observers.
+    """Ended claims by their auth. Add `observe` to the service's observers.
 
     A request that its own caller hung up on is not remembered: asking again for it is a new claim.
     """
@@ -47,7 +47,7 @@ class EndedClaims:
             self._ids.popitem(last=False)
 
     def made_with(self, kind: str, auth_sha256: str) -> ReservationJson | None:
-        """The reservation of that kind that was made with this auth, was held and has ended."""
+        """The ended reservation of that kind that was made with this auth and was held; None: there is none."""
         reservation_id = self._ids.get((kind, auth_sha256))
         return None if reservation_id is None else find(self._service, self._log, reservation_id)
 

@@ -88,7 +88,7 @@ class ExternalHandlers:
         return json_response({"ok": True})
 
     def _claim(self, grant: Grant, payload: ReservePayload) -> Reservation:
-        """A new reservation; or with a session_id the session that is held.
+        """A new reservation; with a session_id, the held session.
 
         Raises:
             Gone: the session, or the request that this very grant has made, has ended.
@@ -113,7 +113,7 @@ class ExternalHandlers:
         return reservation
 
     async def _verdict(self, request: web.Request, reservation: Reservation, stream: bool) -> web.StreamResponse:
-        """Wait for the end and answer with it. A hang-up or an error here ends a request reservation."""
+        """Wait for the end of the reservation, and answer. A hang-up or an error ends a request reservation."""
         if reservation.state not in ENDED:
             request[HELD] = True
         try:

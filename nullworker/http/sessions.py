@@ -74,7 +74,7 @@ class SessionHandlers:
         self._own_ports = own_ports
 
     async def create(self, request: web.Request) -> web.Response:
-        """POST /session/create: claim the slot, without queueing, or find what the same grant has made."""
+        """POST /session/create: create a session without queueing, or find the one that the same grant has created."""
         grant = await self._authenticator.authenticate(await read_body(request))
         if grant.verified and (again := self._made_with(grant.auth_sha256)) is not None:
             return _created(again)
@@ -154,13 +154,13 @@ class SessionHandlers:
         """POST /ping: renew a session by its lifetime; a later deadline stays."""
         grant = await self._authenticator.authenticate(await read_body(request))
         if grant.session_id is None:
-            raise Invalid("session_id is missing: a ping renews a session", session_id="missing parameter")
+            raise Invalid("session_id is missing: it names the session to renew", session_id="missing parameter")
         session = self.find(grant, grant.session_id)
         self._service.renew(session.id)
         return json_response({"result": {"ok": True}}, headers={RESERVATION_HEADER: session.id})
 
     def find(self, grant: Grant, session_id: str) -> Reservation:
-        """The session that is held, for who waits for its end.
+        """The held session, for a caller that waits for its end.
 
         Raises:
             Gone: it has ended, or never existed. Its owner gets its final status.
@@ -171,7 +171,7 @@ class SessionHandlers:
         return session
 
     def _made_with(self, auth_sha256: str) -> Reservation | None:
-        """The session that is held and was made with this auth, renewed; None if there never was one.
+        """The held session that was created with this auth, renewed; None: there never was one.
 
         Raises:
             Gone: it has ended.
@@ -190,7 +190,7 @@ class SessionHandlers:
         return Gone(f"there is no session {session_id}") if row is None else ended_error(row)
 
     def _not_held(self, named: Named, message: str) -> RequestError:
-        """The answer about a session that is not held: with its final status for its owner, without for others."""
+        """The answer about a session that is not held; its owner also gets its final status."""
         row = self._ended.session(named.session_id, named.session_auth)
         return RequestError(message) if row is None else RequestError(message, about=row["id"], **final_status(row))
 

@@ -32,12 +32,12 @@ log = get_log(__name__)
 KEEPALIVE_SECONDS: Final = 15.0
 #: Events read from the log at once.
 BATCH: Final = 200
-#: Readers of all events that are written to before others have their turn: 0.3 ms.
+#: Readers of all events that are written to before the event loop has its turn: 0.3 ms.
 AT_ONCE: Final = 8
 
 
 class Watchers:
-    """The readers of one port's streams, which are ended properly, without delay, when the worker stops."""
+    """The readers of one port's streams. Their streams end properly and at once when the worker stops."""
 
     def __init__(self) -> None:
         self.dismissed = False

@@ -25,7 +25,7 @@ class QueueJson(TypedDict):
 
     length: int
     limit: int
-    oldest_seconds: float | None  # that the first has waited
+    oldest_seconds: float | None  # for which the first one has waited
 
 
 class ConsumerJson(TypedDict):
@@ -36,15 +36,15 @@ class ConsumerJson(TypedDict):
     last: str | None  # the result of the last poll
     why: str | None  # why no reservation is taken for it
     attached: bool  # whether it is attached to the held reservation
-    attached_at: str | None  # when one first was, ISO 8601
+    attached_at: str | None  # time of the first attachment, ISO 8601
 
 
 class AutoscalerJson(TypedDict):
     """The connection to the autoscaler."""
 
     reports_to: list[str] | None  # None: standalone
-    trouble: str | None  # why the last call did not arrive
-    backlog: int  # outcomes that it has not acknowledged
+    trouble: str | None  # why the last call failed
+    backlog: int  # unacknowledged outcomes
     key_loaded: bool
 
 
@@ -52,7 +52,7 @@ class SinkJson(TypedDict):
     """The delivery of events to NULL_SINK."""
 
     url: str  # secrets are hidden
-    backlog: int  # events that it has not accepted
+    backlog: int  # events not accepted yet
     trouble: str | None  # why the last POST was not accepted
 
 
@@ -151,7 +151,7 @@ class Status:
             if self._sink is None
             else {"url": self._sink.shown, "backlog": self._sink.backlog, "trouble": self._sink.trouble},
             "log": {
-                # a path may have bytes that are no text, PEP 383
+                # a path may contain bytes that are not text, PEP 383
                 "path": os.fsencode(self._log.path).decode(errors="backslashreplace"),
                 "bytes": self._log.size(),
                 "last_seq": self._log.last_seq,
