@@ -74,10 +74,13 @@ async def run_process(function: Callable[..., _T], args: tuple[Any, ...], *, kil
         return value  # type: ignore[no-any-return]  # what the function returned
     finally:
         ours.close()
-        if process.pid is not None:
-            await _end(process, kill_after)
-            guard.forget(process.pid)
-        guard.close()
+        try:
+            if process.pid is not None:
+                await _end(process, kill_after)
+        finally:  # when cancelled once more, the group has ended too
+            if process.pid is not None:
+                guard.forget(process.pid)
+            guard.close()
 
 
 async def _end(process: Any, kill_after: float) -> None:

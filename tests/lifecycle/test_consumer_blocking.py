@@ -61,6 +61,23 @@ async def test_a_process_and_its_children_end_with_the_reservation(worker: Worke
     await found.aclose()
 
 
+async def test_a_process_is_killed_at_once_when_its_body_is_cancelled_again(worker: WorkerProcess) -> None:
+    file = worker.folder / "pids"
+    async with caller(worker):
+        found = reservations(worker.control)
+        async with await first(found) as reservation:
+            job = asyncio.ensure_future(reservation.run_process(blocking_jobs.ignore_sigterm, file, kill_after=1000))
+            await until(lambda: file.exists() and len(file.read_text().split()) == 2)
+            job.cancel()
+            await asyncio.sleep(0.1)
+            assert not job.done()
+            job.cancel()
+            await asyncio.wait([job], timeout=PATIENCE)
+            assert job.cancelled()
+        assert not [pid for pid in map(int, file.read_text().split()) if psutil.pid_exists(pid)]
+        await found.aclose()
+
+
 async def test_a_stopped_process_hears_sigterm(worker: WorkerProcess) -> None:
     file = worker.folder / "said"
     found = reservations(worker.control)
