@@ -27,7 +27,7 @@ START = 1_700_000_000.0
 async def test_nothing_is_lost_doubled_or_left_when_the_worker_is_killed_again_and_again() -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-W", "error", "-m", "stress.crash", "--kills", "40", "--seconds-max", "9", "--seed", "1"),
+        *("-W", "error", "-m", "stress.crash", "--kills", "6", "--seed", "1"),
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -35,9 +35,7 @@ async def test_nothing_is_lost_doubled_or_left_when_the_worker_is_killed_again_a
     said = (await process.communicate())[0].decode()
     assert process.returncode == 0, said
     assert re.search(r"^wrong +0$", said, re.MULTILINE), said
-    killed = re.search(r"^kills +(\d+) in", said, re.MULTILINE)
-    assert killed, said
-    assert int(killed[1]) >= 3
+    assert re.search(r"^kills +6 in", said, re.MULTILINE), said
 
 
 # -- the audit -------------------------------------------------------------------------------------------------------
