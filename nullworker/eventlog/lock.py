@@ -115,8 +115,6 @@ class Lock:
             self.noted = _read(text[_HOLDER_BYTES:])
             holder = f"pid {os.getpid()}, since {wall_iso()}"
             os.pwrite(self._file, f"{holder:<{_HOLDER_BYTES - 1}}\n".encode(), 0)
-            if self.noted is None:
-                os.ftruncate(self._file, _HOLDER_BYTES)
         except BaseException:
             os.close(self._file)
             raise

@@ -114,3 +114,10 @@ def test_id_is_that_of_the_event_and_not_of_what_the_settings_leave_of_it() -> N
 
 def test_an_instance_is_no_path() -> None:
     assert ce.source("a/b c", "1") == "nullworker/a%2Fb%20c/1"
+
+
+def test_what_a_worker_tells_of_itself_says_when_and_no_two_are_the_same() -> None:
+    first, second = (ce.worker_event(SOURCE, "stopped", 5.0, {"clock": 6.0}) for _ in range(2))
+    assert first.data == {"at": 5.0, "clock": 6.0}
+    assert first.time == "1970-01-01T00:00:05.000Z"
+    assert first.id != second.id

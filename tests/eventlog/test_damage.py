@@ -184,6 +184,12 @@ def test_a_damaged_log_is_set_aside_and_another_begins(path: Path, logged: Calla
     assert not Path(f"{path}.suspect").exists()
 
 
+def renamed(db: Path) -> None:
+    conn = sqlite3.connect(db)
+    conn.execute("ALTER TABLE meta RENAME COLUMN value TO content")
+    conn.close()
+
+
 def spoiled(db: Path) -> None:
     """What was asked for is no JSON any more."""
     conn = sqlite3.connect(db)
@@ -198,6 +204,7 @@ def spoiled(db: Path) -> None:
     ("damage", "ended"),
     [
         (emptied_of_its_tables, None),
+        (renamed, None),
         (contradictory, None),
         (spoiled, None),
         (emptied_of_its_tables, 60.0),
