@@ -73,11 +73,11 @@ class Readiness:
         self._set(_log=None)
 
     def drain(self, why: str) -> None:
-        """The worker stops; there is no way back. Owner: the service."""
+        """The worker is stopping, for good. Owner: the service."""
         self._set(_draining=why)
 
     def part_has_died(self, why: str) -> None:
-        """A task of the worker has died; there is no way back. Owner: the worker."""
+        """A task of the worker has died, for good. Owner: the worker."""
         self._set(_dead_part=why)
 
     # -- derived state --------------------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class Readiness:
 
     @property
     def consumer_healthy(self) -> bool | None:
-        """Whether the consumer is healthy; None: nobody asks it."""
+        """Whether the consumer is healthy; None: it is not polled."""
         return self.consumer is None if self._asked else None
 
     @property
@@ -153,7 +153,7 @@ class Readiness:
 
     @property
     def error_msg(self) -> str:
-        """The causes as reported to the autoscaler, or "". A drain is no error, nor a start while it is not late."""
+        """The causes as reported to the autoscaler, or "". Neither a drain nor a start that is not late is an error."""
         return "; ".join(cause for cause in (self._dead_part, self._log, self._unhealthy or self._late) if cause)
 
     def checks(self) -> dict[str, Check]:

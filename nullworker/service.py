@@ -181,7 +181,7 @@ class Service:
         """A session's owner is there: it lives for its lifetime from now, but for less than a tenth of it.
 
         Raises:
-            IllegalMove: it is not held, or is no session.
+            IllegalMove: it is not held, or is not a session.
             LogUnavailable: it could not be logged; nothing has changed.
         """
         self._commit(self.book.renew(reservation_id, self.now()), must=False)
@@ -231,11 +231,11 @@ class Service:
         self._commit(self.book.cancel_queued("draining", self.now()))
 
     def end_drain(self) -> None:
-        """The drain time is over: cancel a held request. A session stays, and goes on after the restart."""
+        """The drain time is over: cancel a held request. A session stays held and survives the restart."""
         self._commit(self.book.cancel_requests("draining", self.now()))
 
     def resume(self) -> None:
-        """After a restart: cancel requests, whose connections are gone, and end what has expired meanwhile."""
+        """After a restart: cancel requests, whose connections are gone, and end what has expired."""
         self._commit(self.book.cancel_requests("worker_restart", self.now()))
         self.tick()
 
@@ -378,7 +378,9 @@ class Service:
         now = self.now()
         if self._trouble is None:
             self._trouble_since = now
-            log.error("event_log_unavailable", error=str(error), message="no new reservations until it is back")
+            log.error(
+                "event_log_unavailable", error=str(error), message="no new reservations until it can be written again"
+            )
         self._trouble, self._retry_at = error, now + RETRY_SECONDS
         if not error.momentary or now - self._trouble_since >= PATIENCE_SECONDS:
             self.readiness.log_has_failed(str(error))
@@ -386,7 +388,7 @@ class Service:
 
     def _log_works(self) -> None:
         if self._trouble is not None:
-            log.warning("event_log_recovered", message="the event log can be written again, nothing is missing in it")
+            log.warning("event_log_recovered", message="the event log can be written again; no event is missing")
             self._trouble = None
             self.readiness.log_works()
 

@@ -100,7 +100,7 @@ def reservation_event(
 
 
 def worker_event(log_source: str, kind: WorkerKind, at: float, data: dict[str, Any]) -> CloudEvent:
-    """What a worker tells of itself, beside the log.
+    """An event about the worker itself, which is not in the log.
 
     Args:
         at: epoch seconds of its clock: when it happened.

@@ -46,7 +46,7 @@ def lock_beside(path: Path, owner: str, advice: str) -> int:
 
     Args:
         owner: what may hold it, such as "a dispatcher".
-        advice: what whoever comes second can do.
+        advice: for the second process, what to do.
 
     Returns:
         The descriptor; the lock ends with it, and so with the process.
@@ -55,7 +55,7 @@ def lock_beside(path: Path, owner: str, advice: str) -> int:
         CannotStart: another process holds it.
         OSError: the file beside it cannot be made, or is a link.
     """
-    # a link would have this process write into a file of somebody else's choice
+    # through a link, this process would write into a file that someone else has chosen
     lock = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -107,7 +107,7 @@ class Lock:
         self._sync = sync
         self._boot_id = boot_id()
         self._log: int | None = None
-        # a link would have this process write into a file of somebody else's choice
+        # through a link, this process would write into a file that someone else has chosen
         self._file = os.open(f"{path}.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         try:
             self._take(self._file)

@@ -196,7 +196,7 @@ class EventLog:
         return Anchor(boot_id, float(offset))
 
     def latest(self) -> float:
-        """When the newest event of what is live happened, in epoch seconds; 0 when nothing is."""
+        """The time of the newest event of a live reservation, in epoch seconds; 0: nothing is live."""
         query = "SELECT coalesce(max(at), 0) FROM events WHERE reservation_id IN (SELECT reservation_id FROM live)"
         return float(self.conn.execute(query).fetchone()[0])
 
@@ -253,7 +253,7 @@ class EventLog:
         return files
 
     def _check_files(self) -> None:
-        """SQLite would go on in a file that has no name any more, and whose content ends with the process."""
+        """Check that the path still names this file. SQLite would go on writing to a removed file."""
         files = self._stat_files()
         if files == self._files:
             return
@@ -262,10 +262,10 @@ class EventLog:
         self._rescue_wal()
 
     def _rescue_wal(self) -> None:
-        """The -wal was removed or replaced: move what it has into the log, through the open file, and begin another.
+        """The -wal was removed or replaced: move its content into the log, through the open file, and begin another.
 
         Raises:
-            LogUnavailable: it could not be done; what is in the -wal ends with this process.
+            LogUnavailable: it failed; the content of the -wal is lost with this process.
         """
         what = f"{self.path}-wal or -shm was removed or replaced while the worker runs"
         if self._reconnect is None:
@@ -273,15 +273,17 @@ class EventLog:
         try:
             (busy, *_) = self.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
             if busy:
-                raise LogUnavailable(f"{what}; a reader keeps what is in it from being saved", momentary=True)
+                raise LogUnavailable(
+                    f"{what}; its content cannot be saved while another program reads the log", momentary=True
+                )
             self.conn.close()
             self.conn = self._reconnect()
             self.conn.execute("SELECT count(*) FROM sqlite_schema")  # which opens the files
         except sqlite3.Error as error:
-            raise LogUnavailable(f"{what}, and what is in it cannot be saved: {error}") from error
+            raise LogUnavailable(f"{what}, and its content cannot be saved: {error}") from error
         self._files = self._stat_files()
         log.error(
-            "wal_removed", path=str(self.path), message=f"{what}; nothing of it is lost, all is in the log itself"
+            "wal_removed", path=str(self.path), message=f"{what}; nothing is lost, its content was moved into the log"
         )
 
     def _write(self, statement: str, rows: Iterable[Sequence[object]]) -> None:

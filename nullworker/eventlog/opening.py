@@ -81,7 +81,7 @@ def _open_as(path: Path, file: Path, how: str) -> EventLog:
 
 
 def _open_on_read_only_disk(path: Path) -> EventLog:
-    """Where no -shm can be made beside a log, it is read as a file that nobody changes (sqlite.org/wal.html#readonly).
+    """Open a log beside which no -shm can be created as a file that does not change (sqlite.org/wal.html#readonly).
 
     SQLite does not look at the -wal then: when there is one with something in it, both are copied to where an -shm can
     be made.
@@ -89,7 +89,7 @@ def _open_on_read_only_disk(path: Path) -> EventLog:
     wal = Path(f"{path}-wal")
     if not wal.exists() or wal.stat().st_size == 0:
         return _open_as(path, path, "immutable=1")
-    with tempfile.TemporaryDirectory() as folder:  # what is open stays when it is removed
+    with tempfile.TemporaryDirectory() as folder:  # an open file stays readable when it is removed
         copy = Path(folder, "copy.db")
         shutil.copyfile(path, copy)
         shutil.copyfile(wal, f"{copy}-wal")
@@ -170,7 +170,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def _verify_newest(conn: sqlite3.Connection, noted: Note | None) -> None:
-    """Compare the log with what its last worker had noted (lock.py).
+    """Compare the log with the note of its last worker (lock.py).
 
     The connection must be read-only: another would begin the -wal anew, or remove it when it is closed, and what can
     be saved of a damaged one would be gone.
@@ -204,7 +204,7 @@ def _set_aside(path: Path) -> Path:
 
 
 def verify_replay(log: EventLog) -> None:
-    """Replay the live reservations and read what is still to be delivered, as the worker will do.
+    """Replay the live reservations and read all undelivered messages, as the worker will do.
 
     The cost depends on their number, not on the size of the log.
 
@@ -215,7 +215,7 @@ def verify_replay(log: EventLog) -> None:
         _replay_live(log)
         _read_undelivered(log)
     except (IllegalMove, ValueError, TypeError, KeyError, AssertionError, RecursionError) as error:
-        raise LogDamaged(f"what a worker needs to go on makes no sense: {type(error).__name__}: {error}") from error
+        raise LogDamaged(f"the live reservations cannot be restored: {type(error).__name__}: {error}") from error
 
 
 def _replay_live(log: EventLog) -> None:
@@ -224,7 +224,7 @@ def _replay_live(log: EventLog) -> None:
         iso(book.apply(event).ends_at or event.at)
     live = {reservation.id: reservation.state for reservation in book.live()}
     if live != dict(log.conn.execute("SELECT reservation_id, state FROM live")):
-        raise LogDamaged("the table `live` does not say what the events say")
+        raise LogDamaged("the table `live` does not agree with the events")
     log.anchor()
 
 

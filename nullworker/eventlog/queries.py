@@ -35,7 +35,7 @@ class Finished:
 
     seq: int
     request_idx: int | None
-    outcome: Outcome | None  # None: nothing is told of it
+    outcome: Outcome | None  # None: no outcome is sent for it
     queued_at: float
     held_at: float | None
     ended_at: float

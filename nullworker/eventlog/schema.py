@@ -1,14 +1,14 @@
 """The tables, triggers and views of the event log.
 
-Triggers refuse to change or remove an event, to end a reservation twice and to hold two at once, whoever writes: this
-worker, a second one, or a sqlite3 shell. Each raises ABORT before the row is there; none leaves it to a UNIQUE index,
-since an outer INSERT OR REPLACE or OR IGNORE decides what happens at a constraint, within triggers too
+Triggers refuse to change or remove an event, to end a reservation twice and to hold two at once, whichever program
+writes: this worker, a second one, or a sqlite3 shell. Each raises ABORT before the row is inserted; none relies on a
+UNIQUE index, since an outer INSERT OR REPLACE or OR IGNORE decides what happens at a constraint, within triggers too
 (sqlite.org/lang_createtrigger.html), but not at a RAISE.
 
 Rows are only removed by inserting a reservation's id into `pruning`, which is allowed once the view `done_with` lists
 it: it has ended and every reader has passed it.
 
-`live` is derived from `events` by triggers, so that a start reads only what is open. It is keyed by state: a claim
+`live` is derived from `events` by triggers, so that a start reads only live reservations. It is keyed by state: a claim
 writes three pages, of events, their index and live. Times are stored as epoch seconds; the views show them as ISO 8601
 UTC with milliseconds.
 
@@ -172,7 +172,7 @@ def _iso(column: str) -> str:
 
 
 def _span(start: str, end: str) -> str:
-    """Seconds between two times, as clock.elapsed: never negative, whatever the clock has done; NULL if one is."""
+    """Seconds between two times, as clock.elapsed: never negative; NULL if one of them is NULL."""
     return f"round(max({_ms(end)} - {_ms(start)}, 0.0), 3)"
 
 
@@ -276,7 +276,7 @@ _RULES_AND_VIEWS: Final = [
 def migrate(conn: sqlite3.Connection) -> bool:
     """Bring a file to VERSION: a new one in one transaction, an older one in one transaction for each step.
 
-    `user_version` is set in the transaction of its step, so a start that was killed goes on where it was. Returns
+    `user_version` is set in the transaction of its step, so a start that was killed continues where it was. Returns
     whether there was anything to do.
 
     Raises:

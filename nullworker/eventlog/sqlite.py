@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from nullworker.errors import LogDamaged
 
-#: What a damaged file can raise. SQLite's messages quote what was read, and Python cannot decode all of them.
+#: Exceptions that a damaged file can cause. SQLite's messages quote its content, which Python may fail to decode.
 UNREADABLE: Final = (LogDamaged, sqlite3.DatabaseError, UnicodeDecodeError)
 #: Words in the message of an OperationalError that is caused by damage, not by a lock or a full disk.
 _WORDS: Final = ("malformed", "corrupt", "no such table", "no such column", "could not decode")
@@ -35,7 +35,7 @@ def transaction(conn: sqlite3.Connection, kind: Literal["IMMEDIATE", "DEFERRED"]
 
 
 def still_names(path: Path, opened: os.stat_result) -> bool:
-    """Whether a path still names the file that was opened: SQLite would go on in one that has no name any more."""
+    """Whether a path still names the file that was opened; SQLite would also write to a removed one."""
     with contextlib.suppress(OSError):
         return os.path.samestat(os.stat(path), opened)
     return False
@@ -61,5 +61,5 @@ def is_damage(error: BaseException) -> bool:
 
 
 def is_lock(error: BaseException) -> bool:
-    """Whether an error speaks of a lock that somebody else holds, and which may be gone in a moment."""
+    """Whether the cause of an error is the lock of another program, which may be released in a moment."""
     return isinstance(error, sqlite3.OperationalError) and "is locked" in str(error)

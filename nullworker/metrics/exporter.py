@@ -236,7 +236,7 @@ class _BookCollector(Collector):
         )
         yield GaugeMetricFamily(
             "nullworker_consumer_healthy",
-            "1 when the consumer's last health answers were good, 0 when not, NaN when nobody asks it.",
+            "1 if the consumer is healthy, 0 if not, NaN if it is not polled.",
             math.nan if readiness.consumer_healthy is None else int(readiness.consumer_healthy),
         )
         yield GaugeMetricFamily(
