@@ -155,6 +155,51 @@ def test_a_restart_takes_no_healthy_short_holds_for_useless_ones(start: Any, clo
         flap(core, clock, DONE)
     again = start()
     assert again.step(Counts(5, 0), again.snapshot()).decision.paused == 0
+    # jobs have come meanwhile: only the looks before later holds tell that each has done one
+    core.counts = Counts(5, 0)
+    open_ = core.book.claim(core.counts)
+    hold(core, open_)
+    again = start()
+    assert again.step(Counts(9, 0), again.snapshot()).decision.paused == 0
+
+
+@pytest.mark.parametrize(
+    ("looks", "paused"),
+    [((9, 9, 9), 3), ((9, 8, 9), 2), ((9, 8, 9, 8), 1), ((9, 10, 8), 1), ((9,), 1)],
+)
+def test_a_restart_judges_each_hold_by_the_looks_before_later_ones(
+    start: Any, clock: Clock, looks: tuple[int, ...], paused: int
+) -> None:
+    """The queue is as long as at first. A hold after which it fell has done a job, and so have those before it."""
+    core = start()
+    for waiting in looks:
+        core.counts = Counts(waiting, 0)
+        flap(core, clock, DONE)
+    again = start()
+    decision = again.step(Counts(10, 0), again.snapshot()).decision
+    assert (decision.paused, decision.memory.pauses[0].until) == (paused, clock.time - paused + 1 + 5.0)
+
+
+def test_a_restart_believes_a_result_that_tells_of_jobs_and_no_queue_where_it_tells_of_a_failure(
+    start: Any, clock: Clock
+) -> None:
+    core = start()
+    for result, paused in (({"runs": 2}, 0), ({"exit_code": 1}, 1)):
+        core.counts = Counts(9, 0)
+        flap(core, clock, {**DONE, "result": result})
+        again = start()
+        assert again.step(Counts(9, 0), again.snapshot()).decision.paused == paused
+
+
+def test_an_end_that_was_not_judged_yet_moves_with_a_clock_that_is_set(start: Any, clock: Clock) -> None:
+    core = start(1)
+    core.step(Counts(5, 0), core.snapshot())
+    core.book.ended(next(iter(core.book.claims)), "not_needed")
+    flap(core, clock, FAILED)
+    clock.time -= 3600
+    core.clock_was_set(-3600)
+    (pause,) = core.step(Counts(5, 0), core.snapshot()).decision.memory.pauses
+    assert pause.until == clock.time + 5.0
 
 
 def test_a_hold_that_ends_is_judged_at_the_next_step_and_only_there(start: Any, clock: Clock) -> None:

@@ -18,6 +18,7 @@ from nullworker.dispatch.decision import (
     Hold,
     Memory,
     Open,
+    Pause,
     Policy,
     decide,
 )
@@ -66,6 +67,7 @@ def ended(
         (25, 0, 0, 0, Policy(9, jobs_per_worker=10), 3, 3, 0),
         (22, 3, 0, 3, Policy(9, jobs_per_worker=10), 3, 0, 0),
         (1, 30, 0, 3, Policy(9, jobs_per_worker=10), 4, 1, 0),
+        (3, 8, 0, 1, Policy(9, jobs_per_worker=2), 6, 2, 0),
         (0, 0, 0, 0, Policy(4, min=2), 2, 2, 0),
         (1, 0, 0, 1, Policy(4, min=2), 2, 1, 0),
         (5, 0, 0, 6, Policy(4), 4, 0, 0),  # --max was lowered: what is held stays
@@ -94,6 +96,7 @@ def test_a_pending_claim_is_given_up_when_it_was_too_many_at_two_looks_in_a_row(
     assert run.look(1, 0, *working, pending=1).gives_up == 0
     assert run.look(1, 0, pending=1).gives_up == 0
     assert [run.look(0, 0, pending=1).gives_up for _ in range(2)] == [0, 1]
+    assert Run(Policy(4)).look(0, 0, pending=1).gives_up == 0
 
 
 @pytest.mark.parametrize(
@@ -114,6 +117,12 @@ def test_where_in_flight_is_unknown_it_opens_by_the_low_estimate_and_gives_up_by
     held = holds(young, age=9.9) + tuple(hold(f"o{i}", age=10.1) for i in range(old))
     made = decide(T, Counts(waiting), Open(pending, 0, held), memory=SEEN, policy=Policy(8))
     assert (made.opens, made.gives_up, made.low, made.high) == (opens, gives_up, old, young + old)
+
+
+def test_each_hold_is_taken_to_have_as_many_jobs_as_a_worker_takes() -> None:
+    held = (hold("old", age=10.1), hold("older", age=60.0), hold("young", age=9.9))
+    made = decide(T, Counts(9), Open(held=held), memory=SEEN, policy=Policy(8, jobs_per_worker=4))
+    assert (made.low, made.high, made.desired, made.desired_high, made.opens) == (8, 12, 5, 6, 2)
 
 
 class Run:
@@ -277,6 +286,31 @@ def test_a_hold_that_seemed_useful_and_failed_within_settle_starts_a_pause() -> 
         assert run.look(9, 0, after=1.0).paused == paused
 
 
+def test_a_hold_that_was_seen_and_brought_nothing_pauses_as_one_that_was_not_seen() -> None:
+    run = Run(Policy(8))
+    idle = hold("w", age=1.0, before=Counts(9, 0), now=run.now)
+    run.look(9, 0, idle, after=1.0)
+    run.over.append(EndedHold(idle, run.now + 0.5, failed=False))
+    assert run.look(9, 0, after=1.0).paused == 1
+
+
+def test_what_others_do_does_not_acquit_a_hold_that_failed() -> None:
+    run = Run(Policy(8))
+    run.flap(Counts(9, 0), failed=True)
+    assert run.look(9, 0, after=1.0).paused == 1
+    assert run.look(8, 0, after=1.0).paused == 1
+
+
+@pytest.mark.parametrize("seconds", [3600.0, -3600.0])
+def test_a_memory_and_an_end_move_with_a_clock_that_is_set(seconds: float) -> None:
+    over = ended()
+    assert over.shifted(seconds) == ended(now=T + seconds)
+    memory = Memory(T - 3, (Pause(over, T + 5),), 5.0, T - 1, frozenset("a"), 2)
+    pauses = (Pause(over, T + 5 + seconds),)
+    assert memory.shifted(seconds) == Memory(T - 3 + seconds, pauses, 5.0, T - 1 + seconds, frozenset("a"), 2)
+    assert NOTHING.shifted(seconds).dropped_since is None
+
+
 def test_what_is_not_said_is_nothing() -> None:
     assert Open().total == 0
     assert not Hold("a", T, T, IDLE).reclaim
@@ -393,5 +427,6 @@ def test_more_waiting_never_opens_fewer(waiting: int, in_flight: int, open_: Ope
 def test_numbers_leave_out_the_estimates_where_in_flight_is_known() -> None:
     made = decide(T, Counts(3, 2), Open(), policy=Policy(8)).numbers
     assert {"waiting", "in_flight", "desired", "opens", "paused"} <= made.keys()
-    assert not {"low", "high", "memory"} & made.keys()
-    assert {"low", "high"} <= decide(T, Counts(3), Open(), policy=Policy(8)).numbers.keys()
+    unknown = decide(T, Counts(3), Open(), policy=Policy(8)).numbers
+    assert unknown.keys() - made.keys() == {"low", "high", "desired_high"}
+    assert "memory" not in unknown.keys() | made.keys()

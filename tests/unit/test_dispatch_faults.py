@@ -331,6 +331,24 @@ def test_a_dispatcher_that_dies_on_a_full_disk_asks_for_the_ends_that_it_could_n
     play(monkeypatch, scene)
 
 
+def test_a_claim_that_was_granted_when_the_dispatcher_died_is_asked_for_again_before_the_queue_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [100.0]
+        world.loses_answers = True
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            await until(lambda: dispatcher.book.in_state("granted"), 30)
+            await asyncio.sleep(3)
+        world.loses_answers = False
+        world.queue_fault = refused
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            await work_is_done(world, dispatcher, 1)
+        assert rows(tmp_path, "SELECT reason FROM claims") == [("consumer_exit",)]
+
+    play(monkeypatch, scene)
+
+
 def test_a_session_whose_answers_are_lost_counts_in_the_limits_for_a_lifetime(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
