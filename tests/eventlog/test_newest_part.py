@@ -179,7 +179,7 @@ def test_a_wal_that_is_removed_while_somebody_reads_is_saved_when_he_has_ended(p
             queue(log, "b")
             os.unlink(f"{path}-wal")
             log.conn.execute("PRAGMA busy_timeout = 0")
-            with pytest.raises(LogUnavailable, match=r"was removed or replaced .*; a reader keeps") as refusal:
+            with pytest.raises(LogUnavailable, match=r"was removed or replaced .*; its content cannot") as refusal:
                 log.probe()
             assert refusal.value.momentary, "it is waited out"
         queue(log, "c")
