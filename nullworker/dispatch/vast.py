@@ -194,7 +194,7 @@ class Vast:
         self._trouble.over()
 
     def _words(self, error: BaseException) -> str:
-        text = " ".join(str(error).split())
+        text = " ".join(re.sub(r" ssl:(default|True|False|<[^>]*>)", "", str(error)).split())  # aiohttp's
         if isinstance(error, asyncio.TimeoutError):
             text = f"{self._autoscaler or 'Vast'} does not answer"
         return self._without_key(text[:300] or describe_failure(error))

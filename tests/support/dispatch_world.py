@@ -102,7 +102,7 @@ class World:
     async def _route(self, *, cost: float, req_idx: int, timeout: float) -> Any:
         await asyncio.sleep(0.1)
         if self.engine_down:
-            raise OSError("connection refused")
+            raise OSError(f"connection refused, try {self.loop.at}")
         self.claims += 1
         worker = self.url(self.claims)
         self.listed.add(self.claims)
@@ -214,7 +214,7 @@ def play(monkeypatch: pytest.MonkeyPatch, scene: Callable[[World], Coroutine[Any
     world = World(loop)
     time = _Time(world)
     monkeypatch.setattr(clocks, "time", time)
-    for module in (trouble, dispatcher):
+    for module in (vast, dispatcher):
         monkeypatch.setattr(module, "stopwatch", time.monotonic)
     monkeypatch.setattr(dispatcher, "wall", time.time)
     monkeypatch.setattr(session, "post", world.post)

@@ -89,3 +89,13 @@ def test_what_may_be_opened_never_exceeds_the_limit(
         assert left.spent.dollars + (pending + left.opens) * lifetime / 3600 <= hours * (1 + 1e-9) + 1e-6
     elif left.again_at is not None:
         assert T <= left.again_at <= T + DAY_SECONDS
+
+
+def test_a_limit_of_dollars_says_when_it_will_open_again_and_machines_that_cost_nothing_have_no_limit() -> None:
+    limits = Limits(hours=9.0, dollars=1.0)
+    holds = [HeldTime(T - 7200, 3600.0, 1.0)]
+    left = room(T, holds, 0, limits, lifetime=360.0, price=1.0)
+    assert (left.opens, left.reached, left.over) == (0, "dollars", True)
+    # a tenth of an hour of the hold must be older than a day
+    assert left.again_at == pytest.approx(T - 7200 + 360 + DAY_SECONDS, abs=2)
+    assert (room(T, [], 3, Limits(dollars=1.0), lifetime=360.0, price=0.0).opens or 0) > 1000
