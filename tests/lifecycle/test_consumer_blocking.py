@@ -78,6 +78,21 @@ async def test_a_process_is_killed_at_once_when_its_body_is_cancelled_again(work
         await found.aclose()
 
 
+async def test_a_cancellation_after_the_result_while_a_child_is_ended_is_heard(worker: WorkerProcess) -> None:
+    file = worker.folder / "ready"
+    async with caller(worker):
+        found = reservations(worker.control)
+        async with await first(found) as reservation:
+            job = asyncio.ensure_future(reservation.run_process(blocking_jobs.leave_a_child, file, kill_after=1000))
+            await until(file.exists)
+            await asyncio.sleep(0.5)
+            assert not job.done(), "the child still runs"
+            job.cancel()
+            await asyncio.wait([job], timeout=PATIENCE)
+            assert job.cancelled()
+        await found.aclose()
+
+
 async def test_a_stopped_process_hears_sigterm(worker: WorkerProcess) -> None:
     file = worker.folder / "said"
     found = reservations(worker.control)

@@ -39,6 +39,14 @@ def ignore_sigterm(file: Path) -> None:
     hang(file)
 
 
+def leave_a_child(file: Path) -> None:
+    """Returns while a child of its group goes on, which ignores SIGTERM."""
+    child = subprocess.Popen(["/bin/sh", "-c", "trap '' TERM; echo > \"$0\"; sleep 1000", str(file)])
+    while not file.exists():
+        time.sleep(0.01)
+    child.returncode = 0  # nobody waits for it
+
+
 def stand_still(file: Path) -> None:
     """Is stopped, as by Ctrl-Z; says so, and whether it has heard SIGTERM."""
 
