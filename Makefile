@@ -14,7 +14,7 @@ PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools demo test quick lint oldest stress simulate days cuts crash kills fleet consumers caller soak bench dist audit pythons clean
+.PHONY: help install tools demo test quick lint oldest stress simulate days cuts crowds crash kills fleet consumers caller soak bench dist audit pythons clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -47,7 +47,7 @@ dist: install  ## build sdist and wheel, run the demo from the wheel in an empty
 audit: install  ## ask the advisory database of PyPI about everything that is installed
 	$(BIN)/pip-audit --local --skip-editable
 
-stress: simulate days cuts crash kills fleet consumers caller soak  ## run all of these, one after the other, which takes hours
+stress: simulate days cuts crowds crash kills fleet consumers caller soak  ## run all of these, one after the other, which takes hours
 
 simulate: install  ## simulate STEPS reservations from SEED on, with crashes and faults
 	$(BIN)/python -m stress.simulation --seed $(SEED) --steps $(STEPS)
@@ -63,6 +63,10 @@ fleet: install  ## destroy workers whose events go to a collector that fails, an
 
 cuts: install  ## cut the power CUTS times on a disk that forgets what was not synced, and check the log
 	$(BIN)/python -m stress.power_cut --cuts $(CUTS)
+
+crowds: install  ## let thousands of strangers who never send a whole request come to a worker, with TLS and without
+	$(BIN)/python -m stress.crowds
+	$(BIN)/python -m stress.crowds --tls
 
 consumers: install  ## put each example through each fault, and kill an attached consumer KILLS times
 	$(BIN)/python -m stress.consumers matrix

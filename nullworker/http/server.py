@@ -17,6 +17,7 @@ import contextlib
 import itertools
 import socket
 import ssl
+from asyncio.sslproto import SSLProtocol
 from typing import Any, Final, cast
 
 from aiohttp import web
@@ -49,6 +50,11 @@ LOOK_SECONDS: Final = 1.0
 AT_ONCE: Final = 64
 #: Bytes that all who have not sent a whole request may have sent together.
 MAX_UNVERIFIED_BYTES: Final = 16 * 1024 * 1024
+#: Bytes that asyncio's TLS reads at once, and keeps ready for each connection from the first byte of its handshake on:
+#: one TLS record, in place of 256 KiB, which let 4,000 strangers who only connect take a gigabyte.
+TLS_READ_BYTES: Final = 16 * 1024
+#: Connections whose end is a moment to give memory back.
+CROWD_CONNECTIONS: Final = 200
 #: Seconds without accepting after the machine ran out of descriptors or memory.
 EXHAUSTED_SECONDS: Final = 1.0
 #: Seconds between two log lines that say that a port is full.
@@ -159,8 +165,12 @@ class Server:
         self._listener = listener
         self._max_connections = max_connections
         self._tls: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": PATIENCE_SECONDS}
+        if tls is not None:
+            # Undocumented, without an underscore; until Python 3.10 it is read by nobody, and nothing is kept ready.
+            SSLProtocol.max_size = TLS_READ_BYTES  # type: ignore[attr-defined]  # typeshed does not have it
         self.stopping = False
         self._open = 0
+        self._most = 0  # connections at once since memory was given back
         # Connections by what they wait for, each in the order of deadlines, since one dict has one timeout.
         self._greeting: dict[asyncio.Task[None], None] = {}  # accepted, maybe in a TLS handshake
         self._pressed: dict[Connection, float] = {}  # must send the rest of a request, or be read again, in time
@@ -316,6 +326,11 @@ class Server:
 
     def _close_late(self) -> None:
         now = self._loop.time()
+        connections = self._open + len(self._greeting)
+        self._most = max(self._most, connections)
+        if self._most >= CROWD_CONNECTIONS and connections < self._most / 2:
+            self._most = connections
+            _give_memory_back()
         for crowd in (self._pressed, self._idle):
             late = itertools.takewhile(lambda entry: entry[1] <= now, crowd.items())
             for connection, _ in tuple(late):
@@ -323,3 +338,11 @@ class Server:
                 if connection.stuck:
                     connection.abort()
         self._look = self._loop.call_later(LOOK_SECONDS, self._close_late)
+
+
+def _give_memory_back() -> None:
+    """Give what is free back to the system: the C library keeps whole pages of it between what is in use."""
+    import ctypes  # here, since few workers need it
+
+    with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)

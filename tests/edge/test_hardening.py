@@ -192,6 +192,30 @@ async def test_a_full_port_closes_a_connection_of_the_largest_group() -> None:
             await wire.close()
 
 
+async def test_memory_is_given_back_once_when_a_crowd_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back = asyncio.Event()
+    times: list[int] = []
+
+    def give_back() -> None:
+        times.append(1)
+        given_back.set()
+
+    monkeypatch.setattr(server, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(server, "CROWD_CONNECTIONS", 3)
+    monkeypatch.setattr(server, "_give_memory_back", give_back)
+    async with Door().opened() as door:
+        crowd = [await door.connect(EMPTY) for _ in range(3)]
+        for wire in crowd:
+            await wire.answer()
+        await asyncio.sleep(0.05)
+        assert not times
+        for wire in crowd:
+            await wire.close()
+        await asyncio.wait_for(given_back.wait(), 5)
+        await asyncio.sleep(0.05)
+        assert times == [1]
+
+
 HALF = HEAD + b"Content-Length: 10\r\n\r\n12345"
 
 
