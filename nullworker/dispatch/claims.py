@@ -20,7 +20,7 @@ asked. Events reported by others are written when they are received. Times are e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import msgspec
 
@@ -30,7 +30,7 @@ from nullworker.errors import IllegalMove, LogDamaged
 State = Literal["pending", "granted", "held", "ended"]
 EventKind = Literal["pending", "granted", "refused", "held", "priced", "attached", "ended"]
 
-STATES: Final[tuple[State, ...]] = ("pending", "granted", "held", "ended")
+STATES: Final[tuple[State, ...]] = get_args(State)
 
 
 class Edge(NamedTuple):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from nullworker.clock import Anchor
 from nullworker.dispatch import schema
-from nullworker.dispatch.book import Book
+from nullworker.dispatch.book import RECOVERY_BYTES, Book
 from nullworker.dispatch.claims import (
     DATA_OF,
     EDGES,
@@ -379,6 +379,70 @@ def test_what_the_decision_is_told_of_an_end(book: Book) -> None:
     assert (over.failed, over.worked, over.hold.before, over.hold.reclaim) == (False, True, Counts(5, 1), True)
     claim = book.claim(Counts(4, 0))
     assert book.ended(claim.id, "not_needed").ended_hold is None
+
+
+@pytest.mark.parametrize(
+    ("final", "failed", "worked"),
+    [
+        (None, True, False),
+        ({"state": "released", "result": None}, False, False),
+        ({"state": "released", "result": {"exit_code": 1}}, True, False),
+        ({"state": "cancelled", "result": {"exit_code": 0, "runs": 3}}, True, True),
+        ({"state": "released", "result": {"runs": 0}}, False, False),
+        ({"state": "released", "result": {"runs": "3"}}, False, False),
+        ({"state": "released", "result": "runs"}, False, False),
+    ],
+)
+def test_an_end_has_failed_or_worked(book: Book, final: dict[str, Any] | None, failed: bool, worked: bool) -> None:
+    claim = book.claim(Counts(4, 0))
+    book.granted(claim.id, "http://w", "{}")
+    assert book.held(claim.id, "s1", 300.0, Counts(5, 1)).ended_hold is None
+    over = book.ended(claim.id, "consumer_exit", Ended(final)).ended_hold
+    assert over is not None
+    assert (over.failed, over.worked) == (failed, worked)
+
+
+def test_a_claim_was_held_for_as_long_as_its_worker_says_or_as_the_ledger_saw(book: Book, clock: FakeClock) -> None:
+    told, seen = (book.claim(Counts(2, 0)) for _ in range(2))
+    for each in (told, seen):
+        book.granted(each.id, "http://w", "{}")
+        assert book.held(each.id, "s" + each.id, 300.0, Counts(1, 1)).held_seconds is None
+    clock.time += 7
+    assert book.ended(told.id, "consumer_exit", Ended(held_seconds=5.5)).held_seconds == 5.5
+    assert book.ended(seen.id, "consumer_exit").held_seconds == 7.0
+    never, lost = (book.claim(Counts(2, 0)) for _ in range(2))
+    assert book.ended(never.id, "not_needed").held_seconds is None
+    book.granted(lost.id, "http://w", "{}")
+    assert book.ended(lost.id, "lost", Ended(held_seconds=300.0)).held_seconds == 300.0
+
+
+def test_what_was_not_written_is_written_once_with_the_next_decision_and_a_full_disk_needs_room_to_be_well(
+    book: Book, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(ledger, "probe", sizes.append)
+    first = book.claim(Counts(2, 0))
+    hidden = ledger.path.with_suffix(".hidden")
+    ledger.path.rename(hidden)
+    book.ended(first.id, "not_needed")
+    with pytest.raises(LogUnavailable):
+        book.claim(Counts(1, 0))
+    hidden.rename(ledger.path)
+    book.claim(Counts(1, 0))
+    assert (book.unwritten, book.trouble) == ([], None)
+    book.claim(Counts(1, 0))
+    assert len(query(ledger, "SELECT * FROM events")) == 4
+    book.write()
+    book._trouble.met("the disk is full")
+    book.write()
+    assert sizes == [0, RECOVERY_BYTES]
+
+
+def test_a_move_that_is_not_allowed_says_which_are() -> None:
+    with pytest.raises(IllegalMove, match=r"^held is not allowed in state pending; allowed: granted, ended$"):
+        step("pending", "held")
+    with pytest.raises(IllegalMove, match=r"allowed: nothing$"):
+        step("ended", "held")
 
 
 def test_what_is_decided_is_refused_without_a_ledger_and_what_has_happened_is_kept(book: Book, ledger: Ledger) -> None:
