@@ -231,6 +231,7 @@ async def supervised(tmp_path: Path, installed: Path) -> AsyncIterator[Supervise
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # it installs
 async def test_both_programs_start_work_come_back_and_stop_in_time(supervised: Supervised) -> None:
     redis = ("redis-cli", "-u", supervised.redis)
     await run(*redis, "lpush", "jobs", "0.2")

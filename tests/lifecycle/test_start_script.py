@@ -20,7 +20,7 @@ from harness import PATIENCE, ROOT, WorkerProcess
 
 from nullworker.testing import FakeAutoscaler
 
-pytestmark = pytest.mark.slow  # it downloads vastai and all that it needs, once
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]  # it downloads vastai and all that it needs, once
 
 
 class Instance:

@@ -176,6 +176,7 @@ SETTINGS = (
 @example({"NULL_MAX_QUEUED": "9" * 5000}, "y")
 @example({"NULL_LOG_KEEP": "9" * 400 + "d"}, "y")
 @example({"BACKEND_HEALTH_URL": "http://a\ud800"}, "y")
+@example({"WORKER_PORT": "0", "VAST_TCP_PORT_0": ":"}, "y")
 def test_settings_are_read_or_the_wrong_one_is_named(values: dict[str, str], unsecured: str) -> None:
     try:
         found = read_settings({"UNSECURED": unsecured, **values})
@@ -183,4 +184,4 @@ def test_settings_are_read_or_the_wrong_one_is_named(values: dict[str, str], uns
         told = str(error)
     else:
         told = f"{found!r} {found.own_url} {found.event_log}".upper()
-    assert any(name in told for name in NAMES)
+    assert any(name in told for name in (*NAMES, "VAST_TCP_PORT_0"))
