@@ -7,6 +7,7 @@ STEPS ?= 100000
 KILLS ?= 300
 CUTS ?= 500
 MINUTES ?= 60
+ROUNDS ?= 2
 # four on two cores, since most tests wait most of the time; a file stays together with its servers
 PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
 
@@ -78,9 +79,8 @@ crash: install  ## kill a worker KILLS times under load, and check that nothing 
 soak: install  ## run a worker for MINUTES under mixed load, and check that nothing grows or is lost
 	$(BIN)/python -m stress.soak --minutes $(MINUTES)
 
-bench: install  ## compare speed and memory with a worker on the official SDK
-	$(BIN)/python -m bench
-	$(BIN)/python -m bench.fleet
+bench: install  ## print the tables of docs/performance.md: beside the official SDK, what a user feels, growth
+	$(BIN)/python -m bench --rounds $(ROUNDS)
 
 tools:  # servers and programs that the tests start: Debian's packages, which are named before they are installed
 	@.ci/tools

@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -24,33 +23,26 @@ from pathlib import Path
 import aiohttp
 import psutil
 
+from bench.children import ROOT, running, until
 from nullworker.eventlog import cloudevents
 
-ROOT = Path(__file__).parent.parent
 CONNECTIONS = 8
-PATIENCE = 30.0
 
 
 @contextlib.asynccontextmanager
-async def running(*command: str, **env: str) -> AsyncIterator[tuple[psutil.Process, dict[str, str]]]:
+async def started(*command: str, folder: Path, **env: str) -> AsyncIterator[tuple[psutil.Process, dict[str, str]]]:
     """A command of nullworker, once it has said that it has started: its process, and that line."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "nullworker", *command),
-        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), **env},
-        stderr=asyncio.subprocess.PIPE,
-    )
-    assert process.stderr is not None
-    try:
-        while True:
-            line = json.loads(await asyncio.wait_for(process.stderr.readline(), PATIENCE))
-            if str(line["event"]).endswith("_started"):
-                break
-        drained = asyncio.ensure_future(process.stderr.read())
-        yield psutil.Process(process.pid), line
-    finally:
-        process.terminate()
-        await process.wait()
-    await drained
+    words = (sys.executable, "-m", "nullworker", *command)
+    async with running(*words, folder=folder, out=f"{command[0]}.log", env={"PYTHONPATH": str(ROOT), **env}) as child:
+        line = await until(f"`nullworker {command[0]}` starts", lambda: _started(child.output()), child)
+        yield psutil.Process(child.pid), line
+
+
+def _started(output: str) -> dict[str, str]:
+    for line in output.splitlines():
+        if line.endswith("}") and str((said := json.loads(line))["event"]).endswith("_started"):
+            return dict(said)
+    return {}
 
 
 def batches(workers: int, events: int, size: int) -> list[tuple[int, bytes, int]]:
@@ -84,21 +76,21 @@ async def collect(folder: Path, workers: int, events: int, size: int) -> None:
     made = batches(workers, events, size)
     total = sum(number for _, _, number in made)
     command = ("collect", "--db", str(folder / f"{size}.db"), "--port", "0", "--log-format", "json")
-    async with running(*command) as (process, started), aiohttp.ClientSession() as http:
+    async with started(*command, folder=folder) as (process, line), aiohttp.ClientSession() as http:
         before, begun = process.cpu_times(), time.perf_counter()
         rest = iter(made)
 
         async def send() -> None:
             for worker, body, _ in rest:
                 headers = {"Content-Type": cloudevents.BATCH_TYPE, cloudevents.KEY_HEADER: str(worker)}
-                async with http.post(started["events"], data=body, headers=headers) as answer:
+                async with http.post(line["events"], data=body, headers=headers) as answer:
                     assert answer.status == 200, await answer.text()
 
         await asyncio.gather(*(send() for _ in range(CONNECTIONS)))
         seconds, after = time.perf_counter() - begun, process.cpu_times()
         cpu = after.user + after.system - before.user - before.system
         scrape = time.perf_counter()
-        async with http.get(started["page"] + "/metrics") as answer:
+        async with http.get(line["page"] + "/metrics") as answer:
             await answer.read()
         scrape = time.perf_counter() - scrape
         memory = process.memory_info().rss / 1e6
@@ -120,8 +112,8 @@ async def cycle(folder: Path, sink: str | None, cycles: int) -> tuple[float, flo
         "NULL_EVENT_LOG": str(folder / f"{time.monotonic_ns()}.db"),
         **({} if sink is None else {"NULL_SINK": sink}),
     }
-    async with running("serve", **env) as (process, started), aiohttp.ClientSession() as http:
-        url, body = f"http://127.0.0.1:{started['external_port']}/reserve", {"payload": {"duration": 0}}
+    async with started("serve", folder=folder, **env) as (process, line), aiohttp.ClientSession() as http:
+        url, body = f"http://127.0.0.1:{line['external_port']}/reserve", {"payload": {"duration": 0}}
 
         async def run(number: int) -> list[float]:
             took = []
@@ -145,10 +137,10 @@ async def sink(folder: Path, cycles: int, rounds: int) -> None:
     """Print what a sink costs a cycle."""
     command = ("collect", "--db", str(folder / "sink.db"), "--port", "0", "--log-format", "json")
     figures: dict[str, list[tuple[float, float]]] = {"without": [], "with": []}
-    async with running(*command) as (_, started):
+    async with started(*command, folder=folder) as (_, line):
         for number in range(rounds):
             for name in ("without", "with") if number % 2 else ("with", "without"):
-                figures[name].append(await cycle(folder, started["events"] if name == "with" else None, cycles))
+                figures[name].append(await cycle(folder, line["events"] if name == "with" else None, cycles))
     for name, rows in figures.items():
         cpu, took = (statistics.median(column) for column in zip(*rows, strict=True))
         print(f"cycle {name:>7} a sink: {cpu:.3f} ms CPU, {took:.3f} ms")

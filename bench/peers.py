@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import os
+import signal
 import socket
 import sys
 import time
@@ -15,9 +15,9 @@ from typing import Any
 import aiohttp
 import psutil
 
+from bench.children import PATIENCE, ROOT, Child
 from nullworker.testing import FakeAutoscaler
 
-ROOT = Path(__file__).parent.parent
 COMMANDS = {
     "nullworker": ["-m", "nullworker", "serve"],
     "normal": ["-m", "nullworker", "serve"],  # the same at NULL_LOG_SYNC=normal: what the disk costs
@@ -48,7 +48,6 @@ class Peer:
         self.url = f"http://127.0.0.1:{self.port}"
         self.control = f"http://127.0.0.1:{self.control_port}"
         env = {
-            **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
             "PYTHONPATH": str(ROOT),
             "CONTAINER_ID": str(self.port),
             "MASTER_TOKEN": "token",
@@ -66,30 +65,41 @@ class Peer:
             "USE_SSL": "false",
             **self.env,
         }
-        with (self.folder / f"{self.name}.err").open("wb") as errors:
-            started = time.perf_counter()
-            self.process = await asyncio.create_subprocess_exec(
-                sys.executable, *COMMANDS[self.name], cwd=self.folder, env=env, stdout=errors, stderr=errors
-            )
-        self.stats = psutil.Process(self.process.pid)
-        while not await _answers(self.port):
-            if self.process.returncode is not None:
-                raise RuntimeError(f"{self.name} has died: {(self.folder / f'{self.name}.err').read_text()[-800:]}")
-        self.seconds_to_port = time.perf_counter() - started
-        if self.name not in BARE:
-            await self.vast.wait_for(self._ready, timeout=30)
-            self.seconds_to_ready = time.perf_counter() - started
+        started = time.perf_counter()
+        command = (sys.executable, *COMMANDS[self.name])
+        self.child = await Child.start(*command, folder=self.folder, out=f"{self.name}.log", env=env)
+        try:
+            self.stats = psutil.Process(self.child.pid)
+            while not await _answers(self.port):
+                self.child.check()
+                if time.perf_counter() - started > PATIENCE:
+                    raise TimeoutError(f"{self.name} opens no port: {self.child.output()[-800:]}")
+            self.seconds_to_port = time.perf_counter() - started
+            if self.name not in BARE:
+                await self.vast.wait_for(self._ready, timeout=PATIENCE)
+                self.seconds_to_ready = time.perf_counter() - started
+        except BaseException:
+            await self.child.end(signal.SIGKILL)
+            raise
         self.http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         return self
 
     def _ready(self) -> bool:
-        mine = (status for status in self.vast.statuses[self._heard :] if status["id"] == self.port)
-        return any(status["max_perf"] > 0 for status in mine)
+        return any(status["max_perf"] > 0 for status in self.statuses)
+
+    @property
+    def statuses(self) -> list[dict[str, Any]]:
+        """What it has reported to the autoscaler."""
+        return [status for status in self.vast.statuses[self._heard :] if status["id"] == self.port]
+
+    @property
+    def outcomes(self) -> int:
+        """How many ends of requests it has reported."""
+        return sum(outcome["worker_id"] == self.port for outcome in self.vast.outcomes)
 
     async def __aexit__(self, *_: object) -> None:
         await self.http.close()
-        self.process.kill()
-        await self.process.wait()
+        await self.child.end(signal.SIGKILL)
 
     def body(self) -> dict[str, Any]:
         """A signed request, each with a number of its own: the same one again would be asked for how it has ended."""
