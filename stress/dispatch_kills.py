@@ -157,7 +157,7 @@ class Run:
             what = self.random.choice(["serve", "work", "consumer.py"])
             victims = []
             for child in psutil.Process(vast.pid).children(recursive=True):
-                with contextlib.suppress(psutil.Error):
+                with contextlib.suppress(psutil.Error, KeyError):  # it has ended since, or not begun yet
                     if _role(child.cmdline()) == what:
                         victims.append((child.pid, Path(child.environ()["NULL_EVENT_LOG"]).name))
             if victims:
