@@ -56,6 +56,8 @@ class World:
         jobs: seconds of the jobs that wait, first come first served; in_flight, done: numbers of jobs.
         listed: instances that Vast lists; stopped: the urls of those whose machine is stopped; unreachable: urls that
             do not answer, although their machine runs.
+        ready_at: loop time until which there is no worker; asked: the request_idx of each question for one.
+        attaches: whether consumers attach; says_instance: whether workers say which instance they are.
         wall: seconds by which the wall clock has been set forward.
         engine_down, loses_answers, queue_fault: faults: of the engine, of workers that are asked for a session, and
             what a read of the queue does instead.
@@ -67,7 +69,9 @@ class World:
         self.loop = loop
         self.jobs: list[float] = []
         self.in_flight = self.done = self.most_held = self.claims = 0
-        self.wall = 0.0
+        self.wall = self.ready_at = 0.0
+        self.asked: list[int] = []
+        self.attaches = self.says_instance = True
         self.listed: set[int] = set()
         self.stopped: set[str] = set()
         self.unreachable: set[str] = set()
@@ -103,6 +107,9 @@ class World:
         await asyncio.sleep(0.1)
         if self.engine_down:
             raise OSError(f"connection refused, try {self.loop.at}")
+        self.asked.append(req_idx)
+        if self.loop.at < self.ready_at:
+            return SimpleNamespace(status="WAITING", request_idx=req_idx or 1000 + len(self.asked))
         self.claims += 1
         worker = self.url(self.claims)
         self.listed.add(self.claims)
@@ -131,7 +138,7 @@ class World:
         await asyncio.sleep(0.05)
         if url in self.stopped | self.unreachable:
             raise NoAnswer(url, ConnectionRefusedError(111, "Connection refused"))
-        instance = {INSTANCE_HEADER: url.rpartition("-")[2]}
+        instance = {INSTANCE_HEADER: url.rpartition("-")[2]} if self.says_instance else {}
         if path == "/session/create":
             signature = body["auth_data"]["signature"]
             if signature not in self.sessions:
@@ -157,7 +164,8 @@ class World:
         if url in self.stopped | self.unreachable:
             raise NoAnswer(url, ConnectionRefusedError(111, "Connection refused"))
         if (task := self.held.get(body["session_id"])) is not None:
-            yield {"seq": 1, "kind": "extended", "reason": "attached"}
+            if self.attaches:
+                yield {"seq": 1, "kind": "extended", "reason": "attached"}
             await asyncio.wait({task})
         yield {"seq": 2, "kind": "released", "reason": "consumer_exit"}
 

@@ -365,3 +365,48 @@ def test_a_session_whose_answers_are_lost_counts_in_the_limits_for_a_lifetime(
             assert world.claims == 6
 
     play(monkeypatch, scene)
+
+
+def test_a_claim_asks_for_a_worker_with_one_request_until_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [10.0]
+        world.ready_at = world.loop.time() + 180
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            await work_is_done(world, dispatcher, 1)
+        assert len(world.asked) >= 180 / 5
+        assert world.asked[0] == 0
+        assert set(world.asked[1:]) == {1001}
+        assert world.claims == 1
+
+    play(monkeypatch, scene)
+
+
+@pytest.mark.parametrize(("attach", "renewals"), [(0.0, (45, 70)), (120.0, (10, 14))])
+def test_a_session_to_which_nobody_attaches_is_renewed_for_the_time_that_was_set_or_always(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, attach: float, renewals: tuple[int, int]
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs, world.attaches = [600.0], False
+        terms = Terms(lifetime=30.0, attach=attach)
+        async with dispatching(world, tmp_path, limits=FREE, terms=terms) as dispatcher:
+            await work_is_done(world, dispatcher, 1)
+        assert renewals[0] <= world.renewals <= renewals[1]
+
+    play(monkeypatch, scene)
+
+
+def test_a_silent_worker_that_never_said_which_instance_it_is_is_not_taken_for_gone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs, world.says_instance = [3600.0], False
+        async with dispatching(world, tmp_path, policy=Policy(4, interval=60.0), limits=FREE) as dispatcher:
+            await until(lambda: dispatcher.book.in_state("held"), 30)
+            await asyncio.sleep(10)
+            world.unreachable = {world.url(number) for number in world.listed}
+            await asyncio.sleep(600)
+            assert (len(dispatcher.driver.silent), len(dispatcher.book.in_state("held"))) == (1, 1)
+
+    play(monkeypatch, scene)
