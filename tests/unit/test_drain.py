@@ -230,6 +230,17 @@ async def test_an_acknowledgement_that_fails_is_tried_again() -> None:
     assert message.story == ["done"]
 
 
+@simulated
+async def test_an_acknowledgement_that_fails_for_too_long_is_given_up_in_words() -> None:
+    message = Message(lease=FOREVER)
+    message.broken["done"] = ConnectionError("reset")
+    began = asyncio.get_running_loop().time()
+    result = await run(message)
+    assert asyncio.get_running_loop().time() - began >= jobs.AWAY_SECONDS
+    assert "it could not be acknowledged: ConnectionError: reset" in result["error"]
+    assert (result["done"], message.story) == (0, [])
+
+
 async def test_one_that_waits_for_another_to_stop_begins_later() -> None:
     loop = asyncio.get_running_loop()
     begun = loop.time()
