@@ -30,6 +30,7 @@ class Autoscaler(AutoscalerClient):
         contradicted: request_idx that arrived with two different ends.
         doubled: the part of those sums that the worker cannot know to have arrived, so may send again.
         poison: request_idx whose outcome every address refuses.
+        refused_at: when it was refused last: it keeps its place in the order until every address has done so.
         is_noted: whether the worker can store how far it has told.
     """
 
@@ -38,7 +39,7 @@ class Autoscaler(AutoscalerClient):
         self.heard: dict[int, str] = {}
         self.untold: dict[int, tuple[str, float]] = {}
         self.served = self.rejected = 0.0
-        self.status_at = 0.0
+        self.status_at = self.refused_at = 0.0
         self.doubled: Counter[str] = Counter()
         self.contradicted: set[int] = set()
         self.poison: set[int] = set()
@@ -88,6 +89,7 @@ class Autoscaler(AutoscalerClient):
             return "failed", "is down"
         await asyncio.sleep(self._random.uniform(0.001, 3.0 if fate < 0.7 else 0.02))
         if path == OUTCOMES_PATH and any(each["request_idx"] in self.poison for each in body["requests"]):
+            self.refused_at = asyncio.get_running_loop().time()
             return "refused", "answered 400"
         self._take(path, body)  # until the worker knows: a crash in between sends it again
         if 0.7 <= fate < 1.0:

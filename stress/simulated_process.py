@@ -8,10 +8,9 @@ from random import Random
 from typing import Final
 
 from nullworker.autoscaler.messages import Identity
-from nullworker.autoscaler.reporter import BATCH, OUTCOMES, Reporter
+from nullworker.autoscaler.reporter import Reporter
 from nullworker.clock import DRIFT_SECONDS, SystemClock
 from nullworker.errors import LogUnavailable
-from nullworker.eventlog import queries
 from nullworker.fsm.book import Limits
 from nullworker.readiness import Readiness
 from nullworker.service import DeadlineTimer, Service
@@ -171,23 +170,17 @@ class Life(Users):
             return
         assert self.autoscaler.status_at > now - STATUS_SECONDS, "a status comes every 10 s"
         for request_idx, (name, at) in self.autoscaler.untold.items():
-            told = at > now - OUTCOME_SECONDS or self.waits_for_a_verdict(up)
-            assert told, f"the end of {name} is told, request_idx {request_idx}"
+            assert at > now - OUTCOME_SECONDS, f"the end of {name} is told, request_idx {request_idx}"
             break
 
     def fair(self, up: Incarnation) -> bool:
         """Whether nothing has been in the way of what is told, for long enough."""
-        since = self.autoscaler.fair_since(), self.disk.whole_since
-        return all(each is not None and each < self.loop.time() - SETTLED_SECONDS for each in (*since, up.up_since))
-
-    def waits_for_a_verdict(self, up: Incarnation) -> bool:
-        """Whether one that is refused keeps its place in the order until each address has refused it."""
-        batch = queries.finished(up.log.conn, after=up.log.cursor(OUTCOMES), limit=BATCH)
-        return not self.autoscaler.poison.isdisjoint(end.request_idx for end in batch)
+        since = self.autoscaler.fair_since(), self.autoscaler.refused_at, self.disk.whole_since, up.up_since
+        return all(each is not None and each < self.loop.time() - SETTLED_SECONDS for each in since)
 
     def all_is_told(self, stopped: Incarnation, began: float) -> None:
         """A worker that has stopped in a fair time has told all ends, and its last status."""
-        if self.fair(stopped) and not self.waits_for_a_verdict(stopped):
+        if self.fair(stopped):
             assert not stopped.reporter.backlog, "the last outcomes are told"
             assert self.autoscaler.status_at >= began, "the last status is told"
             self.figures["stops_told"] += 1

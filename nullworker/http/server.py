@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import itertools
 import socket
 import ssl
@@ -328,7 +329,7 @@ class Server:
         now = self._loop.time()
         connections = self._open + len(self._greeting)
         self._most = max(self._most, connections)
-        if self._most >= CROWD_CONNECTIONS and connections < self._most / 2:
+        if self._most >= CROWD_CONNECTIONS and connections < self._most / 4:
             self._most = connections
             _give_memory_back()
         for crowd in (self._pressed, self._idle):
@@ -341,8 +342,12 @@ class Server:
 
 
 def _give_memory_back() -> None:
-    """Give what is free back to the system: the C library keeps whole pages of it between what is in use."""
+    """Give what is free back to the system: the C library keeps whole pages of it between what is in use.
+
+    A TLS connection that is closed is a reference cycle, and may wait long for Python's collector.
+    """
     import ctypes  # here, since few workers need it
 
+    gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
