@@ -24,8 +24,9 @@ from nullworker.testing import FakeAutoscaler
 #: Times that each is measured in one round: after a quiet second, and within a second of the report before.
 TIMES = 8
 QUIET_SECONDS, BUSY_SECONDS = (1.2, 2.2), (0.0, 0.8)
-#: Jobs on a warm fleet in one round, and the pauses between them, which are in no step with the polls of the queue.
-WARM_JOBS, WARM_SECONDS = 3, (2.0, 4.5)
+#: Jobs on a warm fleet in one round, and the pauses before each, in no step with the polls and longer than one,
+#: since a dispatcher that has not seen what a short job has changed waits for one poll more.
+WARM_JOBS, WARM_SECONDS = 2, (5.5, 8.5)
 #: Defaults of `nullworker dispatch` and `nullworker dev`, which the names of the figures tell.
 POLL, IDLE = "--interval 5", "--inactivity-timeout 10"
 

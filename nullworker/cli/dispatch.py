@@ -226,9 +226,10 @@ def dispatch(
 
 async def _run(plan: Plan, queue: Queue, vast: Vast, ledger: Ledger, clock: SystemClock, port: int) -> None:
     from nullworker.dispatch.server import server
-    from nullworker.http.sockets import listen
+    from nullworker.http.sockets import listen, raise_fd_limit
 
     log = logs.get_log(__name__)
+    raise_fd_limit()  # each session has a connection of its own, and the usual limit is 1024
     listener = listen(port, host="127.0.0.1", variable="--port")
     async with running(plan, queue, vast, ledger, clock) as dispatcher:
         site = server(dispatcher, listener)

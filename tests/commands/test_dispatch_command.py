@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from dispatching import Dispatch, fleet
 from harness import PATIENCE, anew
-from programs import free_port, nullworker, run
+from programs import Program, free_port, nullworker, run
 
 from nullworker.testing import FakeAutoscaler
 
@@ -230,3 +232,25 @@ def _workers(folder: Path) -> list[str]:
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "'\\''") + "'"
+
+
+async def test_it_may_open_as_many_files_as_the_machine_lets_it_for_each_session_has_a_connection(
+    tmp_path: Path,
+) -> None:
+    words = (
+        "--endpoint",
+        "null",
+        "--command",
+        "echo 0",
+        "--max",
+        "1",
+        "--port",
+        "0",
+        "--autoscaler",
+        "http://127.0.0.1:1",
+    )
+    limited = ("sh", "-c", 'ulimit -Sn 256; exec "$@"', "sh", sys.executable, "-m", "nullworker", "dispatch", *words)
+    async with Program(tmp_path, *limited, NULL_LOG_FORMAT="json", PYTHONWARNINGS="default") as dispatch:
+        await dispatch.line("dispatcher_started")
+        soft, hard = psutil.Process(dispatch.process.pid).rlimit(psutil.RLIMIT_NOFILE)
+        assert soft == hard > 256
