@@ -210,3 +210,12 @@ def test_a_hold_that_ends_is_judged_at_the_next_step_and_only_there(start: Any, 
     assert core.step(Counts(5, 0), core.snapshot()).decision.paused == 1
     clock.time += 6
     assert core.step(Counts(5, 0), core.snapshot()).decision.paused == 0
+
+
+def test_a_restart_passes_over_claims_that_were_never_held(start: Any, clock: Clock) -> None:
+    core = start()
+    core.book.ended(core.book.claim(Counts(9, 0)).id, "not_needed")
+    core.counts = Counts(9, 0)
+    flap(core, clock, FAILED)
+    again = start()
+    assert again.step(Counts(9, 0), again.snapshot()).decision.paused == 1

@@ -311,6 +311,11 @@ def test_a_memory_and_an_end_move_with_a_clock_that_is_set(seconds: float) -> No
     assert NOTHING.shifted(seconds).dropped_since is None
 
 
+def test_a_reclaiming_hold_is_not_acquitted_by_more_in_flight() -> None:
+    made = decide(T, Counts(9, 5), Open(), [ended(before=Counts(9, 4), reclaim=True)], policy=Policy(8))
+    assert made.paused == 1
+
+
 def test_what_is_not_said_is_nothing() -> None:
     assert Open().total == 0
     assert not Hold("a", T, T, IDLE).reclaim
