@@ -55,7 +55,7 @@ MAX_UNVERIFIED_BYTES: Final = 16 * 1024 * 1024
 #: one TLS record, in place of 256 KiB, which let 4,000 strangers who only connect take a gigabyte.
 TLS_READ_BYTES: Final = 16 * 1024
 #: Connections whose end is a moment to give memory back.
-CROWD_CONNECTIONS: Final = 200
+CROWD_SIZE: Final = 200
 #: Seconds without accepting after the machine ran out of descriptors or memory.
 EXHAUSTED_SECONDS: Final = 1.0
 #: Seconds between two log lines that say that a port is full.
@@ -329,7 +329,7 @@ class Server:
         now = self._loop.time()
         connections = self._open + len(self._greeting)
         self._most = max(self._most, connections)
-        if self._most >= CROWD_CONNECTIONS and connections < self._most / 4:
+        if self._most >= CROWD_SIZE and connections < self._most / 4:
             self._most = connections
             _give_memory_back()
         for crowd in (self._pressed, self._idle):

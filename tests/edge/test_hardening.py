@@ -201,7 +201,7 @@ async def test_memory_is_given_back_once_when_a_crowd_has_left(monkeypatch: pyte
         given_back.set()
 
     monkeypatch.setattr(server, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(server, "CROWD_CONNECTIONS", 3)
+    monkeypatch.setattr(server, "CROWD_SIZE", 3)
     monkeypatch.setattr(server, "_give_memory_back", give_back)
     async with Door().opened() as door:
         crowd = [await door.connect(EMPTY) for _ in range(3)]

@@ -14,7 +14,7 @@ from pathlib import Path
 import aiohttp
 import psutil
 from doors import ClaimTrace
-from harness import ROOT, WorkerProcess, changed, post, secured, signed
+from harness import ROOT, WorkerProcess, anew, changed, post, secured, signed
 
 from nullworker.testing import FakeAutoscaler
 
@@ -102,7 +102,7 @@ async def test_a_crowd_that_sends_half_a_request_neither_fills_the_memory_nor_ke
     compressed = raw(b"%x\r\n%s\r\n" % (len(packed), packed), b"Content-Encoding: gzip", b"Transfer-Encoding: chunked")
     large, head = raw(bytes(120_000), b"Content-Length: 131072"), raw(b"", b"Content-Length: 1000")
     spare = changed(nullworker__http__sockets__SPARE_CONNECTIONS=250)
-    async with secured(tmp_path, vast, module=spare, NULL_MAX_QUEUED="5") as worker:
+    async with anew(secured(tmp_path, vast, module=spare, NULL_MAX_QUEUED="5")) as worker:
         await worker.line("key_loaded")
         process = psutil.Process(worker.process.pid)
         before = process.memory_info().rss
