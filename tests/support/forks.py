@@ -2,7 +2,7 @@
 
 A new interpreter spends 0.25 s of CPU on importing aiohttp and the rest, such a fork a tenth of that, and the suite
 starts a thousand. Otherwise it is like any program: its own pid, folder, environment, arguments, output, signals, end.
-Where the start of the interpreter itself matters (its imports, its memory, its command in /proc), start it by `harness.anew`.
+Where the interpreter's own start matters (its imports, its memory, its command in /proc), start it by `harness.anew`.
 With FORKS=no in the environment of the tests every program is started anew.
 """
 
