@@ -98,8 +98,11 @@ def _run(request: Any, out: int, err: int) -> None:
     os.environ.update(request["env"])
     time.tzset()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in request["ignored"]:
-        signal.signal(number, signal.SIG_IGN)
+    for number in signal.valid_signals():  # nohup may have started this process, and not be what a test is about
+        if number in request["ignored"]:
+            signal.signal(number, signal.SIG_IGN)
+        elif signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
     _, *words = request["command"]
     sys.warnoptions[:] = [words[1]] if words[0] == "-W" else os.environ.get("PYTHONWARNINGS", "").split(",")
     for action in filter(None, sys.warnoptions):
