@@ -4,9 +4,9 @@ Each command runs these steps in one call without `await`, so no other command c
 needed. The book decides, the journal makes the events durable, the book applies them, and only then are waiters and
 observers called.
 
-While the log cannot be written, new claims are refused. Reservations that are already live can still end: their events
-are applied at once, wait in memory in order, and are written as soon as the log accepts them. This is the only case in
-which an effect is visible before its commit.
+While the log cannot be written, new claims are refused. Live reservations can still end: their events are applied at
+once, wait in memory in order, and are written as soon as the log accepts them, which is the only case in which an
+effect is visible before its commit.
 """
 
 from __future__ import annotations
