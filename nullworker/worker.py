@@ -21,6 +21,7 @@ from nullworker.autoscaler.messages import STATUS_PATH, Identity, failed_start
 from nullworker.autoscaler.reporter import OUTCOMES, STATUS, Reporter
 from nullworker.clock import SystemClock, machine_life
 from nullworker.consumer_health import HealthPoll
+from nullworker.deadline_timer import DeadlineTimer
 from nullworker.errors import CannotStart, LogUnavailable
 from nullworker.eventlog import retention
 from nullworker.eventlog.log import EventLog
@@ -34,7 +35,7 @@ from nullworker.metrics.exporter import Exporter, Readings
 from nullworker.metrics.log_lines import write_log_line
 from nullworker.outgoing import HttpPost
 from nullworker.readiness import Readiness
-from nullworker.service import DeadlineTimer, Service
+from nullworker.service import Service
 from nullworker.session_callbacks import Callbacks
 from nullworker.settings import Settings, unknown_setting, without_secrets
 

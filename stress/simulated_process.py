@@ -10,10 +10,11 @@ from typing import Final
 from nullworker.autoscaler.messages import Identity
 from nullworker.autoscaler.reporter import Reporter
 from nullworker.clock import DRIFT_SECONDS, SystemClock
+from nullworker.deadline_timer import DeadlineTimer
 from nullworker.errors import LogUnavailable
 from nullworker.fsm.book import Limits
 from nullworker.readiness import Readiness
-from nullworker.service import DeadlineTimer, Service
+from nullworker.service import Service
 from nullworker.session_callbacks import Callbacks
 from nullworker.worker import PROBE_SECONDS
 from stress import audit

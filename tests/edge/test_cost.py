@@ -42,7 +42,7 @@ FRAME_BYTES, WAL_HEAD_BYTES = 4096 + 24, 32
 CYCLE = {"commits": 2, "statements": 28, "pages": 6, "sends": 2, "lines": 3, "calls": 228}
 HAND_OVER = {"commits": 1, "statements": 20, "pages": 3, "sends": 2, "lines": 2, "calls": 143}
 #: Of a start with a log that is there: SQL statements of its open; modules of nullworker, and all that are imported.
-START = {"statements": 26, "ours": 49, "modules": 480}
+START = {"statements": 26, "ours": 50, "modules": 480}
 
 
 class Counted:

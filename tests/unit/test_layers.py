@@ -22,7 +22,7 @@ LAYERS = (
     ("local", "doctor", "dispatch", "collector"),
     ("worker", "testing", "client", "consumer"),
     ("http",),
-    ("autoscaler", "metrics", "session_callbacks", "consumer_health", "sink"),
+    ("autoscaler", "metrics", "session_callbacks", "consumer_health", "sink", "deadline_timer"),
     ("service",),
     ("eventlog", "readiness"),
     ("fsm", "outgoing"),

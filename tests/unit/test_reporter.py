@@ -13,12 +13,13 @@ import pytest
 from nullworker.autoscaler.connection import AutoscalerClient, Delivery
 from nullworker.autoscaler.messages import OUTCOMES_PATH, STATUS_PATH, Identity
 from nullworker.autoscaler.reporter import BATCH, OUTCOMES, STATUS, Reporter
+from nullworker.deadline_timer import DeadlineTimer
 from nullworker.errors import LogUnavailable
 from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.opening import open_log
 from nullworker.fsm.book import Claim, Limits
 from nullworker.readiness import Readiness
-from nullworker.service import DeadlineTimer, Service
+from nullworker.service import Service
 from stress.simulated_world import SimulatedClock, SimulatedLoop
 
 PERF = 100.0
