@@ -8,8 +8,8 @@ KILLS ?= 300
 CUTS ?= 500
 MINUTES ?= 60
 ROUNDS ?= 2
-# four on two cores, since most tests wait most of the time; a file stays together with its servers
-PARALLEL := -n 4 --dist loadfile --no-loadscope-reorder
+# six on two cores, since most tests wait most of the time; a file stays together with its servers
+PARALLEL := -n 6 --dist loadfile --no-loadscope-reorder
 
 # else each process of the tests compiles them anew
 unexport PYTHONDONTWRITEBYTECODE

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import random
+import secrets
 import signal
 import socket
 import sys
@@ -23,11 +24,11 @@ PATIENCE = 30.0
 LIMITS = {"MAX_RESERVATION_SECONDS": "2", "NULL_MAX_QUEUE_SECONDS": "0.5", "NULL_MAX_QUEUED": "6"}
 
 
-def free_ports(rng: random.Random, count: int) -> list[int]:
-    """Ports that nobody listens on, below the ephemeral range."""
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, below the ephemeral range. No seed decides: runs with one may be side by side."""
     ports: list[int] = []
     while len(ports) < count:
-        port = rng.randrange(20_000, 32_000)
+        port = 20_000 + secrets.randbelow(12_000)
         with socket.socket() as probe:
             if port not in ports and probe.connect_ex(("127.0.0.1", port)) != 0:
                 ports.append(port)
@@ -46,7 +47,7 @@ class Worker:
         self.db = folder / "nullworker.db"
         self.alarms: list[str] = []
         self.lives = 0
-        self.port, self.control_port, self.http_port = free_ports(rng, 3)
+        self.port, self.control_port, self.http_port = free_ports(3)
         self.url = f"http://127.0.0.1:{self.port}"
         self.control = f"http://127.0.0.1:{self.control_port}"
         self._env = {

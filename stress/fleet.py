@@ -91,7 +91,7 @@ class Command:
     def __init__(self, *arguments: str, **env: str) -> None:
         self._arguments = arguments
         self._env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "NULL_LOG_FORMAT": "json", **env}
-        self.process: asyncio.subprocess.Process
+        self.process: asyncio.subprocess.Process | None = None
 
     async def start(self, url: str) -> None:
         """Start it, and wait until it answers there.
@@ -115,6 +115,7 @@ class Command:
 
     async def end(self, number: signal.Signals) -> int:
         """Tell it to end, and wait for that; its exit code."""
+        assert self.process is not None
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
         return await asyncio.wait_for(self.process.wait(), PATIENCE)
@@ -152,9 +153,10 @@ class Run:
         self.db = folder / "fleet.db"
         self._folder, self._workers, self._reservations = folder, workers, reservations
         self._rng = random.Random(seed)
-        self._ports = free_ports(self._rng, 1 + 3 * (workers + 1))
+        self._ports = free_ports(1 + 3 * (workers + 1))
         self._collector_url = f"http://127.0.0.1:{self._ports.pop()}"
         port = self._collector_url.rpartition(":")[2]
+        self._started: list[Command] = []
         self._collector = Command("collect", "--db", str(self.db), "--port", port, NULL_COLLECT_TOKEN=TOKEN)
         self.gate = Gate(f"{self._collector_url}/events", self._rng)
 
@@ -178,7 +180,9 @@ class Run:
         finally:
             killing.cancel()
             await asyncio.gather(killing, return_exceptions=True)
-            await self._collector.end(signal.SIGKILL)
+            for command in (self._collector, *self._started):
+                if command.process is not None and command.process.returncode is None:
+                    await command.end(signal.SIGKILL)
             await self.gate.stop()
 
     async def _kill(self) -> None:
@@ -208,7 +212,8 @@ class Run:
             "NULL_SINK_TOKEN": TOKEN,
             "NULL_DRAIN_SECONDS": str(DRAIN_SECONDS),
         }
-        return folder, int(port), Command("serve", **env), f"http://127.0.0.1:{control}/status"
+        self._started.append(Command("serve", **env))
+        return folder, int(port), self._started[-1], f"http://127.0.0.1:{control}/status"
 
     async def _orderly(self, number: int) -> None:
         """Work, stop in order, and check; then the machine is gone."""

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 async def test_every_event_of_a_worker_that_stopped_outlives_its_machine() -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-W", "error", "-m", "stress.fleet", "--workers", "3", "--reservations", "120", "--seed", "1"),
+        *("-W", "error", "-m", "stress.fleet", "--workers", "3", "--reservations", "250", "--seed", "31"),
         cwd=ROOT,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -25,7 +25,7 @@ async def test_every_event_of_a_worker_that_stopped_outlives_its_machine() -> No
     said = (await process.communicate())[0].decode()
     assert process.returncode == 0, said
     assert re.search(r"^wrong +0$", said, re.MULTILINE), said
-    assert re.search(r"^events +1080 ", said, re.MULTILINE), said
+    assert re.search(r"^events +2250 ", said, re.MULTILINE), said
     kills = re.search(r"^kills +(\d+) ", said, re.MULTILINE)
     assert kills, said
     assert int(kills[1]) >= 1
