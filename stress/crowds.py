@@ -34,7 +34,7 @@ import trustme
 
 from nullworker.http.sockets import raise_fd_limit
 from nullworker.testing import FakeAutoscaler
-from stress.load import _line
+from stress.load import line_of, worker_env
 
 #: Connections that are being made at once, so that the kernel's queue does not overflow.
 AT_ONCE: Final = 100
@@ -172,23 +172,16 @@ async def run(
             worker = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-c", SERVE, str(folder / "crt"), str(folder / "key"), "serve"),
                 env={
-                    **os.environ,
-                    "CONTAINER_ID": "7",
-                    "REPORT_ADDR": vast.url,
-                    "WORKER_PORT": "0",
-                    "NULL_CONTROL_PORT": "0",
-                    "WORKER_HTTP_PORT": "0",
+                    **worker_env(vast, folder),
                     "USE_SSL": str(tls).lower(),
-                    "NULL_EVENT_LOG": str(folder / "nullworker.db"),
                     "NULL_MAX_QUEUED": str(MAX_QUEUED),
-                    "NULL_LOG_FORMAT": "json",
                 },
                 stderr=lines,
             )
         found = {}
         try:
-            started = await _line(folder / "lines", "worker_started")
-            await _line(folder / "lines", "key_loaded")
+            started = await line_of(folder / "lines", "worker_started")
+            await line_of(folder / "lines", "key_loaded")
             url = f"http{'s' * tls}://127.0.0.1:{started['external_port']}"
             process = psutil.Process(worker.pid)
             print(f"load {os.getloadavg()[0]:.1f}, {'TLS' if tls else 'plain'}; memory in MB: before, highest, after")

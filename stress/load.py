@@ -186,6 +186,20 @@ def spread(seconds: list[float]) -> str:
     return f"p50 {statistics.median(ordered) * 1000:.1f} ms, p99 {p99 * 1000:.1f} ms, worst {ordered[-1] * 1000:.1f} ms"
 
 
+def worker_env(vast: FakeAutoscaler, folder: Path) -> dict[str, str]:
+    """The environment of a worker that reports to this autoscaler, with its log in the folder, on ports of its own."""
+    return {
+        **os.environ,
+        "CONTAINER_ID": "7",
+        "REPORT_ADDR": vast.url,
+        "WORKER_PORT": "0",
+        "NULL_CONTROL_PORT": "0",
+        "WORKER_HTTP_PORT": "0",
+        "NULL_EVENT_LOG": str(folder / "nullworker.db"),
+        "NULL_LOG_FORMAT": "json",
+    }
+
+
 async def run(folder: Path, *, waiting: int, rate: int, seconds: float, forgers: int) -> int:
     db = folder / "nullworker.db"
     async with FakeAutoscaler() as vast:
@@ -193,22 +207,15 @@ async def run(folder: Path, *, waiting: int, rate: int, seconds: float, forgers:
             worker = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "nullworker", "serve"),
                 env={
-                    **os.environ,
-                    "CONTAINER_ID": "7",
-                    "REPORT_ADDR": vast.url,
-                    "WORKER_PORT": "0",
-                    "NULL_CONTROL_PORT": "0",
-                    "WORKER_HTTP_PORT": "0",
-                    "NULL_EVENT_LOG": str(db),
+                    **worker_env(vast, folder),
                     "NULL_MAX_QUEUED": str(waiting + int(rate * seconds) + 1000),
                     "NULL_MAX_QUEUE_SECONDS": "3600",
-                    "NULL_LOG_FORMAT": "json",
                 },
                 stderr=lines,
             )
         try:
-            started = await _line(folder / "lines", "worker_started")
-            await _line(folder / "lines", "key_loaded")
+            started = await line_of(folder / "lines", "worker_started")
+            await line_of(folder / "lines", "key_loaded")
             crowd = Crowd(
                 vast,
                 f"http://127.0.0.1:{started['external_port']}",
@@ -263,7 +270,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.startswith("{")]
 
 
-async def _line(path: Path, event: str) -> dict[str, Any]:
+async def line_of(path: Path, event: str) -> dict[str, Any]:
     for _ in range(int(PATIENCE * 20)):
         for line in _lines(path):
             if line["event"] == event:
