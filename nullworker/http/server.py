@@ -297,9 +297,11 @@ class Server:
                 self._loop.remove_reader(self._listener)
                 self._loop.call_later(EXHAUSTED_SECONDS, self._listen)
                 return
-            if self._open + len(self._greeting) >= self._max_connections and not self._make_room():
+            connections = self._open + len(self._greeting)
+            if connections >= self._max_connections and not self._make_room():
                 sock.close()
                 continue
+            self._most = max(self._most, connections + 1)
             sock.setblocking(False)
             task = self._loop.create_task(self._greet(sock))
             self._greeting[task] = None
@@ -328,7 +330,6 @@ class Server:
     def _close_late(self) -> None:
         now = self._loop.time()
         connections = self._open + len(self._greeting)
-        self._most = max(self._most, connections)
         if self._most >= CROWD_SIZE and connections < self._most / 4:
             self._most = connections
             _give_memory_back()

@@ -192,7 +192,11 @@ async def test_a_full_port_closes_a_connection_of_the_largest_group() -> None:
             await wire.close()
 
 
-async def test_memory_is_given_back_once_when_a_crowd_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("look_seconds", [0.01, 0.3])
+async def test_memory_is_given_back_once_when_a_crowd_has_left(
+    look_seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also when it came and went between two looks."""
     given_back = asyncio.Event()
     times: list[int] = []
 
@@ -200,7 +204,7 @@ async def test_memory_is_given_back_once_when_a_crowd_has_left(monkeypatch: pyte
         times.append(1)
         given_back.set()
 
-    monkeypatch.setattr(server, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(server, "LOOK_SECONDS", look_seconds)
     monkeypatch.setattr(server, "CROWD_SIZE", 3)
     monkeypatch.setattr(server, "_give_memory_back", give_back)
     async with Door().opened() as door:

@@ -15,6 +15,7 @@ import aiohttp
 import psutil
 from doors import ClaimTrace
 from harness import ROOT, WorkerProcess, anew, changed, post, secured, signed
+from programs import until
 
 from nullworker.testing import FakeAutoscaler
 
@@ -97,7 +98,7 @@ async def test_a_crowd_loses_nothing() -> None:
 async def test_a_crowd_that_sends_half_a_request_neither_fills_the_memory_nor_keeps_callers_out(
     tmp_path: Path, vast: FakeAutoscaler
 ) -> None:
-    """The short form of 1,000 and of 4,300 strangers: what is packed small, what is large, and heads alone."""
+    """The short form of 1,000 and of 4,300 strangers: what is packed small, heads alone, and what is large."""
     packed = gzip.compress(bytes(1024 * 1024))
     compressed = raw(b"%x\r\n%s\r\n" % (len(packed), packed), b"Content-Encoding: gzip", b"Transfer-Encoding: chunked")
     large, head = raw(bytes(120_000), b"Content-Length: 131072"), raw(b"", b"Content-Length: 1000")
@@ -106,14 +107,21 @@ async def test_a_crowd_that_sends_half_a_request_neither_fills_the_memory_nor_ke
         await worker.line("key_loaded")
         process = psutil.Process(worker.process.pid)
         before = process.memory_info().rss
-        for sends in (compressed, large, head):
-            crowd = [await opened(worker, sends) for _ in range(300)]
-            for _ in range(10):
-                claim = signed(vast, worker.url, {"duration": 0})
-                assert (await post(worker.url + "/reserve", claim)).status == 200
-            assert process.memory_info().rss - before < 64 * 1024 * 1024, "300 MB unpacked, 36 MB as they came"
-            for wire in crowd:
-                await wire.close()
+
+        def taken() -> float:
+            """MB since the start."""
+            return float(process.memory_info().rss - before) / 1e6
+
+        # unpacked it were 300 MB; 36 MB come as they are, and the kernel's buffers are read in larger pieces
+        for sends, most in ((compressed, 16), (head, 16), (large, 108)):
+            async with contextlib.AsyncExitStack() as crowd:
+                for _ in range(300):
+                    crowd.push_async_callback((await opened(worker, sends)).close)
+                for _ in range(10):
+                    claim = signed(vast, worker.url, {"duration": 0})
+                    assert (await post(worker.url + "/reserve", claim)).status == 200
+                assert taken() < most
+        await until(lambda: taken() < 32)
         assert [line["event"] for line in worker.lines if line["level"] == "error"] == []
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import sqlite3
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
@@ -13,7 +12,6 @@ from typing import Any
 
 import pytest
 from harness import PATIENCE
-from programs import dead_address
 
 from nullworker import session_callbacks
 from nullworker.clock import SystemClock
@@ -22,7 +20,6 @@ from nullworker.eventlog.log import EventLog
 from nullworker.eventlog.opening import open_log
 from nullworker.fsm.book import Limits
 from nullworker.fsm.events import Ended, Event, Held, Queued, SessionTerms
-from nullworker.outgoing import HttpPost
 from nullworker.readiness import Readiness
 from nullworker.service import Service
 from nullworker.session_callbacks import Callbacks, Post
@@ -83,23 +80,6 @@ async def test_pending_callbacks_are_in_the_log_and_not_in_memory(path: Path) ->
         tracemalloc.stop()
     assert told == [f"s{number}" for number in range(count)]  # in the order of their ends
     assert most < count * size / 5
-
-
-async def test_a_call_that_has_failed_leaves_nothing_in_memory() -> None:
-    url, size, post = dead_address(), 100_000, HttpPost()
-    await post(url, {})
-    gc.collect()
-    gc.disable()  # it would clear away what such calls leave, but not for as long as little else is made
-    tracemalloc.start()
-    try:
-        for _ in range(20):
-            assert await post(url, {"x": "x" * size})
-        left, _ = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-        gc.enable()
-        await post.close()
-    assert left < 5 * size
 
 
 async def test_a_log_that_cannot_be_read_is_tried_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

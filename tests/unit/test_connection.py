@@ -24,7 +24,7 @@ PEM = public_pem(load_or_make()).encode()
 async def linked(
     *pieces: bytes, go_on: Callable[[], Awaitable[object]] = lambda: asyncio.sleep(0)
 ) -> AsyncIterator[AutoscalerClient]:
-    """A autoscaler to an address that answers with these bytes, and waits before each further piece."""
+    """A client of an address that answers with these bytes, and waits before each further piece."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")

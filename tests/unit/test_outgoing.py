@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import re
 import socket
 import ssl
 import struct
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+import tracemalloc
+from collections.abc import AsyncIterator, Awaitable, Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,17 +21,20 @@ import aiohttp
 import pytest
 import trustme
 from aiohttp import client_exceptions
+from programs import dead_address
 from strangers import Answer, answering, echo
 
 from nullworker import outgoing
 from nullworker.autoscaler.connection import AutoscalerClient
-from nullworker.clock import SystemClock
+from nullworker.autoscaler.messages import STATUS_PATH
+from nullworker.clock import SystemClock, wall
 from nullworker.consumer_health import HealthPoll
 from nullworker.eventlog.log import EventLog
 from nullworker.fsm.book import Limits
 from nullworker.outgoing import HttpPost, OwnPorts, describe_failure, get, http_session
 from nullworker.readiness import Readiness
 from nullworker.service import Service
+from nullworker.sink import Sink, Target
 
 URL = "http://user:SECRET@secret.example/SECRET?token=SECRET"
 KINDS = [
@@ -356,3 +361,45 @@ async def test_what_a_consumer_answers_that_is_no_http_is_not_told(log: EventLog
     async with answering(echo) as place, aiohttp.ClientSession() as http:
         poll = HealthPoll(f"http://{place}/", service, interval=1, timeout=20, failures=1, cancel_held=False)
         assert await poll._look(http) == f"http://{place}/ cannot be reached: {NO_HTTP}"
+
+
+@contextlib.asynccontextmanager
+async def callbacks(_: EventLog, url: str) -> AsyncIterator[Callable[[str], Awaitable[object]]]:
+    post = HttpPost()
+    yield lambda text: post(url, {"x": text})
+    await post.close()
+
+
+@contextlib.asynccontextmanager
+async def reports(_: EventLog, url: str) -> AsyncIterator[Callable[[str], Awaitable[object]]]:
+    autoscaler = AutoscalerClient([url])
+    yield lambda text: autoscaler.post(STATUS_PATH, {"x": text})
+    await autoscaler.close()
+
+
+@contextlib.asynccontextmanager
+async def sink(log: EventLog, url: str) -> AsyncIterator[Callable[[str], Awaitable[object]]]:
+    sink = Sink(Target(url, None, "ndjson", True, True), log, wall, lambda *_: None, instance="7", own_url=url)
+    yield lambda text: sink._post([text.encode()])
+    await sink.close()
+
+
+@pytest.mark.parametrize("sender", [callbacks, reports, sink])
+async def test_a_call_that_has_failed_leaves_nothing_in_memory(
+    log: EventLog,
+    sender: Callable[[EventLog, str], contextlib.AbstractAsyncContextManager[Callable[[str], Awaitable[object]]]],
+) -> None:
+    size = 100_000
+    async with sender(log, dead_address()) as post:
+        await post("")
+        gc.collect()
+        gc.disable()  # it would clear away what such calls leave, but not for as long as little else is made
+        tracemalloc.start()
+        try:
+            for _ in range(20):
+                assert await post("x" * size) not in (None, "ok", "accepted")
+            left, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+            gc.enable()
+    assert left < 5 * size
