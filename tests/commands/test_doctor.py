@@ -35,8 +35,8 @@ async def well(tmp_path: Path, vast: FakeAutoscaler) -> AsyncIterator[Well]:
 
 @pytest.fixture
 def taken() -> Iterator[int]:
-    """A port that another program has."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
+    """A port that another program has; the one before it is free."""
+    with socket.create_server(("127.0.0.1", free_port())) as sock:
         yield int(sock.getsockname()[1])
 
 
