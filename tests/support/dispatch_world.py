@@ -19,7 +19,7 @@ import pytest
 from nullworker import clock as clocks
 from nullworker.client import session
 from nullworker.client.vastai_sdk import VastUnreachable
-from nullworker.client.worker_http import INSTANCE_HEADER, NoAnswer, Reply
+from nullworker.client.worker_http import INSTANCE_HEADER, NoAnswer, Refused, Reply
 from nullworker.dispatch import book, dispatcher, driver, trouble, vast
 from nullworker.dispatch.decision import Counts, Policy
 from nullworker.dispatch.dispatcher import Dispatcher, Plan, running
@@ -59,8 +59,11 @@ class World:
         ready_at: loop time until which there is no worker; asked: the request_idx of each question for one.
         attaches: whether consumers attach; says_instance: whether workers say which instance they are.
         wall: seconds by which the wall clock has been set forward.
-        engine_down, loses_answers, queue_fault: faults: of the engine, of workers that are asked for a session, and
-            what a read of the queue does instead.
+        prices: dollars an hour of the account's instances; prices_read: how often they were asked for.
+        foreign: requests of other clients that the workers of these instances work on.
+        engine_down, prices_down, loses_answers, queue_fault: faults: of the engine, of the account, of workers that are
+            asked for a session, and what a read of the queue does instead.
+        refuses: the status with which every worker refuses whatever it is asked.
         held: sessions that are held now; most_held: the most at once.
         lines: log lines of the dispatcher, by their word.
     """
@@ -75,7 +78,11 @@ class World:
         self.listed: set[int] = set()
         self.stopped: set[str] = set()
         self.unreachable: set[str] = set()
-        self.engine_down = self.loses_answers = False
+        self.prices: dict[int, float] = {}
+        self.prices_read = 0
+        self.foreign: dict[int, int] = {}
+        self.engine_down = self.prices_down = self.loses_answers = False
+        self.refuses: int | None = None
         self.queue_fault: Callable[[], Coroutine[Any, Any, Counts]] | None = None
         self.held: dict[str, asyncio.Task[None]] = {}
         self.finals: dict[str, dict[str, Any]] = {}
@@ -85,6 +92,8 @@ class World:
         self.shown = "memory"
         self.secrets: tuple[str, ...] = ()
         self.endpoint = SimpleNamespace(_route=self._route, get_workers=self._get_workers, client=self)
+        self.vast_web_url = "https://console"
+        self._session = SimpleNamespace(get=self._get_instances)
 
     def count(self, event: str) -> int:
         """How often a line was logged."""
@@ -120,7 +129,28 @@ class World:
         if self.engine_down:
             raise OSError("connection refused")
         states = {number: "STOPPED" if self.url(number) in self.stopped else "IDLE" for number in self.listed}
-        return [SimpleNamespace(id=number, status=state, reqs_working=0) for number, state in states.items()]
+        held = {int(name.removeprefix("session-s")) for name in self.held}
+        return [
+            SimpleNamespace(id=number, status=state, reqs_working=(number in held) + self.foreign.get(number, 0))
+            for number, state in states.items()
+        ]
+
+    @contextlib.asynccontextmanager
+    async def _get_instances(self, *_: Any, **__: Any) -> AsyncIterator[Any]:
+        self.prices_read += 1
+        if self.prices_down:
+            raise OSError("connection refused")
+
+        async def page(content_type: str | None) -> Any:
+            ports = {"3000/tcp": [{"HostPort": "80"}]}
+            return {
+                "instances": [
+                    {"id": number, "dph_total": price, "public_ipaddr": f"worker-{number}", "ports": ports}
+                    for number, price in self.prices.items()
+                ]
+            }
+
+        yield SimpleNamespace(status=200, json=page)
 
     @staticmethod
     def url(number: int) -> str:
@@ -138,6 +168,8 @@ class World:
         await asyncio.sleep(0.05)
         if url in self.stopped | self.unreachable:
             raise NoAnswer(url, ConnectionRefusedError(111, "Connection refused"))
+        if self.refuses is not None:
+            raise Refused(url, self.refuses, "{}")
         instance = {INSTANCE_HEADER: url.rpartition("-")[2]} if self.says_instance else {}
         if path == "/session/create":
             signature = body["auth_data"]["signature"]
@@ -198,15 +230,15 @@ class _Time:
 
 
 @contextlib.asynccontextmanager
-async def dispatching(world: World, folder: Path, **options: Any) -> AsyncIterator[Dispatcher]:
-    """A dispatcher at work, as the command starts it. `options`: of Plan."""
+async def dispatching(world: World, folder: Path, *, runs: bool = True, **options: Any) -> AsyncIterator[Dispatcher]:
+    """A dispatcher at work, as the command starts it; not `runs`: as before its start. `options`: of Plan."""
     ledger = open_ledger(folder / "ledger.db")
     ledger._conn.execute("PRAGMA synchronous = OFF")  # days of polls, each of which would wait for the disk
     clock = clocks.SystemClock(ledger.anchor(), not_before=ledger.latest())
     ledger.store_anchor(clock.anchor)
     plan = Plan(**{"policy": Policy(4), "terms": Terms(lifetime=30.0), **options})
     async with running(plan, world, Vast("null", "key", None), ledger, clock) as started:
-        task = asyncio.ensure_future(started.run())
+        task = asyncio.ensure_future(started.run() if runs else asyncio.sleep(0))
         try:
             yield started
         finally:
