@@ -106,11 +106,20 @@ def json_object(_: click.Context, __: click.Parameter, text: str | None) -> dict
     """The value of an option that is a JSON object."""
     if text is None:
         return None
+    from nullworker.http.bodies import MAX_DEPTH, is_deeper  # imports aiohttp, which `nullworker --help` must not load
+
     example = """write it as '{"job": "42"}', in single quotes"""
+    deep = False
     try:
         parsed = json.loads(text)
+        json.dumps(parsed, allow_nan=False)  # Python reads NaN and Infinity, which are not JSON
+        deep = is_deeper(parsed, MAX_DEPTH)
+    except RecursionError:
+        deep = True
     except ValueError as error:
         raise click.BadParameter(f"{text!r} is not JSON ({error}): {example}") from error
+    if deep:
+        raise click.BadParameter(f"it nests more than {MAX_DEPTH} deep")
     if not isinstance(parsed, dict):
         raise click.BadParameter(f"{text!r} is not a JSON object: {example}")
     return parsed
