@@ -279,5 +279,5 @@ def from_row(row: Row) -> Event:
     try:
         decoder = _decoders[kind]  # type: ignore[index]  # an unknown kind is the KeyError below
         return Event(float(at), str(claim_id), kind, decoder.decode(data), reason)  # type: ignore[arg-type]
-    except (KeyError, TypeError, ValueError, msgspec.MsgspecError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise LogDamaged(f"an event of kind {kind!r} for claim {claim_id!r} cannot be read: {error}") from error

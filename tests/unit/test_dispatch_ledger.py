@@ -131,11 +131,12 @@ def test_an_append_is_all_or_nothing(ledger: Ledger) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ended", "refused"])
-def test_credentials_are_nowhere_on_disk_once_a_claim_is_over(ledger: Ledger, kind: EventKind) -> None:
+@pytest.mark.parametrize("others", [0, 1])  # events that were written together with it
+def test_credentials_are_nowhere_on_disk_once_a_claim_is_over(ledger: Ledger, kind: EventKind, others: int) -> None:
     walk(ledger, "granted")
     assert ledger.credential("c1") == Credential("https://10.0.0.1:3000", SECRET)
     assert any(SECRET.encode() in path.read_bytes() for path in ledger.path.parent.iterdir())
-    ledger.append([event(kind)])
+    ledger.append([event(kind), event("pending", "c2")][: 1 + others])
     assert ledger.credential("c1") is None
     assert not any(SECRET.encode() in path.read_bytes() for path in ledger.path.parent.iterdir())
 
@@ -326,11 +327,46 @@ def test_what_a_restart_reads_is_what_the_book_had(steps: list[tuple[str, EventK
     assert read == claims
 
 
-def test_a_row_that_is_no_event_is_damage() -> None:
+@pytest.mark.parametrize(
+    "row",
+    [
+        (T, "c1", "paused", None, "{}"),
+        (T, "c1", "held", None, "{}"),
+        (T, "c1", "attached", None, "{"),
+        (None, "c1", "attached", None, "{}"),
+        ("now", "c1", "attached", None, "{}"),
+        (T, "c1", "attached", None, None),
+    ],
+)
+def test_a_row_that_is_no_event_is_damage(row: Any) -> None:
     with pytest.raises(LogDamaged, match="c1"):
-        from_row((T, "c1", "paused", None, "{}"))
-    with pytest.raises(LogDamaged, match="c1"):
-        from_row((T, "c1", "held", None, "{}"))
+        from_row(row)
+
+
+def test_a_refused_claim_has_no_worker_and_the_first_attachment_counts() -> None:
+    claim = None
+    for kind in WAYS["granted"]:
+        claim = apply(claim, event(kind))
+    assert claim is not None
+    assert (claim.url, claim.granted_at) == ("https://10.0.0.1:3000", T)
+    claim = apply(claim, event("refused"))
+    assert (claim.state, claim.url, claim.granted_at) == ("pending", None, None)
+    for number, kind in enumerate(("granted", "held", "attached", "attached")):
+        claim = apply(claim, event(kind, at=T + number))
+    assert claim.attached_at == T + 2
+
+
+def test_the_ended_claims_since_a_time_come_in_the_order_of_their_ends(ledger: Ledger) -> None:
+    for claim_id, end in (("c1", 30.0), ("c2", 20.0), ("c3", 10.0), ("c4", 9.0)):
+        walk(ledger, "held", claim_id)
+        ledger.append([event("ended", claim_id, T + end)])
+    assert [claim.id for claim in ledger.ended_since(T + 10)] == ["c3", "c2", "c1"]
+
+
+def test_a_ledger_makes_the_folders_above_it(tmp_path: Path) -> None:
+    path = tmp_path / "var" / "dispatch" / "ledger.db"
+    open_ledger(path).close()
+    assert path.exists()
 
 
 @pytest.mark.parametrize(
