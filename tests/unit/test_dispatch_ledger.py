@@ -351,7 +351,8 @@ def test_a_refused_claim_has_no_worker_and_the_first_attachment_counts() -> None
     assert (claim.url, claim.granted_at) == ("https://10.0.0.1:3000", T)
     claim = apply(claim, event("refused"))
     assert (claim.state, claim.url, claim.granted_at) == ("pending", None, None)
-    for number, kind in enumerate(("granted", "held", "attached", "attached")):
+    later: list[EventKind] = ["granted", "held", "attached", "attached"]
+    for number, kind in enumerate(later):
         claim = apply(claim, event(kind, at=T + number))
     assert claim.attached_at == T + 2
 
