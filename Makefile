@@ -15,7 +15,7 @@ PARALLEL := -n 6 --dist loadfile --no-loadscope-reorder
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install tools demo test quick lint oldest stress simulate days cuts crowds crash kills fleet consumers caller soak bench dist audit pythons clean
+.PHONY: help install tools demo test quick lint oldest stress simulate days cuts crowds crash kills outages fleet consumers caller soak bench dist audit pythons clean
 
 help:  ## show this list
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r name text; do printf '  make %-10s %s\n' "$$name" "$$text"; done
@@ -48,7 +48,7 @@ dist: install  ## build sdist and wheel, run the demo from the wheel in an empty
 audit: install  ## ask the advisory database of PyPI about everything that is installed
 	$(BIN)/pip-audit --local --skip-editable
 
-stress: simulate days cuts crowds crash kills fleet consumers caller soak  ## run all of these, one after the other, which takes hours
+stress: simulate days cuts crowds crash kills outages fleet consumers caller soak  ## run all of these, one after the other, which takes hours
 
 simulate: install  ## simulate STEPS reservations from SEED on, with crashes and faults
 	$(BIN)/python -m stress.simulation --seed $(SEED) --steps $(STEPS)
@@ -58,6 +58,9 @@ days: install  ## play days of queues through the dispatcher's decision and thro
 
 kills: install  ## drain a queue while dispatcher, workers and consumers are killed, and check that each job is done once
 	$(BIN)/python -m stress.dispatch_kills
+
+outages: install  ## drain a queue while its server, the autoscaler and the disk fail, and check that nothing is opened meanwhile
+	$(BIN)/python -m stress.dispatch_outages
 
 fleet: install  ## destroy workers whose events go to a collector that fails, and check what outlives them
 	$(BIN)/python -m stress.fleet

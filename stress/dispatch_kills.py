@@ -21,7 +21,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from io import FileIO
 from pathlib import Path
 
 from stress import dispatch_queues
@@ -172,8 +173,8 @@ class Run:
                 print(json.dumps([time.time(), what, pid, log]), file=file)
 
     @contextlib.asynccontextmanager
-    async def dispatch(self, url: str) -> AsyncIterator[asyncio.subprocess.Process]:
-        options = ["--queue", self.kind.url, "--max", str(self.workers), "--interval", str(INTERVAL)]
+    async def dispatch(self, url: str, *more: str) -> AsyncIterator[asyncio.subprocess.Process]:
+        options = [*more, "--queue", self.kind.url, "--max", str(self.workers), "--interval", str(INTERVAL)]
         options += ["--settle", "4", "--lifetime", str(LIFETIME), "--port", "0"]
         command = ("dispatch", "--endpoint", "null", "--autoscaler", url, *options)
         async with self.process("dispatch", sys.executable, "-W", "ignore", "-m", "nullworker", *command) as process:
@@ -181,10 +182,15 @@ class Run:
 
     @contextlib.asynccontextmanager
     async def process(self, name: str, *command: str) -> AsyncIterator[asyncio.subprocess.Process]:
-        with (self.folder / f"{name}.log").open("ab") as log:
-            process = await asyncio.create_subprocess_exec(
-                *command, cwd=self.folder, env=self.env, stdout=log, stderr=log, stdin=asyncio.subprocess.DEVNULL
-            )
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            cwd=self.folder,
+            env=self.env,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            stdin=asyncio.subprocess.DEVNULL,
+        )
+        copying = asyncio.ensure_future(self.copy(process, (self.folder / f"{name}.log").open("ab", buffering=0)))
         try:
             yield process
         finally:
@@ -195,6 +201,16 @@ class Run:
             except asyncio.TimeoutError:
                 process.kill()
                 await process.wait()
+            await asyncio.wait({copying}, timeout=1.0)  # somebody whom it has started may have the pipe still
+            copying.cancel()
+
+    @staticmethod
+    async def copy(process: asyncio.subprocess.Process, file: FileIO) -> None:
+        """Copy what it prints into a file, which it may not be able to write itself."""
+        assert process.stdout is not None
+        with file:
+            while said := await process.stdout.read(65536):
+                file.write(said)
 
     async def url(self) -> str:
         for _ in range(600):
@@ -214,18 +230,12 @@ def _role(command: list[str]) -> str:
     return ""
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--queue", choices=dispatch_queues.NAMES, default="redis")
-    parser.add_argument("--jobs", type=int, default=200)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--keep", action="store_true", help="keep the files also when nothing is wrong")
+def report(kind: Callable[..., Run], parser: argparse.ArgumentParser) -> None:
+    """Run it with the options that the parser finds, print its account, and exit with 1 if anything is wrong."""
     options = vars(parser.parse_args())
     keep = options.pop("keep")
     folder = Path(tempfile.mkdtemp(prefix="nullworker-kills-"))
-    account = asyncio.run(Run(folder, **options).run())
+    account = asyncio.run(kind(folder, **options).run())
     print(options)
     for name, value in account._asdict().items():
         print(f"{name}: {value}")
@@ -235,6 +245,17 @@ def main() -> None:
     else:
         shutil.rmtree(folder)
     sys.exit(bool(account.faults))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--queue", choices=dispatch_queues.NAMES, default="redis")
+    parser.add_argument("--jobs", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--workers", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", action="store_true", help="keep the files also when nothing is wrong")
+    report(Run, parser)
 
 
 if __name__ == "__main__":

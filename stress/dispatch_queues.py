@@ -17,6 +17,7 @@ ROOT: Final = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests" / "support")]
 
 import queues  # noqa: E402  # of tests/support
+from cuts import CutProxy as CutProxy  # noqa: E402
 from programs import free_port  # noqa: E402
 
 #: Seconds.

@@ -73,8 +73,7 @@ class CutProxy:
                 each_writer.close()
                 self._writers.discard(each_writer)
 
-    @staticmethod
-    async def _pass(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+    async def _pass(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await source.read(65536):
                 sink.write(data)
