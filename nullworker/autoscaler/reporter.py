@@ -79,6 +79,7 @@ class Reporter:
         self._started_at = service.now()
         self._loaded_after: float | None = None
         self._disk_gb = self._disk_reported_gb = _disk_gb()
+        self._batch_size = BATCH  # smaller while a refused outcome is looked for
         self._one_status, self._one_batch = asyncio.Lock(), asyncio.Lock()  # one call at a time, to keep the order
         self._changed = AutoResetEvent()
         self._urgent = AutoResetEvent()
@@ -190,28 +191,29 @@ class Reporter:
 
     async def _report_outcomes(self) -> None:
         backoff = Backoff()
-        size = BATCH
         while True:
             await self._ended.wait()
             owed = True
             while owed:
-                delivery, owed = await self._send_outcomes(size, CALL_SECONDS)
+                delivery, owed = await self._send_outcomes(CALL_SECONDS)
                 if delivery == "failed":
                     await asyncio.sleep(backoff.failed())
                     continue
                 backoff.worked()
-                # after a refusal send outcomes one by one, to find the refused one
-                size = 1 if delivery == "refused" else BATCH
             if self._service.unwritten:  # an outcome is sent only after its event is in the log
                 self._ended.set()
             await asyncio.sleep(CHANGED_SECONDS)
 
-    async def _send_outcomes(self, size: int, seconds: float) -> tuple[Delivery, bool]:
-        """Send a batch. Returns its delivery, and whether more outcomes are to be sent."""
-        async with self._one_batch:
-            return await self._send_outcomes_now(size, seconds)
+    async def _send_outcomes(self, seconds: float) -> tuple[Delivery, bool]:
+        """Send a batch. Returns its delivery, and whether more outcomes are to be sent.
 
-    async def _send_outcomes_now(self, size: int, seconds: float) -> tuple[Delivery, bool]:
+        A batch that is refused is halved until the refused outcome is found; after it the batches grow again.
+        """
+        async with self._one_batch:
+            return await self._send_outcomes_now(seconds)
+
+    async def _send_outcomes_now(self, seconds: float) -> tuple[Delivery, bool]:
+        size = self._batch_size
         try:
             batch = queries.finished(self._log.conn, after=self._cursor, limit=size)
         except sqlite3.Error as error:
@@ -232,9 +234,11 @@ class Reporter:
             return delivery, True
         if delivery == "refused":
             if len(outcomes) > 1:
+                self._batch_size = len(batch) // 2
                 return delivery, True
             if not self._set_aside(outcomes[0].seq):
                 return "failed", True
+        self._batch_size = min(size * 2, BATCH)
         self._cursor = last
         self.backlog = max(self.backlog - len(batch), 0)
         self._move(OUTCOMES, last)
@@ -262,10 +266,8 @@ class Reporter:
     async def _flush(self) -> None:
         # the usual timeout: a call that ended together with the time limit could swallow its cancellation
         owed = True
-        size = BATCH
         while owed:
-            delivery, owed = await self._send_outcomes(size, CALL_SECONDS)
-            size = 1 if delivery == "refused" else BATCH
+            delivery, owed = await self._send_outcomes(CALL_SECONDS)
             if delivery == "failed":
                 break
         await self._send_status(CALL_SECONDS)

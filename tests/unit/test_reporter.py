@@ -179,12 +179,31 @@ def test_an_outcome_that_is_refused_is_set_aside_by_itself_and_the_others_arrive
             office.serve()
         await asyncio.sleep(30.0)
         alone = [body["requests"] for body in office.autoscaler.bodies(OUTCOMES_PATH) if len(body["requests"]) == 1]
-        assert [each["request_idx"] for (each,) in alone[:3]] == [1, 2, 3]
+        assert [each["request_idx"] for (each,) in alone] == [3]
         assert office.settled() == [9]
         assert logged() == ["outcome_refused"]
         assert {index for index, _ in office.autoscaler.told()} == {1, 2, 3, 4, 5}
         assert office.log.cursor(OUTCOMES) == 15
         assert office.reporter.backlog == 0
+
+    office.live(story)
+
+
+def test_a_refused_outcome_in_a_backlog_is_found_by_halves_and_costs_few_calls(office: Office) -> None:
+    async def story() -> None:
+        office.autoscaler.refused = {150, 350}
+        for _ in range(2 * BATCH):
+            office.serve()
+        await asyncio.sleep(30.0)
+        assert office.settled() == [3 * 150, 3 * 350]
+        delivered = [
+            each["request_idx"]
+            for body in office.autoscaler.bodies(OUTCOMES_PATH)
+            for each in body["requests"]
+            if not office.autoscaler.refused & {other["request_idx"] for other in body["requests"]}
+        ]
+        assert delivered == [index for index in range(1, 2 * BATCH + 1) if index not in (150, 350)]
+        assert len(office.autoscaler.bodies(OUTCOMES_PATH)) <= 60
 
     office.live(story)
 
