@@ -193,6 +193,26 @@ def test_a_damaged_ledger_is_refused_and_left_alone(tmp_path: Path, content: byt
     open_ledger(path).close()  # the lock was given back
 
 
+def test_a_ledger_whose_damage_is_no_text_is_refused_too(ledger: Ledger, tmp_path: Path) -> None:
+    ledger.close()
+    with contextlib.closing(sqlite3.connect(ledger.path, isolation_level=None)) as conn:
+        conn.execute("PRAGMA writable_schema = ON")
+        conn.execute("UPDATE sqlite_schema SET name = CAST(x'ff' AS TEXT), sql = 'CREATE' WHERE name = 'daily'")
+    with pytest.raises(CannotStart, match="move it away"):
+        open_ledger(ledger.path)
+
+
+def test_an_append_is_on_disk_and_waits_half_a_second_at_most_for_another_program(ledger: Ledger) -> None:
+    values = {"synchronous": 2, "busy_timeout": 500, "secure_delete": 1, "journal_size_limit": 1024 * 1024}
+    assert {name: ledger._conn.execute(f"PRAGMA {name}").fetchone()[0] for name in values} == values
+    with contextlib.closing(sqlite3.connect(ledger.path, isolation_level=None)) as conn:
+        conn.execute("BEGIN IMMEDIATE")
+        with pytest.raises(LogUnavailable, match="locked"):
+            walk(ledger, "pending")
+        conn.execute("ROLLBACK")
+    walk(ledger, "pending")
+
+
 def test_a_database_of_another_program_or_a_newer_version_is_refused(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "other.db")) as conn:
         conn.execute("CREATE TABLE mine (x)")
@@ -203,6 +223,9 @@ def test_a_database_of_another_program_or_a_newer_version_is_refused(tmp_path: P
         conn.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
     with pytest.raises(CannotStart, match="newer"):
         open_ledger(tmp_path / "newer.db")
+    with contextlib.closing(sqlite3.connect(tmp_path / "newer.db")) as conn:
+        conn.execute(f"PRAGMA user_version = {schema.VERSION}")
+    open_ledger(tmp_path / "newer.db").close()  # the lock was given back
     open_log(tmp_path / "worker.db").close()
     with pytest.raises(CannotStart, match=r"worker\.db is the event log of a worker; set --ledger to another file"):
         open_ledger(tmp_path / "worker.db")
