@@ -188,12 +188,13 @@ class Driver:
     async def _ask(self, claim_id: str, session: _Session) -> tuple[str | None, int | None]:
         """Ask for the session, and record the result. Returns the reason and the status of a certain refusal."""
         counts = self._counts()
+        lifetime = float(session.body["lifetime"])  # after a restart, not always that of the present terms
         try:
-            await session.create(self._http, patience=max(self._terms.lifetime, LEAST_PATIENCE_SECONDS))
+            await session.create(self._http, patience=max(lifetime, LEAST_PATIENCE_SECONDS))
         except SessionEnded as error:
             answer = error.answer or {}
             known_as = str(answer.get("session_id") or answer.get("reservation_id") or UNKNOWN)
-            self._book.held(claim_id, known_as, self._terms.lifetime, counts)
+            self._book.held(claim_id, known_as, lifetime, counts)
             self._over(claim_id, error.final, str(error))
             return None, None
         except Refused as error:
@@ -203,16 +204,17 @@ class Driver:
                 return str(error), None
             log.warning("claim_lost", claim=claim_id, why=str(error))
             why = f"{error}, for a lifetime"  # for which it may have been held
-            self._book.ended(claim_id, "lost", Ended(held_seconds=self._terms.lifetime, why=why))
+            self._book.ended(claim_id, "lost", Ended(held_seconds=lifetime, why=why))
             return None, None
-        lifetime = session.lifetime or self._terms.lifetime
-        self._book.held(claim_id, str(session.session_id), lifetime, counts, number(session.instance))
-        if lifetime < self._terms.lifetime:
+        allowed = session.lifetime
+        assert allowed is not None
+        self._book.held(claim_id, str(session.session_id), allowed, counts, number(session.instance))
+        if allowed < lifetime:
             log.warning(
                 "lifetime_capped",
                 claim=claim_id,
-                asked=self._terms.lifetime,
-                allowed=lifetime,
+                asked=lifetime,
+                allowed=allowed,
                 message="set MAX_RESERVATION_SECONDS on the worker, or a shorter --lifetime",
             )
         return None, None
@@ -255,13 +257,15 @@ class Driver:
 
     async def _keep(self, claim: Claim, session: _Session) -> None:
         """Renew and follow a session until it has ended."""
-        assert claim.held_at is not None
+        held, held_at = claim.held, claim.held_at
+        assert held is not None
+        assert held_at is not None
         began, gone = self._clock.now(), False
 
         def renews() -> bool:
             if session.attached or not self._terms.attach:
                 return True
-            return self._clock.now() - (claim.held_at or 0.0) <= self._terms.attach
+            return self._clock.now() - held_at <= self._terms.attach
 
         def changed() -> None:
             now = self._book.claims.get(claim.id)
@@ -288,8 +292,8 @@ class Driver:
                 return
             except Refused as error:
                 log.warning("worker_refuses", claim=claim.id, why=str(error))
-                last = max(self._ledger.renewed_at(claim.id) or claim.held_at, began)
-                if self._clock.now() - last > (session.lifetime or self._terms.lifetime):
+                last = max(self._ledger.renewed_at(claim.id) or held_at, began)
+                if self._clock.now() - last > held.lifetime:
                     self._book.ended(claim.id, "lost", self._lost(claim, str(error)))
                     return
                 await asyncio.sleep(AGAIN_SECONDS)

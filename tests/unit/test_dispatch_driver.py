@@ -277,3 +277,28 @@ def test_a_worker_that_has_ended_the_session_before_its_answer_arrived_says_whic
         ]
 
     play(monkeypatch, scene)
+
+
+@pytest.mark.parametrize("lifetime", [20.0, 900.0])
+def test_a_granted_claim_keeps_the_lifetime_it_was_asked_for_when_the_next_start_has_another(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lifetime: float
+) -> None:
+    """For so long its worker may hold it, so for so long it is asked, and so much counts in the limits."""
+
+    async def scene(world: World) -> None:
+        world.jobs, world.loses_answers = [5000.0] * 2, True
+        async with dispatching(world, tmp_path, limits=FREE, terms=Terms(lifetime=300.0)) as dispatcher:
+            await until(lambda: len(dispatcher.book.in_state("granted")) == 2, 10)
+        world.unreachable = {world.url(2)}
+        async with dispatching(world, tmp_path, policy=Policy(2), limits=FREE, terms=Terms(lifetime=lifetime)) as again:
+            await asyncio.sleep(200)
+            assert len(again.book.in_state("granted")) == 2
+            world.loses_answers = False
+            await until(lambda: again.book.in_state("held"), 10)
+            await until(lambda: rows(tmp_path, "SELECT 1 FROM claims WHERE reason = 'lost'"), 120)
+            assert rows(tmp_path, "SELECT held_seconds FROM claims WHERE reason = 'lost'") == [(300.0,)]
+        held = "SELECT data ->> 'lifetime' FROM events WHERE kind = 'held' ORDER BY seq"
+        assert rows(tmp_path, held)[0] == (300.0,)
+        assert world.count("lifetime_capped") == 0
+
+    play(monkeypatch, scene)
