@@ -202,6 +202,20 @@ def test_a_ledger_whose_damage_is_no_text_is_refused_too(ledger: Ledger, tmp_pat
         open_ledger(ledger.path)
 
 
+@pytest.mark.parametrize(("claim_id", "opens"), [("c1", False), ("c2", True)])
+def test_an_event_that_cannot_be_read_is_found_at_the_start_if_its_claim_is_open(
+    ledger: Ledger, claim_id: str, opens: bool
+) -> None:
+    walk(ledger, "granted", "c1")
+    walk(ledger, "granted", "c2")
+    with contextlib.closing(sqlite3.connect(ledger.path, isolation_level=None)) as conn:
+        conn.execute("INSERT INTO events VALUES (8, 0, ?, 'held', NULL, '{}')", (claim_id,))
+        conn.execute("INSERT INTO events VALUES (9, 1, 'c2', 'ended', NULL, '{}')")
+    ledger.close()
+    with contextlib.nullcontext() if opens else pytest.raises(CannotStart, match="event of kind 'held' for claim 'c1'"):
+        open_ledger(ledger.path).close()
+
+
 def test_an_append_is_on_disk_and_waits_half_a_second_at_most_for_another_program(ledger: Ledger) -> None:
     values = {"synchronous": 2, "busy_timeout": 500, "secure_delete": 1, "journal_size_limit": 1024 * 1024}
     assert {name: ledger._conn.execute(f"PRAGMA {name}").fetchone()[0] for name in values} == values
@@ -232,6 +246,14 @@ def test_a_database_of_another_program_or_a_newer_version_is_refused(tmp_path: P
     (tmp_path / "a_file").touch()
     with pytest.raises(CannotStart, match="set --ledger"):
         open_ledger(tmp_path / "a_file" / "ledger.db")
+
+
+def test_a_python_with_an_old_sqlite_is_told_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "OLDEST_SQLITE", sqlite3.sqlite_version_info)
+    open_ledger(tmp_path / "ledger.db").close()
+    monkeypatch.setattr(schema, "OLDEST_SQLITE", (99, 1))
+    with pytest.raises(CannotStart, match=rf"has SQLite {sqlite3.sqlite_version}, and the ledger needs 99\.1 or newer"):
+        open_ledger(tmp_path / "ledger.db")
 
 
 def test_a_ledger_that_was_removed_is_noticed(ledger: Ledger) -> None:
