@@ -20,7 +20,7 @@ asked. Events reported by others are written when they are received. Times are e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import Any, Final, Literal, NamedTuple
 
 import msgspec
 
@@ -29,8 +29,6 @@ from nullworker.errors import IllegalMove, LogDamaged
 
 State = Literal["pending", "granted", "held", "ended"]
 EventKind = Literal["pending", "granted", "refused", "held", "priced", "attached", "ended"]
-
-STATES: Final[tuple[State, ...]] = get_args(State)
 
 
 class Edge(NamedTuple):
@@ -55,16 +53,16 @@ EDGES: Final = (
 _AFTER: Final = {(edge.source, edge.event): edge.target for edge in EDGES}
 
 #: Ends that the dispatcher decides on; all others are the worker's own reasons.
-OWN_REASONS: Final = {
-    "not_needed": "fewer jobs are waiting; it had reached no worker",
-    "dispatcher_restart": "the dispatcher was stopped before a worker was asked",
-    "refused": "the worker that was asked before a restart of the dispatcher did not take it",
-    "lost": "the worker was silent for a lifetime, and no consumer had attached",
-    "gone": "the worker was silent, and Vast lists it no more, or as stopped",
-    "silent": "the worker was silent for a day",
-    "limit": "a spending limit was reached, with --at-limit end",
-    "end_all": "--end-all",
-}
+OWN_REASONS: Final = (
+    "not_needed",  # fewer jobs are waiting; it had reached no worker
+    "dispatcher_restart",  # the dispatcher was stopped before a worker was asked
+    "refused",  # the worker that was asked before a restart of the dispatcher did not take it
+    "lost",  # the worker was silent for a lifetime, and no consumer had attached
+    "gone",  # the worker was silent, and Vast lists it no more, or as stopped
+    "silent",  # the worker was silent for a day
+    "limit",  # a spending limit was reached; of held claims, with --at-limit end
+    "end_all",  # --end-all
+)
 
 
 class Pending(msgspec.Struct, frozen=True, omit_defaults=True):

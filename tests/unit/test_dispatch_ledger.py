@@ -21,7 +21,6 @@ from nullworker.dispatch import schema
 from nullworker.dispatch.claims import (
     DATA_OF,
     EDGES,
-    STATES,
     Attached,
     Claim,
     Ended,
@@ -87,7 +86,7 @@ def query(ledger: Ledger, sql: str) -> list[dict[str, Any]]:
         return [dict(row) for row in conn.execute(sql)]
 
 
-@pytest.mark.parametrize("state", [None, *STATES])
+@pytest.mark.parametrize("state", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_table_the_fold_and_the_database_allow_the_same_steps(ledger: Ledger, state: Any, kind: EventKind) -> None:
     allowed = {(edge.source, edge.event): edge.target for edge in EDGES}
