@@ -96,7 +96,6 @@ async def _end(process: Any, kill_after: float) -> None:
             await asyncio.sleep(_CHECK_SECONDS)
         except asyncio.CancelledError as error:
             cancelled = error
-    process.join()
     if cancelled is not None:
         raise cancelled
 

@@ -57,7 +57,8 @@ class AsyncControlClient:
         status, content = await self._ask("GET", f"/reservation?wait={wait:g}")
         if status not in (200, 204):
             raise WorkerUnreachable(f"{self.url}/reservation answers {status}: {content}")
-        return content or None
+        held: dict[str, Any] | None = content
+        return held
 
     async def known(self, reservation_id: str) -> dict[str, Any] | None:
         """A reservation, also one that has ended; None: the worker does not know it."""

@@ -187,7 +187,7 @@ class Reservation:
         self._connection, self._changed = connection, changed
         self._cancel, self._reason, self._patience = cancel, reason, patience
         self._begun: float = asyncio.get_running_loop().time() - row["held_seconds"]
-        self._deadline = 0.0  # by the loop's clock
+        self._deadline: float  # by the loop's clock
         self._note(row)
         self._release: dict[str, Any] = {}
         self._threads: set[concurrent.futures.Future[Any]] = set()

@@ -344,6 +344,7 @@ async def test_the_health_endpoint_says_what_is_wrong() -> None:
     async with health_endpoint(0, lambda: trouble[0]) as port, aiohttp.ClientSession() as http:
         async with http.get(f"http://127.0.0.1:{port}/health") as answer:
             assert (answer.status, await answer.json()) == (200, {"status": "ok"})
+            assert answer.content_length == len(await answer.read())
         trouble[0] = "the queue is away"
         async with http.get(f"http://127.0.0.1:{port}/health") as answer:
             assert (answer.status, await answer.json()) == (503, {"status": "error", "why": "the queue is away"})

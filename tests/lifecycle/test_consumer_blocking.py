@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
@@ -116,6 +117,7 @@ async def test_the_loop_is_free_while_a_process_works(worker: WorkerProcess) -> 
             job = asyncio.ensure_future(reservation.run_process(blocking_jobs.until_file, gate))
             async with aiohttp.ClientSession() as http, http.get(worker.control + "/status") as answer:
                 assert answer.status == 200
+            assert "_receive" not in {thread.name for thread in threading.enumerate()}, "no thread waits for the result"
             gate.touch()
             await job
         await found.aclose()
@@ -187,6 +189,8 @@ async def test_a_consumer_that_is_stopped_does_not_wait_for_its_threads(worker: 
         await asyncio.wait_for(inside.wait(), PATIENCE)
         task.cancel()
         assert (await answered(asked))["result"] == {"error": "the consumer was stopped"}
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "until_file")
+        assert thread.daemon, "the exit of the process waits for all others"
         gate.touch()
         await asyncio.wait({task}, timeout=PATIENCE)
         assert task.cancelled()

@@ -18,14 +18,13 @@ async def answering(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncI
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         answers.add(asyncio.current_task())
-        try:
-            await answer(reader, writer)
-        except asyncio.CancelledError:  # nobody asks any more, and asyncio would log it as an error
-            pass
-        finally:
-            writer.close()
-            with contextlib.suppress(ConnectionError, ssl.SSLError):
-                await writer.wait_closed()
+        with contextlib.suppress(asyncio.CancelledError):  # nobody asks any more, and asyncio would log it as an error
+            try:
+                await answer(reader, writer)
+            finally:
+                writer.close()
+                with contextlib.suppress(ConnectionError, ssl.SSLError):
+                    await writer.wait_closed()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls) as server:
         yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
