@@ -254,8 +254,10 @@ async def dispatching(world: World, folder: Path, *, runs: bool = True, **option
 
 
 def play(monkeypatch: pytest.MonkeyPatch, scene: Callable[[World], Coroutine[Any, Any, None]]) -> World:
-    """Run a scene in a world of its own."""
+    """Run a scene in a world of its own. An exception in a callback of the loop fails it too."""
     loop = VirtualLoop()
+    unhandled: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda _, context: unhandled.append(context))
     world = World(loop)
     time = _Time(world)
     monkeypatch.setattr(clocks, "time", time)
@@ -284,6 +286,7 @@ def play(monkeypatch: pytest.MonkeyPatch, scene: Callable[[World], Coroutine[Any
             loop.run_until_complete(asyncio.wait(tasks))
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
+    assert unhandled == []
     return world
 
 

@@ -61,6 +61,7 @@ def test_each_hold_has_the_price_of_its_instance_a_moment_after_it_was_granted(
             reads = world.prices_read
             await asyncio.sleep(200)
             assert world.prices_read == reads
+            assert rows(tmp_path, "SELECT count(*) FROM events WHERE kind = 'priced'") == [(2,)]
 
     play(monkeypatch, scene)
 
