@@ -50,7 +50,7 @@ def test_each_hold_has_the_price_of_its_instance_a_moment_after_it_was_granted(
     async def scene(world: World) -> None:
         world.says_instance = says_instance
         async with dispatching(world, tmp_path) as dispatcher:
-            await asyncio.sleep(60)
+            await asyncio.sleep(40)  # between two polls of the prices
             assert dispatcher.price() == ASSUMED_PRICE
             world.prices = {1: 0.3, 2: 0.7, 9: 0.5}
             world.jobs = [300.0] * 2
@@ -281,7 +281,8 @@ async def hangs() -> Any:
 def test_the_status_and_the_log_tell_a_claims_life(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         world.jobs = [60.0]
-        async with dispatching(world, tmp_path, limits=Limits(hours=10.0, price=1.0)) as dispatcher:
+        options: dict[str, Any] = {"limits": Limits(hours=10.0, price=1.0), "metadata": {"team": "blue"}}
+        async with dispatching(world, tmp_path, **options) as dispatcher:
             await until(lambda: dispatcher.book.in_state("held"), 10)
             (claim,) = dispatcher.book.claims.values()
             await asyncio.sleep(30)
@@ -328,6 +329,7 @@ def test_the_status_and_the_log_tell_a_claims_life(monkeypatch: pytest.MonkeyPat
             for kind in ("pending", "granted", "held", "attached", "ended")
         )
         assert opened == {"claim": claim.id}
+        assert claim.opened.metadata == {"team": "blue", "claim": claim.id}
         assert granted == attached == {"claim": claim.id, "url": "http://worker-1"}
         assert held == {**granted, "waited": pytest.approx(0.15, abs=0.05)}
         assert ended.pop("held_seconds") == pytest.approx(120, abs=40)
