@@ -61,6 +61,7 @@ class Run:
         self.faults: list[str] = []
         self.killed: Counter[str] = Counter()
         self.lives = 0
+        self.seconds = jobs * 8 / workers + kills * 20 + PATIENCE  # within which it must come to its end
         self.env = {
             **{name: value for name, value in os.environ.items() if not name.startswith("NULL_")},
             "PYTHONPATH": str(ROOT),
@@ -87,8 +88,7 @@ class Run:
                 self.names = [str(job["id"]) for job in jobs]
                 (self.folder / "jobs.json").write_text(json.dumps(self.names))
                 try:
-                    seconds = self.jobs * 8 / self.workers + self.kills * 20 + PATIENCE
-                    await asyncio.wait_for(self.drain(jobs, url, vast), seconds)
+                    await asyncio.wait_for(self.drain(jobs, url, vast), self.seconds)
                 except asyncio.TimeoutError:
                     self.faults.append(f"{await self.left()} of {self.jobs} jobs are left: it takes too long")
         account = audit(self.folder, Terms(self.workers, LIFETIME, SLACK), time.monotonic() - began)

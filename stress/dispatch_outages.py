@@ -35,6 +35,8 @@ TOLD_SECONDS: Final = 30.0
 TROUBLE_SECONDS: Final = 20.0
 #: Hours of holds that are allowed in the last stage beyond what there were: 36 s.
 HOURS_LEFT: Final = 0.01
+#: The troubles of the queue, then of the autoscaler, the disk and the limit.
+STAGES: Final = 6
 #: The lines that begin a trouble; each has another with `_over`, but for a limit.
 TROUBLES: Final = ("queue_unreadable", "autoscaler_unreachable", "ledger_unwritable", "limit_reached")
 
@@ -102,10 +104,11 @@ class Outages(Run):
     def __init__(self, folder: Path, *, down: float, **options: Any) -> None:
         super().__init__(folder, kills=0, **options)
         self.down = down
+        self.seconds += down + STAGES * (TOLD_SECONDS + TROUBLE_SECONDS)
         self.expected: Counter[str] = Counter()  # how often each trouble must have been told
 
     async def drain(self, jobs: list[dict[str, object]], url: str, vast: asyncio.subprocess.Process) -> None:
-        share = -(-len(jobs) // 7)
+        share = -(-len(jobs) // (STAGES + 1))
         queue_port, vast_port = urlsplit(self.kind.url).port, urlsplit(url).port
         assert queue_port is not None
         assert vast_port is not None
