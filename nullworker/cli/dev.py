@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from nullworker.cli.options import SECONDS
+from nullworker.cli.options import SECONDS, Number
 from nullworker.local.dev import run
 from nullworker.local.fleet_worker import COMMON, Plan
 from nullworker.settings import read_settings
@@ -44,7 +44,7 @@ def _seconds_or_never(ctx: click.Context, option: click.Parameter, text: str) ->
 @click.option(
     "--min-load",
     metavar="LOAD",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     default=0,
     help="Load for which workers run even when nothing is reserved; 100 is one worker.",
 )
@@ -58,7 +58,7 @@ def _seconds_or_never(ctx: click.Context, option: click.Parameter, text: str) ->
 @click.option(
     "--target-util",
     metavar="SHARE",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=Number(0, 1, min_open=True),
     default=1.0,
     help="Share of the running workers' capacity to use; 1: no spare worker.",
 )

@@ -12,7 +12,7 @@ import click
 
 from nullworker import logs
 from nullworker.aio import Interrupted, run_until_signalled
-from nullworker.cli.options import SECONDS, Seconds, json_object, log_format, log_level
+from nullworker.cli.options import COST, SECONDS, Number, Seconds, json_object, log_format, log_level
 from nullworker.client.vastai_sdk import STAND_IN_KEY
 from nullworker.clock import SystemClock
 from nullworker.dispatch.decision import Policy
@@ -97,7 +97,7 @@ def _metadata(ctx: click.Context, param: click.Parameter, text: str | None) -> d
 @_option(
     "--cost",
     metavar="N",
-    type=click.FloatRange(min=0, min_open=True),
+    type=COST,
     default=100,
     help="Workload of one hold; should equal the workers' NULL_MAX_PERF.",
 )
@@ -105,19 +105,19 @@ def _metadata(ctx: click.Context, param: click.Parameter, text: str | None) -> d
 @_option(
     "--max-hours-per-day",
     metavar="HOURS",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     help="Limit on held time, over the last 24 hours.",
 )
 @_option(
     "--max-dollars-per-day",
     metavar="DOLLARS",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     help="Limit on the cost of held time, over the last 24 hours.",
 )
 @_option(
     "--price",
     metavar="DOLLARS",
-    type=click.FloatRange(min=0),
+    type=Number(min=0),
     help="Price of an instance per hour.  [default: each instance's own, from Vast]",
 )
 @_option(

@@ -11,6 +11,7 @@ from typing import Final
 
 import click
 
+from nullworker.cli.options import COST
 from nullworker.cli.words import folded
 from nullworker.doctor.examine import examine
 from nullworker.doctor.finding import Finding, Level
@@ -27,7 +28,7 @@ _COLOURS: Final = {"ok": "green", "warning": "yellow", "error": "red"}
 @click.option(
     "--cost",
     metavar="N",
-    type=click.FloatRange(min=0, min_open=True),
+    type=COST,
     default=100,
     show_default=True,
     help="Workload that your clients send with each request (their `cost`).",

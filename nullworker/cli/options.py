@@ -6,13 +6,33 @@ import functools
 import json
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import click
 
 from nullworker.control_client import ControlClient
 from nullworker.settings import read_seconds
+
+
+class Number(click.FloatRange):
+    """A finite number; click takes `nan` into every range, and `inf` into one without a maximum."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number.
+
+        Raises:
+            click.BadParameter: it is none, or out of range.
+        """
+        try:
+            finite = math.isfinite(float(value))
+        except ValueError:
+            finite = False
+        if not finite:
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class Seconds(click.FloatRange):
@@ -40,6 +60,9 @@ class Seconds(click.FloatRange):
 
 
 SECONDS = Seconds()
+#: The load of one request at most: what `nullworker.http.auth` accepts, which imports too much for `--help`.
+MAX_COST: Final = 1_000_000
+COST = Number(0, MAX_COST, min_open=True)
 
 
 def _url(_: click.Context, __: click.Parameter, text: str | None) -> str | None:

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from nullworker.aio import on_signals
-from nullworker.cli.options import SECONDS, Seconds, json_object
+from nullworker.cli.options import MAX_COST, SECONDS, Seconds, json_object
 from nullworker.cli.state_file import StateFile
 from nullworker.client.held_session import hold_session
 from nullworker.client.hold import hold, hold_at
@@ -41,7 +41,7 @@ NOT_HELD, ENDED_EARLY, JOB_FAILED = 1, 3, 4
 @click.option(
     "--cost",
     metavar="N",
-    type=click.IntRange(1),
+    type=click.IntRange(1, MAX_COST),
     default=100,
     show_default=True,
     help="Workload of the request; should equal the workers' NULL_MAX_PERF.",

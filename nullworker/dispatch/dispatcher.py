@@ -301,6 +301,8 @@ class Dispatcher:
             fields["url"] = claim.url
         if event.kind == "held":
             fields["waited"] = round(event.at - claim.opened_at, 3)
+        elif event.kind == "priced":
+            fields |= {"price": claim.price, "instance": claim.instance}
         elif event.kind == "ended":
             fields["reason"] = event.reason
             fields["held_seconds"] = claim.held_seconds

@@ -209,6 +209,8 @@ async def test_only_this_machine_reads_the_port(tmp_path: Path) -> None:
         (("--autoscaler", "http://h", "--max", "1", "--min", "2", "--command", "x"), "--min 2 is more than --max 1"),
         (("--autoscaler", "http://h", "--max", "0", "--command", "x"), "--max"),
         (("--autoscaler", "http://h", "--max", "1", "--command", "x", "--interval", "0"), "more than 0"),
+        (("--autoscaler", "http://h", "--max", "1", "--command", "x", "--price", "nan"), "'nan' is not a number"),
+        (("--autoscaler", "http://h", "--max", "1", "--command", "x", "--cost", "1000001"), "0<x<=1000000"),
         (("--autoscaler", "http://h", "--max", "1", "--command", "x", "--lifetime", "soon"), "15m, 6h or 30d"),
         (("--autoscaler", "http://h", "--max", "1", "--command", "x", "--metadata", "[]"), "not a JSON object"),
         (

@@ -8,6 +8,7 @@ import json
 import socket
 import sqlite3
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -284,11 +285,26 @@ async def test_a_command_prints_one_or_two_numbers(command: str, counts: Counts)
         ("echo 3; echo no route to host >&2; exit 7", "exit code 7: no route to host"),
         ("nonexistent-command", "exit code 127"),
         ("kill -9 $$", "exit code -9"),
+        ("seq 10000", "more than 4096 bytes"),
+        (
+            "echo at redis://me:hun@ter@host/0?password=s, host down >&2; false",
+            r"exit code 1: at redis://host/0\?\*\*\* host",
+        ),
     ],
 )
 async def test_a_command_that_prints_something_else_or_fails_is_said(command: str, said: str) -> None:
     with pytest.raises(QueueUnreadableError, match=said):
         await look(CommandQueue(command))
+
+
+async def test_a_command_that_prints_without_an_end_is_given_up_and_not_kept_in_memory() -> None:
+    tracemalloc.start()
+    try:
+        with pytest.raises(QueueUnreadableError, match="does not answer within"):
+            await look(CommandQueue("yes & exec yes >&2"), 0.5)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
 
 
 async def test_a_command_that_hangs_is_killed_with_all_that_it_started(tmp_path: Path) -> None:
@@ -325,6 +341,8 @@ async def test_a_server_that_never_answers_is_given_up() -> None:
         ("redis://host/0", "needs the parameter list="),
         ("redis://host/0?stream=jobs", "needs the parameter group="),
         ("redis://host/0?list=jobs&socket_timeout=soon", "socket_timeout"),
+        ("redis://host/0?list=jobs&sokcet_timeout=3", "unexpected keyword argument 'sokcet_timeout'"),
+        ("redis://host/0?list=a&stream=b&group=c", "unexpected keyword argument 'list'"),
         ("nats://host?stream=S", "needs the parameter consumer="),
         ("amqp://host/", "needs the parameter queue="),
         ("amqp://host/?queue=q&management=host", "http or https"),

@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 from pathlib import Path
+from typing import Final
 from urllib.parse import unquote
 
 from nullworker.clock import stopwatch
@@ -15,6 +16,9 @@ from nullworker.dispatch.decision import Counts
 from nullworker.dispatch.queues.address import Address
 from nullworker.dispatch.queues.reading import READ_SECONDS, parse_counts
 from nullworker.errors import BadSettings
+
+#: Bytes of a command's output that are kept: one that prints without an end must not fill the memory.
+PRINTED_BYTES: Final = 4096
 
 
 class SqliteQueue:
@@ -68,16 +72,34 @@ class CommandQueue:
             start_new_session=True,
         )
         try:
-            out, err = await process.communicate()
+            out, err = await _output(process)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             if process.returncode is None:
-                await process.communicate()
+                await _output(process)
         if process.returncode != 0:
             said = err.decode(errors="replace").strip().splitlines()
             raise ValueError(f"it ended with exit code {process.returncode}{': ' + said[-1] if said else ''}")
+        if len(out) > PRINTED_BYTES:
+            raise ValueError(f"it prints more than {PRINTED_BYTES} bytes, where one or two numbers are wanted")
         return parse_counts(out.decode(errors="replace").split())
 
     async def close(self) -> None:
         """Nothing is open between two reads."""
+
+
+async def _output(process: asyncio.subprocess.Process) -> tuple[bytes, bytes]:
+    """What it prints until its end on stdout and stderr: the last PRINTED_BYTES of each, and a byte if more."""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    out, err = await asyncio.gather(_tail(process.stdout), _tail(process.stderr))
+    await process.wait()
+    return out, err
+
+
+async def _tail(stream: asyncio.StreamReader) -> bytes:
+    kept = b""
+    while part := await stream.read(2**16):
+        kept = (kept + part)[-PRINTED_BYTES - 1 :]
+    return kept

@@ -105,7 +105,7 @@ def library(module: str, package: str) -> Any:
 
 
 def in_words(error: BaseException, queue: Queue) -> str:
-    """An error in one line, without a password and without an address's userinfo."""
+    """An error in one line, without a password, and without the userinfo and the query of a URL in it."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.errno and cause.errno > 0:
@@ -114,4 +114,4 @@ def in_words(error: BaseException, queue: Queue) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     for secret in queue.secrets:
         text = text.replace(secret, "***")
-    return re.sub(r"//[^/\s@]+@", "//", text)[:300]
+    return re.sub(r"(//[^\s?]*)\?[^\s'\"]+", r"\1?***", re.sub(r"//[^/\s]+@", "//", text))[:300]

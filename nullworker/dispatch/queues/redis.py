@@ -23,7 +23,7 @@ class RedisQueue:
         self._client: Any = None
         self.shown, self.secrets = address.shown, address.secrets
         try:
-            self._library.ConnectionPool.from_url(self._url)
+            self._library.ConnectionPool.from_url(self._url).make_connection()  # connects to nothing yet
         except (ValueError, TypeError) as error:
             raise BadSettings(f"--queue (NULL_QUEUE) {self.shown}: {in_words(error, self)}") from None
 
