@@ -79,6 +79,8 @@ class Troubles(Life):
         self.figures["events_lost_with_the_power"] += lost
         if lost:
             self.excuse({name for _, name, *_ in rows[-lost:]})
+            if any((name, reason) == (self.attached, "attached") for _, name, _, reason, _ in rows[-lost:]):
+                self.attached = None  # nobody can know any more that a consumer was there
         if power_cut and unsure:  # stress/power_cut.py says why nothing can be said of what was refused
             self.excuse({name for _, name, *_ in self.rows()[-10:]})
         if power_cut:
