@@ -131,6 +131,7 @@ class Driver:
             except Exception:
                 log.exception("claim_failed", claim=claim_id, message="a bug; the claim is driven again")
                 await asyncio.sleep(AGAIN_SECONDS)
+        self._ending.pop(claim_id, None)
 
     # -- from pending to held --------------------------------------------------------------------------------------
 
@@ -253,7 +254,6 @@ class Driver:
                 task.cancel()
             self._sessions.pop(claim.id, None)
             self._told_to_end.pop(claim.id, None)
-        self._ending.pop(claim.id, None)
 
     async def _keep(self, claim: Claim, session: _Session) -> None:
         """Renew and follow a session until it has ended."""

@@ -208,6 +208,13 @@ def test_refusals_make_the_pause_before_the_next_worker_longer_and_keep_the_requ
             assert said[0]["url"] == "http://worker-1"
             assert "answered 503" in said[0]["why"]
             assert world.asked == list(range(world.claims))  # each with the number of the answer before
+            again = (
+                "SELECT at - (SELECT max(at) FROM events WHERE kind = 'refused' AND seq < e.seq)"
+                " FROM events e WHERE kind = 'granted' ORDER BY seq"
+            )
+            for number, (pause,) in enumerate(rows(tmp_path, again)[1:]):
+                longest = min(2.0**number, 30.0)
+                assert longest / 2 <= pause - 0.1 <= longest + 0.01  # random, so that claims do not go in step
             world.refuses = None
             await until(lambda: not dispatcher.book.claims, 100)
         assert rows(tmp_path, "SELECT reason, refusals FROM claims") == [("consumer_exit", len(said))]
@@ -300,5 +307,30 @@ def test_a_granted_claim_keeps_the_lifetime_it_was_asked_for_when_the_next_start
         held = "SELECT data ->> 'lifetime' FROM events WHERE kind = 'held' ORDER BY seq"
         assert rows(tmp_path, held)[0] == (300.0,)
         assert world.count("lifetime_capped") == 0
+
+    play(monkeypatch, scene)
+
+
+def test_what_has_ended_is_forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of a dispatcher that runs for months, whatever became of its claims."""
+
+    async def scene(world: World) -> None:
+        world.jobs, world.loses_answers = [50.0] * 3, True
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            await until(lambda: len(dispatcher.book.in_state("granted")) == 3, 10)
+        world.loses_answers = False
+        world.finals["session-s1"] = world.finals["session-s2"] = {"error": "there is no session"}
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            for claim in list(dispatcher.book.claims.values()):
+                dispatcher.driver.end(claim, "end_all")
+            await until(lambda: not dispatcher.book.claims, 20)
+            world.jobs, world.ready_at = [10.0] * 3, world.loop.time() + 60
+            await until(lambda: dispatcher.book.in_state("pending"), 60)
+            world.jobs.clear()
+            await until(lambda: rows(tmp_path, "SELECT 1 FROM claims WHERE reason = 'not_needed'"), 60)
+            world.ready_at, world.jobs = 0.0, [20.0]
+            await until(lambda: not world.jobs and not dispatcher.book.claims, 200)
+            await asyncio.sleep(1)
+            assert [name for name, value in vars(dispatcher.driver).items() if isinstance(value, dict) and value] == []
 
     play(monkeypatch, scene)

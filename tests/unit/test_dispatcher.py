@@ -122,6 +122,7 @@ def test_with_a_price_of_the_user_vast_is_not_asked_for_any(monkeypatch: pytest.
         world.prices = {1: 0.5}
         world.jobs = [100.0]
         async with dispatching(world, tmp_path, limits=Limits(price=2.5)) as dispatcher:
+            assert dispatcher.price() == 2.5
             await until(lambda: world.held, 10)
             await asyncio.sleep(1)
             assert rows(tmp_path, "SELECT price, instance FROM claims") == [(2.5, 1)]
