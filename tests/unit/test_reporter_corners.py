@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
-from test_reporter import PERF, Office
+from offices import PERF, Office
+from offices import opened_office as opened_office
 
 from nullworker.autoscaler.messages import OUTCOMES_PATH, STATUS_PATH
 from nullworker.autoscaler.reporter import OUTCOMES, STATUS
 from nullworker.errors import LogUnavailable
 from nullworker.eventlog import queries
 from nullworker.fsm.book import Claim
-from stress.simulated_world import SimulatedLoop
-
-
-@pytest.fixture
-def office(path: Path) -> Iterator[Office]:
-    loop = SimulatedLoop()
-    office = Office(path, loop)
-    with contextlib.closing(loop), contextlib.closing(office.log):
-        yield office
-
 
 # -- what is counted -------------------------------------------------------------------------------------------------
 
