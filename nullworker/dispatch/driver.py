@@ -143,7 +143,7 @@ class Driver:
             assert routed.grant is not None
             request_idx = routed.request_idx
             payload = {"lifetime": self._terms.lifetime, "metadata": claim.opened.metadata}
-            body = json.dumps({"auth_data": routed.grant.auth_data, "payload": payload, "session_id": None})
+            body = json.dumps({"auth_data": routed.grant.auth_data, "payload": payload})
             credential = Credential(routed.grant.url, body)
             try:
                 self._book.granted(claim.id, *credential)

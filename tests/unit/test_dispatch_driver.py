@@ -222,6 +222,23 @@ def test_refusals_make_the_pause_before_the_next_worker_longer_and_keep_the_requ
     play(monkeypatch, scene)
 
 
+def test_a_claim_asks_for_a_worker_with_one_request_until_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [10.0]
+        world.ready_at = world.loop.time() + 180
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            await until(lambda: world.done == 1, 300)
+            await until(lambda: not dispatcher.book.claims, 60)
+        assert len(world.asked) >= 180 / 5
+        assert world.asked[0] == 0
+        assert set(world.asked[1:]) == {1001}
+        assert world.claims == 1
+
+    play(monkeypatch, scene)
+
+
 def test_many_claims_ask_less_often_than_a_few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def asked(jobs: int) -> float:
         async def scene(world: World) -> None:

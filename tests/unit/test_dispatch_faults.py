@@ -158,11 +158,11 @@ def test_claims_whose_machines_were_stopped_while_no_dispatcher_ran_end_and_make
     play(monkeypatch, scene)
 
 
-def test_a_claim_whose_machine_runs_and_does_not_answer_stays_held(
+def test_a_claim_whose_machine_runs_and_does_not_answer_stays_held_for_a_day(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     async def scene(world: World) -> None:
-        world.jobs = [20 * 3600.0]
+        world.jobs = [50 * 3600.0]
         async with dispatching(world, tmp_path, policy=Policy(4, interval=600.0), limits=FREE) as dispatcher:
             await until(lambda: len(dispatcher.driver.silent) == 0 and dispatcher.book.in_state("held"), 30)
             await asyncio.sleep(10)
@@ -172,6 +172,14 @@ def test_a_claim_whose_machine_runs_and_does_not_answer_stays_held(
             world.unreachable = set()
             await asyncio.sleep(120)
             assert (len(dispatcher.driver.silent), len(dispatcher.book.in_state("held"))) == (0, 1)
+            (claim,) = dispatcher.book.claims
+            world.unreachable = {world.url(number) for number in world.listed}
+            await asyncio.sleep(23.9 * 3600)
+            assert claim in dispatcher.driver.silent
+            await asyncio.sleep(600)
+            assert claim not in dispatcher.book.claims
+        ((reason, hours),) = rows(tmp_path, f"SELECT reason, held_seconds / 3600 FROM claims WHERE id = '{claim}'")
+        assert (reason, hours) == ("silent", pytest.approx(42, abs=0.3))  # its job may have run until now
 
     play(monkeypatch, scene)
 
@@ -189,7 +197,15 @@ def test_a_limit_that_is_reached_in_the_middle_opens_nothing_until_the_day_has_m
             assert world.count("limit_reached") == 1
             said = next(fields for word, fields in world.lines if word == "limit_reached")
             assert said["opens_again_at"].startswith("2027-01-16")
-            await asyncio.sleep(22 * 3600)  # the first four are a day old
+            assert said["message"] == "no worker is reserved"
+            shown = dispatcher.status()["limit"]
+            assert (shown["reached"], shown["opens_again_at"][:10]) == ("hours", "2027-01-16")
+            waiting, world.jobs = world.jobs, []
+            await asyncio.sleep(3600)
+            world.jobs = waiting
+            await asyncio.sleep(3600)
+            assert (world.count("limit_reached"), world.count("limit_reached_over")) == (1, 0)
+            await asyncio.sleep(20 * 3600)  # the first four are a day old
             assert world.count("limit_reached_over") >= 1
             assert (world.done, len(world.jobs), dispatcher.room.reached) == (8, 2, "hours")
 
@@ -206,6 +222,8 @@ def test_a_limit_of_dollars_with_at_limit_end_ends_what_is_held(
             await asyncio.sleep(3600)
             assert (len(world.held), dispatcher.book.claims) == (0, {})
             assert dispatcher.room.spent.dollars == pytest.approx(3.0, abs=0.02)
+        said = next(fields for word, fields in world.lines if word == "limit_reached")
+        assert said["message"] == "no worker is reserved; held sessions are ended"
         assert rows(tmp_path, "SELECT DISTINCT reason FROM claims") == [("limit",)]
 
     play(monkeypatch, scene)
@@ -309,6 +327,27 @@ def test_a_ledger_on_a_full_disk_opens_nothing_keeps_what_is_held_and_loses_noth
     play(monkeypatch, scene)
 
 
+def test_a_full_disk_is_noticed_and_what_was_not_written_is_written_while_nothing_is_decided(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, disk: FaultyDisk
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [100.0]
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            await until(lambda: len(world.held) == 1, 30)
+            await asyncio.sleep(5)
+            disk.full = 1.0
+            await asyncio.sleep(6)
+            assert dispatcher.readiness()["ledger"] is not None
+            await asyncio.sleep(110)
+            assert [event.kind for event in dispatcher.book.unwritten] == ["ended"]
+            disk.full = 0.0
+            await asyncio.sleep(6)
+            assert dispatcher.readiness()["ledger"] is None
+            assert rows(tmp_path, "SELECT reason FROM claims") == [("consumer_exit",)]
+
+    play(monkeypatch, scene)
+
+
 def test_a_dispatcher_that_dies_on_a_full_disk_asks_for_the_ends_that_it_could_not_write(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, disk: FaultyDisk
 ) -> None:
@@ -363,22 +402,6 @@ def test_a_session_whose_answers_are_lost_counts_in_the_limits_for_a_lifetime(
         async with dispatching(world, tmp_path, limits=limits, terms=terms) as dispatcher:
             await asyncio.sleep(60)
             assert world.claims == 6
-
-    play(monkeypatch, scene)
-
-
-def test_a_claim_asks_for_a_worker_with_one_request_until_there_is_one(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    async def scene(world: World) -> None:
-        world.jobs = [10.0]
-        world.ready_at = world.loop.time() + 180
-        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
-            await work_is_done(world, dispatcher, 1)
-        assert len(world.asked) >= 180 / 5
-        assert world.asked[0] == 0
-        assert set(world.asked[1:]) == {1001}
-        assert world.claims == 1
 
     play(monkeypatch, scene)
 

@@ -238,6 +238,25 @@ def test_end_all_ends_what_the_ledger_has_and_tells_how_many_it_could_not(
     play(monkeypatch, scene)
 
 
+def test_a_claim_that_waited_for_a_worker_when_the_dispatcher_stopped_has_reached_none_and_is_dropped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs, world.ready_at = [10.0], 1e9
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            await until(lambda: dispatcher.book.in_state("pending"), 10)
+            assert dispatcher.driver._tasks
+            await dispatcher.driver.stop()
+            assert not dispatcher.driver._tasks
+        world.jobs = []
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            await asyncio.sleep(0.1)
+            assert dispatcher.book.claims == {}
+        assert rows(tmp_path, "SELECT reason FROM claims") == [("dispatcher_restart",)]
+
+    play(monkeypatch, scene)
+
+
 def test_an_endpoint_that_is_not_there_ends_the_dispatcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def scene(world: World) -> None:
         def connect(*_: Any) -> None:
