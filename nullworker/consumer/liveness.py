@@ -137,7 +137,7 @@ class LivenessConnection(threading.Thread):
 
     def _refused(self, status: int, body: bytes) -> None:
         content: dict[str, Any] = json.loads(body)
-        if status == 409 and content.get("state") == "attached":
+        if content.get("state") == "attached":
             self._become("taken")
         elif status in (404, 409):
             self._become("over")

@@ -87,3 +87,35 @@ async def test_it_does_not_ask_without_a_pause_and_a_close_ends_it(answer: bytes
         connection.close()
         await asyncio.to_thread(connection.join, 20)
         assert not connection.is_alive()
+
+
+async def test_an_attached_one_passes_events_on_and_ends_at_once_when_it_is_closed() -> None:
+    head, _, first = ATTACHED.partition(b"2\r\n")
+    asked, changes, event, ended = 0, list[str](), asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        asked += 1
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(head)
+        await event.wait()
+        writer.write(b"2\r\n" + first)
+        assert await reader.read() == b""
+        ended.set()
+
+    def changed() -> None:
+        changes.append(connection.state)
+        loop.call_soon_threadsafe(event.set)
+
+    async with answering(answer) as place:
+        connection = LivenessConnection(f"http://{place}", "r", extend="1", changed=changed)
+        connection.start()
+        while len(changes) < 2:  # noqa: ASYNC110  # another thread changes it
+            await asyncio.sleep(0.01)
+        connection.close()
+        await asyncio.wait_for(ended.wait(), 10)
+        await asyncio.to_thread(connection.join, 10)
+        assert not connection.is_alive()
+    assert changes[:2] == ["attached", "attached"]
+    assert asked == 1

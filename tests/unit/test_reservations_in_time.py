@@ -119,6 +119,7 @@ async def test_an_attached_body_may_take_as_long_as_it_likes(worker: SimulatedWo
     async with await held(worker) as reservation:
         await asyncio.sleep(500)
     assert (reservation.released, worker.ended["r1"]["reason"]) == (True, "explicit")
+    assert reservation.metadata == {}, "as there are none"
 
 
 @simulated
