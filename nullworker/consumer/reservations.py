@@ -36,6 +36,7 @@ import asyncio
 import concurrent.futures
 import json
 import logging
+import math
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from datetime import datetime
 from typing import Any, Final, Literal, TypeVar
@@ -365,12 +366,10 @@ class Reservation:
     async def _until_gone(self) -> str:
         """Poll /reservation until it is not held; return why. The liveness connection only triggers the polls."""
         loop = asyncio.get_running_loop()
-        answered = attached = loop.time()
+        answered, taken_since = loop.time(), math.inf
         while True:
-            self._changed.clear()
-            if self._connection.state != "taken":
-                attached = loop.time()
-            elif loop.time() > attached + TAKEN_SECONDS:
+            taken_since = min(taken_since, loop.time()) if self._connection.state == "taken" else math.inf
+            if loop.time() > taken_since + TAKEN_SECONDS:
                 return "another consumer has attached to it"
             limit = answered + self._patience
             if self.kind == "request":  # a session is held after a restart, however late that is

@@ -125,14 +125,16 @@ async def test_an_attached_body_may_take_as_long_as_it_likes(worker: SimulatedWo
 @simulated
 async def test_the_place_may_seem_taken_for_three_seconds_and_is_lost_after_them(worker: SimulatedWorker) -> None:
     async with await held(worker) as reservation:
-        for _ in range(3):
+        for _ in range(4):
+            await asyncio.sleep(4.5)  # so that the last poll is long ago
             worker.connections[0].become("taken")
             await asyncio.sleep(2.9)
             worker.connections[0].become("attached")
-            await asyncio.sleep(0.1)
+        began = now()
         worker.connections[0].become("taken")
         await asyncio.Event().wait()
     assert reservation.gone_because == "another consumer has attached to it"
+    assert 3 < now() - began < 8.1, "seen at the next poll"
 
 
 @simulated
