@@ -7,10 +7,11 @@ import io
 import itertools
 import json
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from simulated_commands import COMMAND, FOREVER, Commands, Guard
 from simulated_time import simulated
 from simulated_worker import SimulatedWorker
 
@@ -19,78 +20,6 @@ from nullworker.consumer import work as work_module
 from nullworker.consumer.work import Work
 
 URL = "http://127.0.0.1:18999"
-#: Seconds of a command that does not end by itself.
-FOREVER = 1e6
-
-
-class Commands:
-    """Each run of CMD takes `seconds` and ends with `code`, the last of them again and again.
-
-    Attributes:
-        to_come: (seconds, code) of each, or why it cannot be started.
-        times: when each was started.
-        environments: of each.
-        groups: those that could be started.
-        last_words: seconds that a command takes to end after SIGTERM.
-    """
-
-    def __init__(self, *to_come: tuple[float, int] | OSError) -> None:
-        self.to_come = list(to_come)
-        self.times: list[float] = []
-        self.environments: list[Mapping[str, str]] = []
-        self.groups: list[Group] = []
-        self.last_words = 0.0
-
-    def start(self, command: Sequence[str], environment: Mapping[str, str], guard: Guard) -> Group:
-        """In the place of ProcessGroup."""
-        assert command == ("render", "--all")
-        assert not guard.closed
-        self.times.append(now())
-        self.environments.append(environment)
-        following = self.to_come[0] if len(self.to_come) == 1 else self.to_come.pop(0)
-        if isinstance(following, OSError):
-            raise following
-        self.groups.append(Group(*following, self.last_words))
-        return self.groups[-1]
-
-
-class Group:
-    """A command that runs."""
-
-    def __init__(self, seconds: float, code: int, last_words: float) -> None:
-        self.pid = 4711
-        self.ended = asyncio.Event()
-        self.ended_at = 0.0
-        self.reaped = 0
-        self._code, self._last_words = code, last_words
-        self._timer = asyncio.get_running_loop().call_later(seconds, self.ended.set)
-
-    def reap(self) -> None:
-        self.reaped += 1
-
-    async def end(self, seconds: float, hurry: asyncio.Event) -> int:
-        if not self.ended.is_set():
-            self._timer.cancel()
-            self._code = 128 + signal.SIGTERM
-            killed = asyncio.ensure_future(hurry.wait())
-            await asyncio.wait({killed}, timeout=min(seconds, self._last_words))
-            if killed.done() or self._last_words > seconds:
-                self._code = 128 + signal.SIGKILL
-            killed.cancel()
-            self.ended.set()
-        self.ended_at = now()
-        return self._code
-
-
-class Guard:
-    """In the place of an OrphanGuard."""
-
-    def __init__(self, number: signal.Signals) -> None:
-        assert number == signal.SIGKILL
-        self.closed = False
-
-    def close(self) -> None:
-        self.closed = True
 
 
 def now() -> float:
@@ -114,14 +43,17 @@ def begin(worker: SimulatedWorker, monkeypatch: pytest.MonkeyPatch) -> Begin:
     def begin(commands: Commands, **options: Any) -> tuple[Work, asyncio.Task[None]]:
         monkeypatch.setattr(work_module, "ProcessGroup", commands.start)
         options = {"kill_after": 5.0, "extend": False, "patience": 30.0, **options}
-        work = Work(("render", "--all"), URL, **options)
+        work = Work(COMMAND, URL, **options)
         return work, asyncio.ensure_future(work.run())
 
     return begin
 
 
+Lines = Callable[[str], "list[dict[str, Any]]"]
+
+
 @pytest.fixture
-def lines() -> Iterator[Callable[[str], list[dict[str, Any]]]]:
+def lines() -> Iterator[Lines]:
     """The log lines with this word."""
     stream = io.StringIO()
     logs.configure("json", "info", stream)
@@ -129,14 +61,11 @@ def lines() -> Iterator[Callable[[str], list[dict[str, Any]]]]:
     logs.configure("console", "warning")
 
 
-Lines = Callable[[str], "list[dict[str, Any]]"]
-
-
-async def results(worker: SimulatedWorker, count: int, **fields: Any) -> list[Any]:
+async def results(worker: SimulatedWorker, count: int) -> list[Any]:
     """Hold so many, one after another; their results."""
     found = []
     for number in range(len(worker.ended), len(worker.ended) + count):
-        worker.hold(f"r{number}", **fields)
+        worker.hold(f"r{number}")
         found.append((await worker.end_of(f"r{number}"))["result"])
     return found
 
