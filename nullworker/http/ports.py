@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import errno
 import ipaddress
 import socket
 from collections.abc import Coroutine
@@ -146,7 +145,7 @@ class Ports:
             return None
 
     def late_metrics(self, exporter: Exporter) -> Coroutine[Any, Any, None] | None:
-        """Serves /metrics once NULL_METRICS_HOST exists, if it did not at the start. None: nothing is to be done."""
+        """Serves /metrics once its address exists and its port is free. None: it is open, or not wanted."""
         settings = self.settings
         if self._metrics is not None or settings.null_metrics_host is None:
             return None
@@ -156,8 +155,6 @@ class Ports:
         try:
             self._sockets.append(_listen_for_metrics(self.settings))
         except CannotStart as error:
-            if isinstance(error.__cause__, OSError) and error.__cause__.errno == errno.EADDRINUSE:
-                raise  # the address exists, so it will not come later
             log.warning("metrics_site_not_up", why=str(error), message="the worker runs without it and tries again")
             return None
         return self._sockets[-1]
@@ -181,7 +178,7 @@ def _is_numeric(host: str | None) -> bool:
 
 
 async def _serve_metrics_late(settings: Settings, app: web.Application) -> None:
-    """Retry until the address exists: WireGuard, for example, may start after the worker."""
+    """Retry until it can be listened on: WireGuard, for example, may start after the worker."""
     backoff = Backoff()
     while True:
         try:

@@ -9,7 +9,7 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,12 @@ async def failed_start(worker: WorkerProcess) -> str:
 # -- what keeps it from starting ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variable", ["WORKER_PORT", "NULL_CONTROL_PORT", "WORKER_HTTP_PORT", "NULL_METRICS_PORT"])
+@pytest.mark.parametrize("variable", ["WORKER_PORT", "NULL_CONTROL_PORT", "WORKER_HTTP_PORT"])
 async def test_a_taken_port_is_told_to_the_autoscaler_and_in_one_line(
     tmp_path: Path, vast: FakeAutoscaler, variable: str
 ) -> None:
     with taken_port() as port:
-        env = {variable: str(port), **({"NULL_METRICS_HOST": "127.0.0.1"} if "METRICS" in variable else {})}
-        worker = secured(tmp_path, vast, **env)
+        worker = secured(tmp_path, vast, **{variable: str(port)})
         line = await failed_start(worker)
     assert line.startswith(f"nullworker: {variable}: ")
     assert f":{port} is taken by another process" in line
@@ -81,6 +80,20 @@ async def test_a_metrics_address_that_is_not_there_is_a_warning(tmp_path: Path, 
         assert line["level"] == "warning"
         assert (await post(worker.url + "/reserve", {"duration": 0})).status == 200
         assert await worker.terminate() == 0
+    assert said(worker) == []
+
+
+async def test_a_taken_metrics_port_is_a_warning_and_listened_on_once_it_is_free(tmp_path: Path) -> None:
+    with ExitStack() as taken:
+        port = taken.enter_context(taken_port())
+        site: Any = {"NULL_METRICS_HOST": "127.0.0.1", "NULL_METRICS_PORT": str(port)}
+        async with WorkerProcess(tmp_path, **site) as worker:
+            line = await worker.line("metrics_site_not_up")
+            assert line["level"] == "warning"
+            assert f":{port} is taken by another process" in line["why"]
+            taken.close()
+            assert (await worker.line("metrics_site_up"))["port"] == port
+            assert await worker.terminate() == 0
     assert said(worker) == []
 
 
