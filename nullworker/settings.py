@@ -12,7 +12,7 @@ import ipaddress
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -364,7 +364,13 @@ def unknown_names(values: Mapping[str, str]) -> dict[str, str | None]:
         for name in values
         if name.startswith("NULL_") and name not in known and not name.startswith(OTHER_BEGINNINGS)
     )
-    return {name: next(iter(difflib.get_close_matches(name, known, n=1)), None) for name in unknown}
+    return {name: _nearest(name, known) for name in unknown}
+
+
+def _nearest(name: str, known: Set[str]) -> str | None:
+    """A name that is cut short means one that begins with it: NULL_DRAIN is not NULL_SINK, though that is closer."""
+    longer = {each for each in known if each.startswith(name)}
+    return next(iter(difflib.get_close_matches(name, longer or known, n=1, cutoff=0 if longer else 0.6)), None)
 
 
 def unknown_setting(name: str, nearest: str | None) -> str:

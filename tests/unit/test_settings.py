@@ -268,9 +268,12 @@ def test_the_settings_in_force_are_those_that_are_not_the_default_without_secret
 
 def test_a_variable_that_looks_like_a_setting_and_is_none_is_found_with_the_nearest_that_is() -> None:
     environ = {"NULL_DRAIN_SECOND": "3", "NULL_QUE": "redis://", "NULL_AND_VOID": "", "NULLWORKER_X": "1", "HOME": "/"}
+    environ |= {"NULL_DRAIN": "3", "NULL_METRICS": "9100"}
     assert unknown_names(environ) == {
         "NULL_AND_VOID": None,
+        "NULL_DRAIN": "NULL_DRAIN_SECONDS",
         "NULL_DRAIN_SECOND": "NULL_DRAIN_SECONDS",
+        "NULL_METRICS": "NULL_METRICS_PORT",
         "NULL_QUE": "NULL_QUEUE",
     }
 
