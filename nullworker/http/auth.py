@@ -214,8 +214,8 @@ def _explain(body: bytes) -> Invalid:
 
 
 def _bare(body: bytes) -> Grant | None:
-    """A payload without an envelope, as from curl; None if this is an envelope."""
+    """A payload without an envelope, as from curl, or in one whose auth_data is null; None if there is auth_data."""
     fields = decode(body, dict[str, msgspec.Raw])
-    if "auth_data" in fields:
+    if bytes(fields.get("auth_data", b"null")) != b"null":
         return None
     return Grant(None, msgspec.Raw(b"null"), fields.get("payload", msgspec.Raw(body)), decode(body, _Bare).session_id)

@@ -417,7 +417,8 @@ async def test_a_grant_is_verified_where_its_signature_was_checked_and_nowhere_e
 
 async def test_a_worker_that_checks_nothing_takes_a_bare_payload_and_an_envelope() -> None:
     authenticator = Authenticator(None, own_url=URL, url_policy="enforce")
-    for body in (b'{"seconds": 5}', b'{"payload": {"seconds": 5}}', envelope(session_id=None)):
+    empty = b'{"auth_data": null, "payload": {"seconds": 5}, "session_id": null}'
+    for body in (b'{"seconds": 5}', b'{"payload": {"seconds": 5}}', empty, envelope(session_id=None)):
         assert (await authenticator.authenticate(body)).read(Payload) == Payload(5.0)
     assert (await authenticator.authenticate(b'{"session_id": "s"}')).session_id == "s"
     grants_of = [await authenticator.authenticate(body) for body in (envelope(), b"{}")]
