@@ -36,11 +36,13 @@ class Engine:
     def __init__(self, *urls: str) -> None:
         self.urls = list(urls)
         self.asked = self.looked = 0  # how often for a worker, and for the list of the instances
+        self.idxs: list[int] = []  # of the requests for a worker
         self.down = False
         self.instances: frozenset[int] = frozenset()
 
     async def route(self, cost: float, request_idx: int) -> Routed:
         self.asked += 1
+        self.idxs.append(request_idx)
         if self.down:
             raise Unreachable("the engine is down")
         if not self.urls:
@@ -178,7 +180,8 @@ async def test_a_granted_claim_that_is_refused_after_a_restart_has_ended(worker:
     worker.refuse = 503
     life = start(Engine())
     await life.until(lambda: life.state(claim) == "ended")
-    assert life.rows()[0]["reason"] == "refused"
+    (row,) = life.rows()
+    assert (row["reason"], "answered 503" in row["why"]) == ("refused", True)
     assert life.ledger.credential(claim.id) is None
 
 
@@ -308,7 +311,8 @@ async def test_no_worker_is_asked_while_the_ledger_cannot_be_written(
     worker: ContractWorker, start: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(driving, "POLL_SECONDS", 0.1)
-    life = start(Engine(worker.url))
+    engine = Engine(worker.url)
+    life = start(engine)
     claim = life.book.claim(Counts(1, 0))
     append, tries = life.ledger.append, []
 
@@ -320,6 +324,7 @@ async def test_no_worker_is_asked_while_the_ledger_cannot_be_written(
     life.driver.start(claim)
     await life.until(lambda: len(tries) >= 3)
     assert (life.state(claim), worker.bodies) == ("pending", [])
+    assert engine.idxs[:3] == [0, 7, 7]  # one request for one claim
     monkeypatch.setattr(life.ledger, "append", append)
     await life.until(lambda: life.state(claim) == "held")
 

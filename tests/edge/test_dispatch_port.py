@@ -52,6 +52,12 @@ async def test_its_status_is_that_of_the_dispatcher(
         assert (answer.status, await answer.json()) == (200, dispatcher.status())
 
 
+async def test_each_session_may_have_a_connection_of_its_own(served: tuple[Dispatcher, str]) -> None:
+    connector = served[0].driver._http.connector
+    assert connector is not None
+    assert connector.limit == 0
+
+
 async def test_it_is_ready_once_nothing_is_wrong_and_says_what_is(
     served: tuple[Dispatcher, str], http: aiohttp.ClientSession
 ) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,7 +62,16 @@ async def connected(account: FakeAutoscaler, key: str = KEY) -> AsyncIterator[Va
         await vast.close()
 
 
-async def test_a_request_is_repeated_by_its_number_until_there_is_a_worker(account: Account) -> None:
+class Silent:
+    """An endpoint whose answers have neither a worker nor a number."""
+
+    async def _route(self, **_: Any) -> Any:
+        return SimpleNamespace(status="WAITING", request_idx=None)
+
+
+async def test_a_request_is_repeated_by_its_number_until_there_is_a_worker(
+    account: Account, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with connected(account) as vast:
         waiting = await vast.route(150.0, 0)
         assert waiting == Routed(None, 1)
@@ -74,6 +84,9 @@ async def test_a_request_is_repeated_by_its_number_until_there_is_a_worker(accou
             assert (grant.url, grant.auth_data["url"]) == (worker.url, worker.url)
             assert (grant.auth_data["cost"], grant.auth_data["request_idx"]) == (150.0, 1)
             assert grant.auth_data["signature"] == keys.sign(account.key, worker.url)
+        monkeypatch.setattr(vast, "_found", Silent())
+        assert await vast.route(150.0, 5) == Routed(None, 5)
+        assert await vast.route(150.0, 0) == Routed(None, 0)
     assert [seen.payload["replay_timeout"] for seen in account.seen if seen.call == "route"] == [60.0] * 3
 
 

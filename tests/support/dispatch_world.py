@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import selectors
+import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import pytest
 
 from nullworker import clock as clocks
@@ -171,7 +173,7 @@ class World:
     async def post(self, http: Any, url: str, path: str, body: Any, *, seconds: float = 10.0) -> Reply:
         await asyncio.sleep(0.05)
         if url in self.stopped | self.unreachable:
-            raise NoAnswer(url, ConnectionRefusedError(111, "Connection refused"))
+            raise no_connection(url)
         if self.refuses is not None:
             raise Refused(url, self.refuses, "{}")
         instance = {INSTANCE_HEADER: url.rpartition("-")[2]} if self.says_instance else {}
@@ -199,7 +201,7 @@ class World:
         self, http: Any, url: str, path: str, body: Any, **options: Any
     ) -> AsyncGenerator[dict[str, Any], None]:
         if url in self.stopped | self.unreachable:
-            raise NoAnswer(url, ConnectionRefusedError(111, "Connection refused"))
+            raise no_connection(url)
         if (task := self.held.get(body["session_id"])) is not None:
             if self.attaches:
                 yield {"seq": 1, "kind": "extended", "reason": "attached"}
@@ -219,6 +221,27 @@ class World:
     def _end(self, name: str, reason: str, result: Any) -> None:
         del self.held[name]
         self.finals[name] = {"state": "released", "reason": reason, "held_seconds": None, "result": result}
+
+
+def no_connection(url: str) -> NoAnswer:
+    """The connection was refused, so that nothing was sent."""
+    key: Any = SimpleNamespace(host=url.rpartition("/")[2], port=80, ssl=True)
+    return NoAnswer(url, aiohttp.ClientConnectorError(key, ConnectionRefusedError(111, "Connection refused")))
+
+
+def rows(folder: Path, query: str) -> list[Any]:
+    """Ask the ledger; a query may change it too."""
+    with contextlib.closing(sqlite3.connect(folder / "ledger.db", isolation_level=None)) as conn:
+        return conn.execute(query).fetchall()
+
+
+async def until(what: Callable[[], Any], seconds: float) -> None:
+    """Wait until something is so, to a second."""
+    for _ in range(int(seconds)):
+        if what():
+            return
+        await asyncio.sleep(1)
+    raise AssertionError(f"not within {seconds} s")
 
 
 class _Time:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from dispatch_world import World, dispatching, play
+from dispatch_world import World, dispatching, play, rows, until
 
 from nullworker.client.session import WorkerSession
 from nullworker.dispatch.decision import Policy
@@ -19,24 +17,8 @@ from nullworker.dispatch.limits import Limits
 FREE = Limits(price=1.0)
 
 
-def rows(folder: Path, query: str) -> list[Any]:
-    conn = sqlite3.connect(folder / "ledger.db", isolation_level=None)
-    try:
-        return conn.execute(query).fetchall()
-    finally:
-        conn.close()
-
-
 def pauses(times: list[float]) -> list[float]:
     return [times[number] - times[number - 1] for number in range(1, len(times))]
-
-
-async def until(what: Callable[[], Any], seconds: float) -> None:
-    for _ in range(int(seconds)):
-        if what():
-            return
-        await asyncio.sleep(1)
-    raise AssertionError(f"not within {seconds} s")
 
 
 @pytest.mark.parametrize("state", ["granted", "held"])
@@ -316,14 +298,14 @@ def test_a_granted_claim_keeps_the_lifetime_it_was_asked_for_when_the_next_start
         world.unreachable = {world.url(2)}
         async with dispatching(world, tmp_path, policy=Policy(2), limits=FREE, terms=Terms(lifetime=lifetime)) as again:
             await asyncio.sleep(200)
-            assert len(again.book.in_state("granted")) == 2
+            assert (len(again.book.in_state("granted")), world.count("claim_lost")) == (2, 0)
             world.loses_answers = False
             await until(lambda: again.book.in_state("held"), 10)
             await until(lambda: rows(tmp_path, "SELECT 1 FROM claims WHERE reason = 'lost'"), 120)
             assert rows(tmp_path, "SELECT held_seconds FROM claims WHERE reason = 'lost'") == [(300.0,)]
         held = "SELECT data ->> 'lifetime' FROM events WHERE kind = 'held' ORDER BY seq"
         assert rows(tmp_path, held)[0] == (300.0,)
-        assert world.count("lifetime_capped") == 0
+        assert (world.count("claim_lost"), world.count("lifetime_capped")) == (1, 0)
 
     play(monkeypatch, scene)
 

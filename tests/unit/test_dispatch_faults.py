@@ -1,16 +1,15 @@
-"""A whole dispatcher in virtual time while its queue, the autoscaler, its ledger, its clock or its money fails."""
+"""A whole dispatcher in virtual time while its queue, the autoscaler, its ledger or its clock fails."""
 
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
-from dispatch_world import World, dispatching, play
+from dispatch_world import World, dispatching, play, rows, until
 
 from nullworker.dispatch.decision import Counts, Policy
 from nullworker.dispatch.dispatcher import Dispatcher
@@ -28,22 +27,6 @@ def disk(tmp_path: Path) -> Iterator[FaultyDisk]:
     faulty.install()
     yield faulty
     faulty.remove()
-
-
-def rows(folder: Path, query: str) -> list[Any]:
-    conn = sqlite3.connect(folder / "ledger.db")
-    try:
-        return conn.execute(query).fetchall()
-    finally:
-        conn.close()
-
-
-async def until(what: Callable[[], Any], seconds: float) -> None:
-    for _ in range(int(seconds)):
-        if what():
-            return
-        await asyncio.sleep(1)
-    raise AssertionError(f"not within {seconds} s")
 
 
 async def work_is_done(world: World, dispatcher: Dispatcher, jobs: int) -> None:
@@ -169,6 +152,7 @@ def test_a_claim_whose_machine_runs_and_does_not_answer_stays_held_for_a_day(
             world.unreachable = {world.url(number) for number in world.listed}
             await asyncio.sleep(18 * 3600)
             assert len(dispatcher.driver.silent) == 1
+            assert 2 <= world.count("claim_news") <= 10
             world.unreachable = set()
             await asyncio.sleep(120)
             assert (len(dispatcher.driver.silent), len(dispatcher.book.in_state("held"))) == (0, 1)
@@ -180,51 +164,6 @@ def test_a_claim_whose_machine_runs_and_does_not_answer_stays_held_for_a_day(
             assert claim not in dispatcher.book.claims
         ((reason, hours),) = rows(tmp_path, f"SELECT reason, held_seconds / 3600 FROM claims WHERE id = '{claim}'")
         assert (reason, hours) == ("silent", pytest.approx(42, abs=0.3))  # its job may have run until now
-
-    play(monkeypatch, scene)
-
-
-def test_a_limit_that_is_reached_in_the_middle_opens_nothing_until_the_day_has_moved_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    options: dict[str, Any] = {"limits": Limits(hours=2.0, price=1.0), "policy": Policy(4, interval=300.0)}
-
-    async def scene(world: World) -> None:
-        world.jobs = [1800.0] * 10
-        async with dispatching(world, tmp_path, terms=Terms(lifetime=600.0), **options) as dispatcher:
-            await asyncio.sleep(4 * 3600)
-            assert (world.done, len(world.held), len(world.jobs)) == (4, 0, 6)
-            assert world.count("limit_reached") == 1
-            said = next(fields for word, fields in world.lines if word == "limit_reached")
-            assert said["opens_again_at"].startswith("2027-01-16")
-            assert said["message"] == "no worker is reserved"
-            shown = dispatcher.status()["limit"]
-            assert (shown["reached"], shown["opens_again_at"][:10]) == ("hours", "2027-01-16")
-            waiting, world.jobs = world.jobs, []
-            await asyncio.sleep(3600)
-            world.jobs = waiting
-            await asyncio.sleep(3600)
-            assert (world.count("limit_reached"), world.count("limit_reached_over")) == (1, 0)
-            await asyncio.sleep(20 * 3600)  # the first four are a day old
-            assert world.count("limit_reached_over") >= 1
-            assert (world.done, len(world.jobs), dispatcher.room.reached) == (8, 2, "hours")
-
-    play(monkeypatch, scene)
-
-
-def test_a_limit_of_dollars_with_at_limit_end_ends_what_is_held(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    async def scene(world: World) -> None:
-        world.jobs = [7200.0] * 4
-        limits = Limits(dollars=3.0, price=1.0)
-        async with dispatching(world, tmp_path, limits=limits, at_limit="end") as dispatcher:
-            await asyncio.sleep(3600)
-            assert (len(world.held), dispatcher.book.claims) == (0, {})
-            assert dispatcher.room.spent.dollars == pytest.approx(3.0, abs=0.02)
-        said = next(fields for word, fields in world.lines if word == "limit_reached")
-        assert said["message"] == "no worker is reserved; held sessions are ended"
-        assert rows(tmp_path, "SELECT DISTINCT reason FROM claims") == [("limit",)]
 
     play(monkeypatch, scene)
 
@@ -384,24 +323,6 @@ def test_a_claim_that_was_granted_when_the_dispatcher_died_is_asked_for_again_be
         async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
             await work_is_done(world, dispatcher, 1)
         assert rows(tmp_path, "SELECT reason FROM claims") == [("consumer_exit",)]
-
-    play(monkeypatch, scene)
-
-
-def test_a_session_whose_answers_are_lost_counts_in_the_limits_for_a_lifetime(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    async def scene(world: World) -> None:
-        world.jobs = [1.0] * 20
-        world.loses_answers = True
-        limits, terms = Limits(hours=0.1, price=1.0), Terms(lifetime=60.0)
-        async with dispatching(world, tmp_path, limits=limits, terms=terms) as dispatcher:
-            await asyncio.sleep(3600)
-            assert (world.claims, dispatcher.room.reached) == (6, "hours")
-        assert rows(tmp_path, "SELECT reason, held_at, held_seconds FROM claims") == [("lost", None, 60.0)] * 6
-        async with dispatching(world, tmp_path, limits=limits, terms=terms) as dispatcher:
-            await asyncio.sleep(60)
-            assert world.claims == 6
 
     play(monkeypatch, scene)
 

@@ -1,11 +1,18 @@
-"""The spending limits: what counts, how many claims fit, and when one fits again."""
+"""The spending limits: what counts, how many claims fit, when one fits again, and a whole dispatcher that has them."""
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+from typing import Any
+
 import pytest
+from dispatch_world import World, dispatching, play, rows
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nullworker.dispatch.decision import Policy
+from nullworker.dispatch.driver import Terms
 from nullworker.dispatch.ledger import HeldTime
 from nullworker.dispatch.limits import DAY_SECONDS, Limits, Spent, room, spent
 
@@ -99,3 +106,83 @@ def test_a_limit_of_dollars_says_when_it_will_open_again_and_machines_that_cost_
     # a tenth of an hour of the hold must be older than a day
     assert left.again_at == pytest.approx(T - 7200 + 360 + DAY_SECONDS, abs=2)
     assert (room(T, [], 3, Limits(dollars=1.0), lifetime=360.0, price=0.0).opens or 0) > 1000
+
+
+def test_a_limit_that_is_reached_in_the_middle_opens_nothing_until_the_day_has_moved_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"limits": Limits(hours=2.0, price=1.0), "policy": Policy(4, interval=300.0)}
+
+    async def scene(world: World) -> None:
+        world.jobs = [1800.0] * 10
+        async with dispatching(world, tmp_path, terms=Terms(lifetime=600.0), **options) as dispatcher:
+            await asyncio.sleep(4 * 3600)
+            assert (world.done, len(world.held), len(world.jobs)) == (4, 0, 6)
+            assert world.count("limit_reached") == 1
+            said = next(fields for word, fields in world.lines if word == "limit_reached")
+            assert said["opens_again_at"].startswith("2027-01-16")
+            assert said["message"] == "no worker is reserved"
+            shown = dispatcher.status()["limit"]
+            assert (shown["reached"], shown["opens_again_at"][:10]) == ("hours", "2027-01-16")
+            waiting, world.jobs = world.jobs, []
+            await asyncio.sleep(3600)
+            world.jobs = waiting
+            await asyncio.sleep(3600)
+            assert (world.count("limit_reached"), world.count("limit_reached_over")) == (1, 0)
+            await asyncio.sleep(20 * 3600)  # the first four are a day old
+            assert world.count("limit_reached_over") >= 1
+            assert (world.done, len(world.jobs), dispatcher.room.reached) == (8, 2, "hours")
+
+    play(monkeypatch, scene)
+
+
+@pytest.mark.parametrize(
+    ("hours", "again"),
+    [(0.02, "when a claim that waits for a worker is over"), (0.001, "never: one --lifetime is more than the limit")],
+)
+def test_a_limit_that_is_reached_without_a_hold_says_what_it_waits_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hours: float, again: str
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs, world.ready_at = [1.0] * 4, 1e9
+        async with dispatching(world, tmp_path, limits=Limits(hours=hours, price=1.0)) as dispatcher:
+            await asyncio.sleep(20)
+            assert len(dispatcher.book.claims) == int(hours * 3600 / 30)
+        assert [fields["opens_again_at"] for word, fields in world.lines if word == "limit_reached"] == [again]
+
+    play(monkeypatch, scene)
+
+
+def test_a_limit_of_dollars_with_at_limit_end_ends_what_is_held(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [7200.0] * 4
+        limits = Limits(dollars=3.0, price=1.0)
+        async with dispatching(world, tmp_path, limits=limits, at_limit="end") as dispatcher:
+            await asyncio.sleep(3600)
+            assert (len(world.held), dispatcher.book.claims) == (0, {})
+            assert dispatcher.room.spent.dollars == pytest.approx(3.0, abs=0.02)
+        said = next(fields for word, fields in world.lines if word == "limit_reached")
+        assert said["message"] == "no worker is reserved; held sessions are ended"
+        assert rows(tmp_path, "SELECT DISTINCT reason FROM claims") == [("limit",)]
+
+    play(monkeypatch, scene)
+
+
+def test_a_session_whose_answers_are_lost_counts_in_the_limits_for_a_lifetime(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [1.0] * 20
+        world.loses_answers = True
+        limits, terms = Limits(hours=0.1, price=1.0), Terms(lifetime=60.0)
+        async with dispatching(world, tmp_path, limits=limits, terms=terms) as dispatcher:
+            await asyncio.sleep(3600)
+            assert (world.claims, dispatcher.room.reached) == (6, "hours")
+        assert rows(tmp_path, "SELECT reason, held_at, held_seconds FROM claims") == [("lost", None, 60.0)] * 6
+        async with dispatching(world, tmp_path, limits=limits, terms=terms) as dispatcher:
+            await asyncio.sleep(60)
+            assert world.claims == 6
+
+    play(monkeypatch, scene)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from dispatch_world import World, dispatching, play
+from dispatch_world import World, dispatching, play, rows, until
 from prometheus_client import generate_latest
 
 from nullworker import __version__
@@ -23,22 +21,6 @@ from nullworker.dispatch.metrics import Exporter
 from nullworker.errors import CannotStart
 
 FREE = Limits(price=1.0)
-
-
-def rows(folder: Path, query: str) -> list[Any]:
-    conn = sqlite3.connect(folder / "ledger.db")
-    try:
-        return conn.execute(query).fetchall()
-    finally:
-        conn.close()
-
-
-async def until(what: Callable[[], Any], seconds: float) -> None:
-    for _ in range(int(seconds)):
-        if what():
-            return
-        await asyncio.sleep(1)
-    raise AssertionError(f"not within {seconds} s")
 
 
 @pytest.mark.parametrize("says_instance", [True, False])
@@ -283,7 +265,13 @@ def test_a_queue_is_not_ready_before_it_was_read_or_once_that_is_too_long_ago(
                 "ledger": None,
                 "autoscaler": "no call has been answered yet",
             }
-            assert dispatcher.status()["last_poll_at"] is None
+            shown = dispatcher.status()
+            assert (shown["last_poll_at"], shown["decision"], shown["foreign"], shown["stalled"]) == (
+                None,
+                None,
+                0,
+                False,
+            )
         async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
             await asyncio.sleep(12)
             assert dispatcher.readiness() == {"queue": None, "ledger": None, "autoscaler": None}
