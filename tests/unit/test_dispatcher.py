@@ -150,9 +150,11 @@ def test_a_claim_that_waits_for_longer_than_stall_is_said_once_with_the_ways_out
         world.jobs = [1000.0]
         async with dispatching(world, tmp_path, limits=FREE, stall=300.0) as dispatcher:
             await until(lambda: world.held, 10)
-            world.jobs = [10.0] * 2
+            world.jobs = [10.0]
             world.ready_at = world.loop.time() + 600
-            await asyncio.sleep(300)
+            await asyncio.sleep(100)
+            world.jobs = [10.0] * 2
+            await asyncio.sleep(200)
             assert (dispatcher.stalled, dispatcher.status()["stalled"], world.count("stalled")) == (False, False, 0)
             await asyncio.sleep(15)
             assert (dispatcher.stalled, dispatcher.status()["stalled"], world.count("stalled")) == (True, True, 1)
