@@ -154,8 +154,7 @@ class Ports:
     def _take_metrics(self) -> socket.socket | None:
         try:
             self._sockets.append(_listen_for_metrics(self.settings))
-        except CannotStart as error:
-            log.warning("metrics_site_not_up", why=str(error), message="the worker runs without it and tries again")
+        except CannotStart:  # said by `late_metrics`, which tries again
             return None
         return self._sockets[-1]
 
