@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from nullworker.dispatch.book import RECOVERY_BYTES, Book
-from nullworker.dispatch.claims import Ended
+from nullworker.dispatch.claims import Ended, says_failed
 from nullworker.dispatch.decision import Counts
 from nullworker.dispatch.ledger import Ledger, open_ledger
 from nullworker.errors import LogUnavailable
@@ -40,6 +40,22 @@ def clock() -> FakeClock:
 @pytest.fixture
 def book(ledger: Ledger, clock: FakeClock) -> Book:
     return Book(ledger, clock)
+
+
+@pytest.mark.parametrize(
+    ("result", "failed"),
+    [
+        (None, False),
+        ({"exit_code": 0}, False),
+        ({"exit_code": 3}, True),
+        ({"exit_code": 0, "runs": 4, "failed": 1}, False),
+        ({"error": "no GPU"}, True),
+        ({"error": None}, False),
+        ("error", False),
+    ],
+)
+def test_a_result_that_says_failed(result: Any, failed: bool) -> None:
+    assert says_failed(result) is failed
 
 
 def test_what_the_decision_is_told_of_an_end(book: Book) -> None:

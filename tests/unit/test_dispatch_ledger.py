@@ -33,7 +33,6 @@ from nullworker.dispatch.claims import (
     Refused,
     apply,
     from_row,
-    says_failed,
     step,
     to_row,
 )
@@ -265,7 +264,7 @@ def test_the_views_tell_a_claims_whole_life(ledger: Ledger) -> None:
     kinds: list[EventKind] = ["pending", "granted", "refused", "granted", "held", "priced", "attached", "ended"]
     for number, kind in enumerate(kinds):
         ledger.append([event(kind, at=T + 10 * number)])
-    ledger.append([event("pending", "c2", T + 100)])
+    ledger.append([Event(T + 100, "c2", "pending", Pending(0, 4, reclaim=True))])
     ended, pending = query(ledger, "SELECT * FROM claims")
     assert ended == {
         "id": "c1",
@@ -291,7 +290,19 @@ def test_the_views_tell_a_claims_whole_life(ledger: Ledger) -> None:
         "why": None,
     }
     assert (pending["state"], pending["held_seconds"], pending["dollars"]) == ("pending", None, None)
+    assert pending["reclaim"] == 1
     assert [row["id"] for row in query(ledger, "SELECT id FROM open_claims")] == ["c2"]
+    assert [row["kind"] for row in query(ledger, "SELECT * FROM timeline")] == [*kinds, "pending"]
+    assert query(ledger, "SELECT * FROM timeline LIMIT 1") == [
+        {
+            "seq": 1,
+            "at": "2027-01-15T08:00:00.000Z",
+            "claim_id": "c1",
+            "kind": "pending",
+            "reason": None,
+            "data": '{"waiting":3,"in_flight":1,"metadata":{"job":"7"}}',
+        }
+    ]
     assert query(ledger, "SELECT * FROM daily") == [
         {
             "day": "2027-01-15",
@@ -412,22 +423,6 @@ def test_a_ledger_makes_the_folders_above_it(tmp_path: Path) -> None:
     path = tmp_path / "var" / "dispatch" / "ledger.db"
     open_ledger(path).close()
     assert path.exists()
-
-
-@pytest.mark.parametrize(
-    ("result", "failed"),
-    [
-        (None, False),
-        ({"exit_code": 0}, False),
-        ({"exit_code": 3}, True),
-        ({"exit_code": 0, "runs": 4, "failed": 1}, False),
-        ({"error": "no GPU"}, True),
-        ({"error": None}, False),
-        ("error", False),
-    ],
-)
-def test_a_result_that_says_failed(result: Any, failed: bool) -> None:
-    assert says_failed(result) is failed
 
 
 def test_a_move_that_is_not_allowed_says_which_are() -> None:
