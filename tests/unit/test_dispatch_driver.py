@@ -226,13 +226,13 @@ def test_many_claims_ask_less_often_than_a_few(monkeypatch: pytest.MonkeyPatch, 
         async def scene(world: World) -> None:
             world.jobs, world.ready_at = [1.0] * jobs, 1e9
             async with dispatching(world, tmp_path / str(jobs), policy=Policy(jobs), limits=FREE):
-                await asyncio.sleep(300)
+                await asyncio.sleep(100)
 
         (tmp_path / str(jobs)).mkdir()
         return len(play(monkeypatch, scene).asked) / jobs
 
-    assert 300 / (0.1 + 1.1) <= asked(1) <= 300 / (0.1 + 0.55)
-    assert 300 / (0.1 + POLL_SECONDS) <= asked(60) <= 300 / (0.1 + POLL_SECONDS / 2)
+    assert 100 / (0.1 + 1.1) <= asked(1) <= 100 / (0.1 + 0.55)
+    assert 100 / (0.1 + POLL_SECONDS) <= asked(60) <= 100 / (0.1 + POLL_SECONDS / 2)
 
 
 def test_an_engine_that_fails_is_asked_again_ever_more_slowly_and_soon_after_a_success(
