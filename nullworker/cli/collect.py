@@ -10,19 +10,9 @@ from pathlib import Path
 import click
 
 from nullworker import logs
-from nullworker.cli.options import log_format
+from nullworker.cli.options import Seconds, log_format
 from nullworker.collector.server import Options, serve
 from nullworker.errors import BadSettings
-from nullworker.settings import read_seconds
-
-
-def _age(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        return read_seconds(text)
-    except ValueError:
-        raise click.BadParameter(f"{text!r} must be seconds, as 90, 15m, 6h or 30d") from None
 
 
 def _prices(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> tuple[float | None, dict[str, float]]:
@@ -83,14 +73,14 @@ def _prices(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> tu
 )
 @click.option(
     "--silence",
-    callback=_age,
+    type=Seconds(more_than_0=True),
     default="3m",
     metavar="SECONDS",
     help="Time without news after which a worker is silent.",
 )
 @click.option(
     "--keep",
-    callback=_age,
+    type=Seconds(more_than_0=True),
     metavar="SECONDS",
     show_default=False,
     help="Time for which ended reservations are kept; older ones are removed daily.  [default: forever]",

@@ -61,7 +61,7 @@ def listen(port: int, *, host: str | None, variable: str) -> socket.socket:
         where = f"{host or '*'}:{port}"
         if error.errno == errno.EADDRINUSE:
             raise CannotStart(
-                f"{variable}: {where} is taken by another process; is a second worker running? set {variable}"
+                f"{variable}: {where} is taken by another process; is this command running already? set {variable}"
             ) from error
         raise CannotStart(f"{variable}: {where} cannot be listened on: {error.strerror or error}") from error
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -106,8 +106,8 @@ async def test_what_others_can_reach_needs_a_token(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [(("--price", "x"), "dollars an hour"), (("--price", "=1"), "dollars an hour"), (("--price", "a=-1"), "dollars"),
-     (("--price", "nan"), "dollars an hour"), (("--keep", "soon"), "must be seconds"),
-     (("--silence", "-1"), "must be seconds"),
+     (("--price", "nan"), "dollars an hour"), (("--keep", "soon"), "not a number of seconds"),
+     (("--keep", "0"), "more than 0"), (("--silence", "-1"), "more than 0"), (("--silence", "0"), "more than 0"),
      (("--port", "70000"), "--port")],
 )  # fmt: skip
 async def test_wrong_options_are_named(tmp_path: Path, options: tuple[str, ...], words: str) -> None:
