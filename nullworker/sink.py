@@ -45,6 +45,8 @@ PACE_SECONDS: Final = 0.2
 RETRY_SECONDS: Final = (0.2, 2.0)
 #: Seconds that a POST may take, and one during the stop.
 CALL_SECONDS, LAST_CALL_SECONDS = 10.0, 2.0
+#: Seconds after which an outage that goes on for the same reason is warned about again.
+WARN_SECONDS: Final = 60.0
 #: Seconds without a POST after which the worker sends `alive`.
 ALIVE_SECONDS: Final = 60.0
 #: Seconds for nvidia-smi.
@@ -112,6 +114,7 @@ class Sink:
         self._has_accepted = False
         self._hurried = False
         self._next_post = 0.0  # loop time
+        self._warned: tuple[str | None, float] = (None, 0.0)  # why, and the loop time from which it is said again
         self._wake, self._hurry, self._empty = AutoResetEvent(), AutoResetEvent(), asyncio.Event()
         self._call: asyncio.Task[Outcome] | None = None
         self._http: aiohttp.ClientSession | None = None
@@ -160,12 +163,13 @@ class Sink:
         try:
             await aio.wait_for(self._empty.wait(), seconds)
         except asyncio.TimeoutError:
+            left = "they stay in the log for the next start, and are lost if this machine is destroyed"
             log.warning(
                 "sink_backlog_left",
                 events=self.backlog,
                 sink=self.shown,
                 why=self.trouble,
-                message="they stay in the log for the next start, and are lost if this machine is destroyed",
+                message=left if self.backlog else "only the message that the worker has stopped is lost",
             )
 
     async def close(self) -> None:
@@ -203,6 +207,7 @@ class Sink:
         worker_events = sum(item.seq is None for item in items)
         if outcome == "accepted":
             self.trouble = None
+            self._warned = (None, 0.0)
             self._has_accepted = True
             self._size = min(self._size * 2, BATCH_EVENTS)
             del self._worker_events[:worker_events]
@@ -219,8 +224,16 @@ class Sink:
                 return True
             if self._has_accepted:
                 return self._set_aside(items[0])
-        log.warning("sink_not_reached", sink=self.shown, why=self.trouble, owed=self.backlog, message="trying again")
+        self._warn()
         return False
+
+    def _warn(self) -> None:
+        now = asyncio.get_running_loop().time()
+        said, again_at = self._warned
+        if said == self.trouble and now < again_at:
+            return
+        self._warned = (self.trouble, now + WARN_SECONDS)
+        log.warning("sink_not_reached", sink=self.shown, why=self.trouble, owed=self.backlog, message="trying again")
 
     def _compose(self) -> list[_Item]:
         """The next batch: the worker's `started`, the events of the log, and after all of them, `stopped`."""

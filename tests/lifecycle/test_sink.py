@@ -194,6 +194,29 @@ async def test_receiver_that_is_down_gets_everything_when_it_is_back(
         assert "connection refused" in sink.trouble
 
 
+async def test_outage_is_said_when_it_begins_when_its_reason_changes_and_once_a_minute(
+    log: EventLog, monkeypatch: pytest.MonkeyPatch, logged: Callable[[], list[str]]
+) -> None:
+    async def fails(status: int) -> int:
+        failed, receiver.answer = counts["failed"], lambda events: status
+        await until(lambda: counts["failed"] >= failed + 4)
+        return len(logged())
+
+    monkeypatch.setattr(module, "RETRY_SECONDS", (0.01, 0.01))
+    monkeypatch.setattr(module, "PACE_SECONDS", 0.01)
+    async with Receiver(lambda events: 503) as receiver, sink_of(log, receiver.url) as (sink, counts):
+        assert await fails(503) == 1
+        assert await fails(404) == 2
+        receiver.answer = lambda events: 200
+        append(log)
+        await until(lambda: sink.backlog == 0)
+        receiver.answer = lambda events: 404
+        append(log)
+        await until(lambda: len(logged()) == 3)  # another outage for the same reason
+        monkeypatch.setattr(module, "WARN_SECONDS", 0.0)
+        assert await fails(503) > 5
+
+
 async def test_redirect_is_not_followed(log: EventLog) -> None:
     append(log)
     async with Receiver() as elsewhere, Receiver(lambda events: 307) as receiver:
