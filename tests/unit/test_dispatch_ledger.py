@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from nullworker.clock import Anchor
 from nullworker.dispatch import schema
 from nullworker.dispatch.claims import (
-    DATA_OF,
     EDGES,
     Attached,
     Claim,
@@ -42,8 +41,7 @@ from nullworker.eventlog.opening import open_log
 
 T = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 SECRET = "c2lnbmF0dXJlLW9mLWEtZ3JhbnQ"
-KINDS = list(DATA_OF)
-DATA = {
+DATA: dict[EventKind, Any] = {
     "pending": Pending(3, 1, metadata={"job": "7"}),
     "granted": Granted("https://10.0.0.1:3000"),
     "refused": Refused("taken", 429),
@@ -52,6 +50,7 @@ DATA = {
     "attached": Attached(),
     "ended": Ended({"state": "released", "reason": "consumer_exit", "result": {"exit_code": 0}}, 60.0),
 }
+KINDS = list(DATA)
 #: The shortest way to each state.
 WAYS: dict[str | None, list[EventKind]] = {
     None: [],
@@ -70,7 +69,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 
 
 def event(kind: EventKind, claim_id: str = "c1", at: float = T) -> Event:
-    return Event(at, claim_id, kind, DATA[kind], "consumer_exit" if kind == "ended" else None)  # type: ignore[arg-type]
+    return Event(at, claim_id, kind, DATA[kind], "consumer_exit" if kind == "ended" else None)
 
 
 def walk(ledger: Ledger, state: str | None, claim_id: str = "c1") -> None:
