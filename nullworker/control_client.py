@@ -17,6 +17,8 @@ ANSWER_SECONDS: Final = 10.0
 SERVER_NAME: Final = "nullworker"
 #: The header of an answer of /attach: seconds for which one reservation may be held, extensions included, if limited.
 MAX_HOLD_HEADER: Final = "Nullworker-Max-Hold"
+#: Bytes of a body that a worker takes; of a larger one it does not read the rest.
+MAX_BODY_BYTES: Final = 1024 * 1024
 
 
 class Refused(NullworkerError):

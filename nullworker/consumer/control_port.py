@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 import aiohttp
 
+from nullworker.control_client import MAX_BODY_BYTES
 from nullworker.errors import WorkerUnreachable
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,13 @@ class AsyncControlClient:
 
     async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
         """POST a body; return the status and the answer. Raises TypeError or ValueError if the body is not JSON."""
-        return await self._ask("POST", path, json.dumps(body, allow_nan=False))
+        try:
+            text = json.dumps(body, allow_nan=False)
+        except RecursionError as error:
+            raise ValueError(str(error)) from error
+        if len(text) > MAX_BODY_BYTES:  # the worker would answer this, and break the connection while it is sent
+            return 413, {"error": f"the body has at most {MAX_BODY_BYTES} bytes"}
+        return await self._ask("POST", path, text)
 
     async def _ask(self, method: str, path: str, body: str | None = None) -> tuple[int, Any]:
         try:

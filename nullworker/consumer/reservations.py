@@ -39,7 +39,7 @@ import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from datetime import datetime
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, get_args
 
 from nullworker import aio
 from nullworker.consumer import blocking, current
@@ -60,6 +60,7 @@ TAKEN_SECONDS = 3.0
 
 ReservationState = Literal["offered", "working", "releasing", "owed", "released", "gone"]
 Move = Literal["enter", "end", "leave", "taken", "stale", "silent"]
+ReleaseReason = Literal["explicit", "consumer_exit"]
 
 #: `offered`: attached, the body has not begun. `working`: the body runs. `releasing`: the body has ended. `owed`: a
 #: release was sent, and no answer came. `gone`: it ended without a release of ours.
@@ -88,7 +89,7 @@ async def reservations(
     *,
     extend: bool = False,
     cancel: bool = True,
-    reason: str = "explicit",
+    reason: ReleaseReason = "explicit",
     patience: float = PATIENCE_SECONDS,
 ) -> AsyncGenerator[Reservation, None]:
     """The reservations of the worker on this machine, one after another, for ever; also after the worker's restart.
@@ -100,7 +101,12 @@ async def reservations(
         cancel: cancel the body when the reservation is gone; False: the body must check `gone` itself.
         reason: the reason of the release in the log: explicit or consumer_exit.
         patience: seconds for which the worker may be silent before its reservation counts as gone.
+
+    Raises:
+        ValueError: there is no such reason.
     """
+    if reason not in get_args(ReleaseReason):
+        raise ValueError(f"reason must be explicit or consumer_exit, not {reason!r}")
     control = AsyncControlClient(url)
     last: Reservation | None = None
     async with control.http:
@@ -173,7 +179,7 @@ class Reservation:
         changed: aio.AutoResetEvent,
         *,
         cancel: bool,
-        reason: str,
+        reason: ReleaseReason,
         patience: float,
     ) -> None:
         self.id: str = row["id"]
@@ -312,7 +318,7 @@ class Reservation:
             except (TypeError, ValueError) as error:
                 await self._refused(f"the result is not JSON: {error}")
             else:
-                if status == 422:
+                if status in (413, 422):
                     await self._refused(answer.get("result") or answer["error"])
                 self._move("taken" if taken else "stale")
                 if not taken:
@@ -327,7 +333,7 @@ class Reservation:
         return row is not None and json.loads(json.dumps(ours)) == [row["state"], row["reason"], row["result"]]
 
     async def _refused(self, why: str) -> None:
-        if self._release["result"] == {"error": why}:
+        if self._release.get("result") == {"error": why}:
             raise RuntimeError(why)  # even the error was refused
         self._release["result"] = {"error": why}
         await self.finish()

@@ -13,9 +13,9 @@ from typing import Any, Final, TypeVar, get_args, get_type_hints
 import msgspec
 from aiohttp import StreamReader, web
 
+from nullworker.control_client import MAX_BODY_BYTES
 from nullworker.errors import BodyTooLarge, Invalid, SlowBody, UnsupportedMedia
 
-MAX_BODY_BYTES: Final = 1024 * 1024
 MAX_METADATA_BYTES: Final = 4096
 #: Levels of objects and arrays in a value that is kept in the log.
 MAX_DEPTH: Final = 100

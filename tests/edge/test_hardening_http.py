@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from doors import EMPTY, HEAD, Door
 
+from nullworker.control_client import MAX_BODY_BYTES
 from nullworker.http import bodies
-from nullworker.http.bodies import MAX_BODY_BYTES
 
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n"
 

@@ -112,13 +112,25 @@ async def test_a_body_that_is_stopped_from_outside_releases_too(worker: WorkerPr
             await task
 
 
+def nested(levels: int) -> list[Any]:
+    """As many lists in one another."""
+    value: list[Any] = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("result", "why"),
     [
         (float("nan"), "the result is not JSON"),
         ({1, 2}, "the result is not JSON"),
         ("x" * 70_000, "must be at most 65536"),
+        ("x" * 3_000_000, "at most 1048576 bytes"),
+        (nested(600), "nests more than 512 deep"),
+        (nested(100_000), "the result is not JSON"),
     ],
+    ids=["no number", "no JSON", "too large", "larger than a body", "too deep", "deeper than Python goes"],
 )
 async def test_a_result_that_cannot_be_sent_still_releases(worker: WorkerProcess, result: Any, why: str) -> None:
     async with caller(worker) as asked:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from simulated_time import simulated
@@ -367,6 +367,16 @@ async def test_a_release_that_comes_too_late_is_not_ours_and_is_logged(
             worker.ended.clear()
     assert (reservation.released, reservation.gone_because) == (False, why)
     assert caplog.messages == [f"reservation r1 was not released: {why}"]
+
+
+@simulated
+async def test_a_reason_that_the_worker_does_not_know_is_refused_before_anything_is_taken(
+    worker: SimulatedWorker,
+) -> None:
+    worker.hold("r1")
+    with pytest.raises(ValueError, match="reason must be explicit or consumer_exit, not 'done'"):
+        await first(reservations(URL, reason=cast(Any, "done")))
+    assert (worker.asked, worker.connections) == ([], [])
 
 
 @simulated
