@@ -347,6 +347,11 @@ def test_the_last_renewal_and_the_clocks_anchor_are_kept_while_they_matter(ledge
     assert ledger.anchor() is None
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_event_is_read_as_it_was_written(kind: EventKind) -> None:
+    assert from_row(to_row(event(kind))) == event(kind)
+
+
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.sampled_from(["c1", "c2", "c3"]), st.sampled_from(KINDS)), max_size=30))
 def test_what_a_restart_reads_is_what_the_book_had(steps: list[tuple[str, EventKind]]) -> None:
