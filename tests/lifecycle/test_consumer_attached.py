@@ -14,7 +14,7 @@ import aiohttp
 import psutil
 import pytest
 from harness import PATIENCE, WorkerProcess
-from programs import Program, answered, caller, free_port, session, until
+from programs import Program, answered, caller, free_port, listens, session, until
 
 from nullworker.consumer import Reservation, liveness, reservations
 from nullworker.consumer.reservations import MOVES
@@ -92,12 +92,15 @@ async def test_a_consumer_that_is_killed_ends_its_hold(worker: WorkerProcess) ->
 )
 async def test_no_child_keeps_the_connection_of_a_dead_consumer(worker: WorkerProcess, child: str) -> None:
     await session(worker)
-    async with script(worker, f"{child}; say('inside'); await asyncio.sleep(1000)", TEST_MARK="kept") as consumer:
+    body, port = f"{child}; say('inside'); await asyncio.sleep(1000)", free_port()
+    async with script(worker, body, TEST_MARK="kept", HEALTH_PORT=str(port)) as consumer:
         await consumer.line("inside")
         children = psutil.Process(consumer.process.pid).children()
         try:
+            assert listens(port)
             consumer.process.kill()
             assert (await worker.line("reservation_cancelled"))["reason"] == "consumer_lost"
+            assert not listens(port), "nor that of the health endpoint"
             assert any(each.is_running() for each in children)
         finally:
             for each in children:

@@ -6,13 +6,14 @@ import asyncio
 import functools
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from nullworker.clock import iso
+from nullworker.consumer import Reservation, reservations
 from nullworker.consumer.control_port import AsyncControlClient
 from nullworker.consumer.liveness import Attachment
 from nullworker.errors import WorkerUnreachable
@@ -21,6 +22,8 @@ from stress.simulated_world import BEGINNING
 #: The module: `nullworker.consumer.reservations` itself is the function of that name.
 reservations_module = importlib.import_module("nullworker.consumer.reservations")
 
+#: Where its control port would be.
+URL = "http://127.0.0.1:18999"
 #: The result of what was released without one.
 NO_RESULT = "there is no result"
 
@@ -58,7 +61,7 @@ class SimulatedWorker:
     def hold(self, reservation_id: str, *, seconds: float = 600.0, **fields: Any) -> None:
         """Hold a session from now on; `fields` go over those of its JSON."""
         assert self.held is None
-        self._begun = _now()
+        self._begun = now()
         begun, ends_at = (iso(BEGINNING + at) for at in (self._begun, self._begun + seconds))
         row = {"id": reservation_id, "kind": "session", "state": "held", "reason": None, "metadata": None}
         self.held = {**row, "held_at": begun, "ends_at": ends_at, "held_seconds": 0.0, "result": None, **fields}
@@ -82,17 +85,17 @@ class SimulatedWorker:
 
     async def answer(self, method: str, path: str, body: Any) -> tuple[int, Any]:
         """What its control port would answer."""
-        self.asked.append((f"{method} {path}", _now()))
+        self.asked.append((f"{method} {path}", now()))
         address = urlsplit(path)
         query = {name: values[0] for name, values in parse_qs(address.query).items()}
         if address.path == "/reservation":
-            until = _now() + float(query["wait"])
-            while not self.silent and self.held is None and _now() < until:  # noqa: ASYNC110  # simulated time
+            until = now() + float(query["wait"])
+            while not self.silent and self.held is None and now() < until:  # noqa: ASYNC110  # simulated time
                 await asyncio.sleep(0.1)
         if self.silent:
             raise WorkerUnreachable("no worker answers on the simulated machine")
         if address.path == "/reservation":
-            row = self.held and {**self.held, "held_seconds": _now() - self._begun}
+            row = self.held and {**self.held, "held_seconds": now() - self._begun}
             return (204, None) if row is None else (200, row)
         if address.path == "/reservations":
             rows = [row for row in (self.held, self.ended.get(query["id"])) if row and row["id"] == query["id"]]
@@ -122,7 +125,7 @@ class SimulatedWorker:
     def _extend(self, body: Any) -> tuple[int, Any]:
         if self.held is None or self.held["id"] != body["reservation_id"]:
             return 409, {"error": "it is not held"}
-        self.held["ends_at"] = iso(BEGINNING + _now() + body["seconds"])
+        self.held["ends_at"] = iso(BEGINNING + now() + body["seconds"])
         return 200, {"reservation_id": self.held["id"], "ends_at": self.held["ends_at"]}
 
 
@@ -163,5 +166,17 @@ class _Client(AsyncControlClient):
         return await self._worker.answer(method, path, None if body is None else json.loads(body))
 
 
-def _now() -> float:
+def now() -> float:
+    """The loop's time."""
     return asyncio.get_running_loop().time()
+
+
+async def first(found: AsyncGenerator[Reservation, None]) -> Reservation:
+    """The next reservation."""
+    return await found.__anext__()
+
+
+async def held(worker: SimulatedWorker, reservation_id: str = "r1", **fields: Any) -> Reservation:
+    """The one that the worker holds from now on."""
+    worker.hold(reservation_id, **fields)
+    return await first(reservations(URL))

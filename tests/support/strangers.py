@@ -11,7 +11,9 @@ Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 @contextlib.asynccontextmanager
-async def answering(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[str]:
+async def answering(
+    answer: Answer, tls: ssl.SSLContext | None = None, *, host: str = "127.0.0.1"
+) -> AsyncIterator[str]:
     """A server that gives each connection this answer, and closes it. Where it is: host and port."""
 
     answers: set[asyncio.Task[object] | None] = set()
@@ -26,8 +28,8 @@ async def answering(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncI
                 with contextlib.suppress(ConnectionError, ssl.SSLError):
                     await writer.wait_closed()
 
-    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls) as server:
-        yield f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with await asyncio.start_server(serve, host, 0, ssl=tls) as server:
+        yield f"{host}:{server.sockets[0].getsockname()[1]}"
         for task in filter(None, answers):
             task.cancel()
         await asyncio.gather(*filter(None, answers), return_exceptions=True)

@@ -119,3 +119,12 @@ async def test_an_attached_one_passes_events_on_and_ends_at_once_when_it_is_clos
         assert not connection.is_alive()
     assert changes[:2] == ["attached", "attached"]
     assert asked == 1
+
+
+async def test_it_attaches_to_the_worker_whose_address_it_was_given() -> None:
+    worker = Worker(NOT_HELD)
+    async with answering(worker.answer, host="127.0.0.2") as place:
+        connection = LivenessConnection(f"http://{place}", "r", extend="all", changed=lambda: None)
+        connection.start()
+        await asyncio.to_thread(connection.join, 10)
+    assert (connection.state, worker.asked) == ("over", ["POST /attach?reservation_id=r&extend=all"])

@@ -13,17 +13,11 @@ from typing import Any
 import pytest
 from simulated_commands import COMMAND, FOREVER, Commands, Guard
 from simulated_time import simulated
-from simulated_worker import SimulatedWorker
+from simulated_worker import URL, SimulatedWorker, now
 
 from nullworker import logs
 from nullworker.consumer import work as work_module
 from nullworker.consumer.work import Work
-
-URL = "http://127.0.0.1:18999"
-
-
-def now() -> float:
-    return asyncio.get_running_loop().time()
 
 
 @pytest.fixture
