@@ -10,7 +10,7 @@ from nullworker.client.outcome import Outcome, as_answer
 from nullworker.client.session import LIFETIME_SECONDS, FinalStatus, SavedSession, SessionEnded, WorkerSession
 from nullworker.client.vastai_sdk import STAND_IN_KEY, WAIT_SECONDS, Grant, Patience, Say, VastEndpoint, connect
 from nullworker.client.worker_http import Answer, HoldError, NoAnswer, Refused, open_http
-from nullworker.clock import SystemClock
+from nullworker.clock import SystemClock, tidy
 
 #: Seconds in which Vast must say whether a silent worker is gone.
 GONE_SECONDS: Final = 60.0
@@ -189,7 +189,11 @@ class _HeldSession:
             return self._settled(session, final)
         self._say(f"ended session {session.session_id}: {session.url} is free again")
         self._outcome.instance = session.instance
-        answer = {"released": "duration_elapsed", "duration": self._duration, "reason": "duration_elapsed"}
+        answer = {"released": "duration_elapsed", "duration": tidy(self._duration or 0.0)}
+        answer |= {
+            "state": "expired",
+            "reason": "duration_elapsed",
+        }  # as for a request; the worker calls it session_end
         return self._outcome.beside(answer, final)
 
     def _left(self) -> float | None:

@@ -84,7 +84,12 @@ async def test_the_exit_code_tells_how_it_went(
                 await worker.release(result=result)
             assert await caller.exit_code() == code
         if not isinstance(result, dict):
-            assert answer(tmp_path)["released"] == "duration_elapsed"
+            told = answer(tmp_path)
+            assert (told["released"], told["state"], told["reason"]) == (
+                "duration_elapsed",
+                "expired",
+                "duration_elapsed",
+            )
 
 
 async def test_a_cap_is_said_at_once(vast: FakeAutoscaler, worker: WorkerProcess, tmp_path: Path) -> None:
