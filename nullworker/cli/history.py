@@ -16,7 +16,7 @@ import click
 
 from nullworker.cli.options import with_control
 from nullworker.cli.read_logs import Query, ReadLog, events_to_come, opened
-from nullworker.cli.words import clock_time, duration, fit, job_name, width
+from nullworker.cli.words import clock_time, duration, fit, job_name, padded, width
 from nullworker.clock import SystemClock, from_shown, iso
 from nullworker.control_client import ControlClient
 from nullworker.fsm.table import EVENT_KINDS, STATES
@@ -254,8 +254,8 @@ class _Printer:
                 )
 
     def _line(self, cells: Sequence[str]) -> str:
-        padded = (cell.ljust(column.width) for cell, column in zip(cells, self._columns, strict=True))
-        return "  ".join(padded).rstrip()
+        filled = (padded(cell, column.width) for cell, column in zip(cells, self._columns, strict=True))
+        return "  ".join(filled).rstrip()
 
 
 def _or_dash(value: Any) -> Any:

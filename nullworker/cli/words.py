@@ -5,11 +5,13 @@ The width is 80 columns if the terminal does not say otherwise.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import sys
 import textwrap
+import unicodedata
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -47,9 +49,28 @@ def duration(seconds: float) -> str:
     return f"{hours}h{minutes:02d}m" if hours < 100 else f"{hours // 24}d{hours % 24:02d}h"
 
 
+def columns_of(text: str) -> int:
+    """Columns of a terminal that a text takes: two for a wide character (Chinese, emoji), none for an accent."""
+    return len(text) if text.isascii() else sum(map(_columns_of_character, text))
+
+
+def _columns_of_character(character: str) -> int:
+    if unicodedata.category(character) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in ("W", "F") else 1
+
+
 def fit(text: str, columns: int) -> str:
     """A text in so many columns, cut with an ellipsis."""
-    return text if len(text) <= columns else text[: max(columns - 1, 0)] + "\N{HORIZONTAL ELLIPSIS}"
+    if columns_of(text) <= columns:
+        return text
+    ends = itertools.accumulate(map(_columns_of_character, text))
+    return text[: sum(end < columns for end in ends)] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def padded(text: str, columns: int) -> str:
+    """A text and as many spaces as it takes to fill so many columns."""
+    return text + " " * (columns - columns_of(text))
 
 
 def folded(text: str, indent: int) -> list[str]:

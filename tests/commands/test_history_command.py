@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sqlite3
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from harness import WorkerProcess
 from programs import Program, answered, caller, free_port, nullworker, run, until
 
 from nullworker.cli.commands import cli
+from nullworker.cli.words import columns_of, fit, padded
 from nullworker.eventlog import queries
 from nullworker.eventlog.opening import open_log
 from nullworker.fsm.events import Ended, Event, Extended, Held, Queued
@@ -230,6 +232,34 @@ async def test_the_tables_fit_their_terminal_and_name_the_job(tmp_path: Path) ->
     assert await nullworker("history", *log) == TABLE
     assert await nullworker("history", *log, COLUMNS="130") == WIDE_TABLE
     assert await nullworker("events", *log) == EVENTS
+
+
+async def test_a_table_of_wide_characters_fits_too(tmp_path: Path) -> None:
+    job = Queued("request", 60.0, NOON, metadata={"job": "日本語" * 20})
+    with contextlib.closing(open_log(tmp_path / "log.db")) as log:
+        log.append([(1, Event(NOON, "a" * 16, "queued", None, job))])
+    for command in ("history", "events"):
+        row = (await nullworker(command, "--log", str(tmp_path / "log.db"))).splitlines()[1]
+        (cut,) = re.findall("job=[日本語]+…", row)
+        assert len(row) + len(cut) - len("job=…") in (79, 80)
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "cut"),
+    [
+        ("abcde", 5, "abcde"),
+        ("abcdef", 5, "abcd…"),
+        ("日本語", 6, "日本語"),
+        ("日本語", 5, "日本…"),
+        ("日本語", 4, "日…"),
+        ("e\u0301e\u0301e\u0301", 3, "e\u0301e\u0301e\u0301"),
+        ("e\u0301e\u0301e\u0301e\u0301", 3, "e\u0301e\u0301…"),
+    ],
+)
+def test_a_cell_is_cut_and_filled_by_the_columns_that_a_terminal_gives_it(text: str, columns: int, cut: str) -> None:
+    assert fit(text, columns) == cut
+    assert padded(cut, 8) == cut + " " * (8 - columns_of(cut))
+    assert columns_of(padded(cut, 8)) == 8
 
 
 async def test_a_job_is_found_by_its_metadata(tmp_path: Path) -> None:
