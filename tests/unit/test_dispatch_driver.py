@@ -67,6 +67,22 @@ def test_a_worker_that_refuses_for_good_is_asked_again_for_a_lifetime_after_the_
     play(monkeypatch, scene)
 
 
+def test_a_silent_worker_without_a_consumer_counts_as_held_until_a_lifetime_after_its_last_renewal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs, world.attaches = [5000.0], False
+        async with dispatching(world, tmp_path, limits=FREE, terms=Terms(lifetime=90.0, attach=0.0)) as dispatcher:
+            await until(lambda: dispatcher.book.in_state("held"), 10)
+            await asyncio.sleep(1000)
+            world.unreachable = {world.url(1)}
+            await until(lambda: rows(tmp_path, "SELECT 1 FROM claims WHERE reason = 'lost'"), 200)
+        ((seconds,),) = rows(tmp_path, "SELECT held_seconds FROM claims WHERE reason = 'lost'")
+        assert 1000 - 30 + 90 <= seconds <= 1000 + 90 + 1
+
+    play(monkeypatch, scene)
+
+
 def test_after_a_restart_a_worker_that_refuses_has_a_lifetime_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -111,7 +111,7 @@ def test_a_limit_of_dollars_says_when_it_will_open_again_and_machines_that_cost_
 def test_a_limit_that_is_reached_in_the_middle_opens_nothing_until_the_day_has_moved_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"limits": Limits(hours=2.0, price=1.0), "policy": Policy(4, interval=300.0)}
+    options: dict[str, Any] = {"limits": Limits(hours=2.1, price=1.0), "policy": Policy(4, interval=300.0)}
 
     async def scene(world: World) -> None:
         world.jobs = [1800.0] * 10
