@@ -90,6 +90,7 @@ async def _serve(settings: Settings) -> int:
 
 def _build(settings: Settings, stack: contextlib.AsyncExitStack) -> Worker:
     event_log = stack.enter_context(contextlib.closing(open_log(settings.event_log, sync=settings.null_log_sync)))
+    aio.on_signals(lambda number: None)  # one that comes from here on is processed by the handler of `start`
     worker = Worker(event_log, stack.enter_context(Ports(settings)))
     stack.push_async_callback(worker.stop)
     return worker

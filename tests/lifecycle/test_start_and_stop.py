@@ -315,6 +315,22 @@ async def test_a_drain_cancels_the_queue_and_refuses_new_claims(worker: WorkerPr
     assert await vast.wait_for(lambda: vast.statuses[-1]["cur_load"] == 0)
 
 
+async def test_a_signal_as_soon_as_the_ports_are_open_is_a_stop_in_order(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, nullworker.http.ports as ports\n"
+        "opened = ports.Ports.__init__\n"
+        "def stopped_at_once(self, settings):\n"
+        "    opened(self, settings)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "ports.Ports.__init__ = stopped_at_once\n"
+    )
+    worker = WorkerProcess(tmp_path)
+    worker.env["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    await worker.spawn()
+    assert await worker.exit_code() == 0
+    assert [line["event"] for line in worker.lines][-1] == "worker_stopped"
+
+
 async def test_a_terminal_that_is_closed_is_a_stop_in_order(tmp_path: Path, vast: FakeAutoscaler) -> None:
     with inherited(signal.SIG_DFL):
         async with secured(tmp_path, vast) as worker:
