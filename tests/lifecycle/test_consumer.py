@@ -358,5 +358,7 @@ async def test_the_health_endpoint_says_what_is_wrong() -> None:
             assert (answer.status, await answer.json()) == (200, {"status": "ok"})
             assert answer.content_length == len(await answer.read())
         trouble[0] = "the queue is away"
-        async with http.get(f"http://127.0.0.1:{port}/health") as answer:
+        async with http.get(f"http://127.0.0.1:{port}/health?from=worker") as answer:
             assert (answer.status, await answer.json()) == (503, {"status": "error", "why": "the queue is away"})
+        async with http.get(f"http://127.0.0.1:{port}/status") as answer:
+            assert answer.status == 404

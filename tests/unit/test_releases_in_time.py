@@ -124,6 +124,30 @@ async def test_a_stop_while_a_release_is_tried_is_heard_when_that_is_over(worker
 
 
 @simulated
+async def test_a_stop_is_one_also_when_the_body_looks_for_itself_whether_it_is_gone(worker: SimulatedWorker) -> None:
+    seen: list[int] = []
+
+    async def consumer() -> None:
+        async for reservation in reservations(URL, cancel=False):
+            try:
+                async with reservation:
+                    await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                # from Python 3.11 on cancellations are counted: this one is not over
+                seen.append(getattr(asyncio.current_task(), "cancelling", lambda: 1)())
+                raise
+
+    worker.hold("r1")
+    task = asyncio.ensure_future(consumer())
+    await asyncio.sleep(1)
+    worker.end("expired", "duration_elapsed")
+    await asyncio.sleep(1)
+    task.cancel()
+    await asyncio.wait({task})
+    assert (task.cancelled(), seen) == (True, [1])
+
+
+@simulated
 async def test_what_a_body_raises_that_is_gone_is_raised(worker: SimulatedWorker) -> None:
     reservation = await held(worker)
     with pytest.raises(ValueError, match="in the clean-up"):  # noqa: PT012
