@@ -108,6 +108,24 @@ def test_a_limit_of_dollars_says_when_it_will_open_again_and_machines_that_cost_
     assert (room(T, [], 3, Limits(dollars=1.0), lifetime=360.0, price=0.0).opens or 0) > 1000
 
 
+def test_the_limit_that_is_exceeded_is_told_where_the_other_one_has_no_room_either() -> None:
+    hold = HeldTime(T - 0.95 * HOUR, None, 10.0)
+    left = room(T, [hold], 0, Limits(hours=1, dollars=5), lifetime=300, price=10.0)
+    assert (left.reached, left.over) == ("dollars", True)
+    left = room(T, [hold], 0, Limits(hours=0.9, dollars=10), lifetime=300, price=10.0)
+    assert (left.reached, left.over) == ("hours", True)
+
+
+def test_what_fits_to_the_second_fits() -> None:
+    hold = HeldTime(T - HOUR, 360.0, 1.0)
+    for limits in (Limits(hours=0.3), Limits(dollars=0.3)):  # (0.3 - 0.1) / 0.1 is less than 2 for a computer
+        assert room(T, [hold], 0, limits, lifetime=360, price=1.0).opens == 2
+    for limits in (Limits(hours=1), Limits(dollars=1)):
+        left = room(T, [hold], 0, limits, lifetime=HOUR, price=1.0)
+        assert (left.opens, left.over, left.never) == (0, False, False)
+        assert left.again_at == pytest.approx(T - HOUR + 360 + DAY_SECONDS, abs=1.0)
+
+
 def test_a_limit_that_is_reached_in_the_middle_opens_nothing_until_the_day_has_moved_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
