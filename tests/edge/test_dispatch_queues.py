@@ -24,16 +24,26 @@ from nullworker.dispatch.decision import Counts
 from nullworker.dispatch.queues import local
 from nullworker.dispatch.queues.local import CommandQueue
 from nullworker.dispatch.queues.opening import open_queue
-from nullworker.dispatch.queues.reading import QueueUnreadableError, in_words, look
+from nullworker.dispatch.queues.reading import Queue, QueueUnreadableError, in_words, look
 from nullworker.errors import BadSettings
 
 
+def connections(queue: Queue) -> dict[str, Any]:
+    return {name: value for name, value in vars(queue).items() if name in ("_client", "_connection", "_http")}
+
+
 async def once(url: str, seconds: float = PATIENCE) -> Counts:
+    """Its counts. A second look must use the same connections, and the end of the dispatcher closes them."""
     queue = open_queue(url)
     try:
-        return await look(queue, seconds)
+        counts = await look(queue, seconds)
+        before = connections(queue)
+        await look(queue, seconds)
+        assert all(connections(queue)[name] is value for name, value in before.items())
+        return counts
     finally:
         await queue.close()
+        assert not any(connections(queue).values())
 
 
 @pytest.fixture(scope="module")
