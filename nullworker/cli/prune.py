@@ -51,8 +51,9 @@ def _age(_: click.Context, __: click.Parameter, text: str) -> float:
 def prune(keep: float, *, dry_run: bool, as_json: bool, path: str | None) -> None:
     """Remove the reservations that ended more than AGE ago, with all their events, in one transaction.
 
-    Live reservations stay, and so do those that the autoscaler has not acknowledged or whose callback is pending. The
-    worker must not be running; with NULL_LOG_KEEP, a running worker prunes its log daily.
+    Live reservations stay, and so do those that the autoscaler has not acknowledged, that were not yet sent to the sink
+    (NULL_SINK), or whose callback is pending. The worker must not be running; with NULL_LOG_KEEP, a running worker
+    prunes its log daily.
 
     \b
     Example:
@@ -111,7 +112,8 @@ def _sentence(summary: dict[str, Any]) -> str:
         "" if summary["dry_run"] else f", now {summary['bytes'] / 1e6:.1f} MB"
     )
     kept = (
-        f"; {summary['kept']} more are kept: not acknowledged, a callback is pending, or the last of the log"
+        f"; {summary['kept']} more are kept: not acknowledged, not sent to the sink, a callback is pending, or the "
+        "last of the log"
         if summary["kept"]
         else ""
     )

@@ -52,6 +52,18 @@ async def test_the_command_removes_what_is_old_and_gives_the_space_back(path: Pa
     assert "0 reservations that ended before" in await nullworker("prune", "--keep", "5m", NULL_EVENT_LOG=str(path))
 
 
+async def test_the_command_keeps_what_the_sink_has_not_got_and_says_so(path: Path) -> None:
+    long_history(path, 3)
+    with contextlib.closing(open_log(path)) as log:
+        log.set_sink("https://fleet.example.com/events")
+    said = await nullworker("prune", "--keep", "30d", NULL_EVENT_LOG=str(path))
+    assert "0 reservations that ended before" in said
+    assert "3 more are kept: not acknowledged, not sent to the sink" in said
+    with contextlib.closing(open_log(path)) as log:
+        log.set_sink(None)
+    assert (await ask("--keep", "30d", "--log", str(path)))["reservations"] == 3
+
+
 async def test_the_command_leaves_the_log_of_a_running_worker_alone(tmp_path: Path) -> None:
     long_history(tmp_path / "nullworker.db", 3)
     async with WorkerProcess(tmp_path) as worker:
