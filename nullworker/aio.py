@@ -99,14 +99,17 @@ class Interrupted(Exception):
 
 
 async def run_until_signalled(
-    work: Coroutine[Any, Any, T], signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGINT)
+    work: Coroutine[Any, Any, T],
+    signals: Iterable[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+    *,
+    before: Iterable[signal.Signals] = (),
 ) -> T:
-    """Await `work`; each signal cancels it.
+    """Await `work`; each signal cancels it. `before`: those that have come already.
 
     Raises:
         Interrupted: a signal came, and `work` ended by cancellation.
     """
-    received: list[signal.Signals] = []
+    received = list(before)
     task = asyncio.ensure_future(work)
 
     def stop(number: signal.Signals) -> None:
@@ -114,6 +117,8 @@ async def run_until_signalled(
         task.cancel()
 
     on_signals(stop, signals)
+    if received:
+        task.cancel()
     try:
         return await task
     except asyncio.CancelledError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import click
 
 from nullworker import logs
-from nullworker.aio import Interrupted, run_until_signalled
+from nullworker.aio import Interrupted, on_signals, run_until_signalled
 from nullworker.cli.options import COST, SECONDS, Number, Seconds, json_object, log_format, log_level
 from nullworker.client.vastai_sdk import STAND_IN_KEY
 from nullworker.clock import SystemClock
@@ -229,6 +230,8 @@ async def _run(plan: Plan, queue: Queue, vast: Vast, ledger: Ledger, clock: Syst
     from nullworker.http.sockets import listen, raise_fd_limit
 
     log = logs.get_log(__name__)
+    early: list[signal.Signals] = []  # signals that come after the port is open and before the dispatcher runs
+    on_signals(early.append, (signal.SIGTERM, signal.SIGINT))
     raise_fd_limit()  # each session has a connection of its own, and the usual limit is 1024
     listener = listen(port, host="127.0.0.1", variable="--port")
     async with running(plan, queue, vast, ledger, clock) as dispatcher:
@@ -244,7 +247,7 @@ async def _run(plan: Plan, queue: Queue, vast: Vast, ledger: Ledger, clock: Syst
             open_claims=len(dispatcher.book.claims),
         )
         try:
-            await run_until_signalled(dispatcher.run())
+            await run_until_signalled(dispatcher.run(), before=early)
         except Interrupted as interrupted:
             held = len(dispatcher.book.in_state("held"))
             log.info("dispatcher_stopped", signal=interrupted.signal.name, held=held, message="sessions stay held")

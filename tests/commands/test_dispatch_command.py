@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 from dispatching import Dispatch, fleet
-from harness import PATIENCE, anew
+from harness import PATIENCE, ROOT, anew
 from programs import Program, free_port, nullworker, run
 
 from nullworker.testing import FakeAutoscaler
@@ -78,6 +78,23 @@ async def test_a_killed_dispatcher_goes_on_and_sigterm_leaves_what_is_held(tmp_p
         assert len(held) == 6
         with jobs.opened() as conn:
             assert conn.execute("SELECT DISTINCT runs FROM jobs").fetchall() == [(1,)]
+
+
+async def test_a_signal_as_soon_as_the_port_is_open_is_a_stop_in_order(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, nullworker.http.sockets as sockets\n"
+        "listen = sockets.listen\n"
+        "def stopped_at_once(*arguments, **named):\n"
+        "    listener = listen(*arguments, **named)\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return listener\n"
+        "sockets.listen = stopped_at_once\n"
+    )
+    queue = ("--command", "echo 0 0", "--max", "1")
+    dispatch = Dispatch(tmp_path, "http://127.0.0.1:1", *queue, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    await dispatch.spawn()
+    assert await dispatch.exit_code() == 0
+    assert dispatch.lines[-1]["event"] == "dispatcher_stopped"
 
 
 async def test_end_all_ends_what_is_held_and_a_second_dispatcher_is_refused(tmp_path: Path) -> None:
