@@ -54,14 +54,13 @@ async def run_process(function: Callable[..., _T], args: tuple[Any, ...], *, kil
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_call, args=(theirs, os.getpid(), function, args), daemon=False)
-    guard = OrphanGuard(signal.SIGKILL)
-    try:
-        process.start()
-        theirs.close()
+    with ours, contextlib.closing(OrphanGuard(signal.SIGKILL)) as guard:
+        with theirs:
+            process.start()
         assert process.pid is not None
         guard.hold(process.pid)
-        await _readable(ours.fileno())
         try:
+            await _readable(ours.fileno())
             good, value = await asyncio.shield(asyncio.wrap_future(start_thread(_receive, (ours,))))
         except EOFError:
             await _readable(process.sentinel)
@@ -69,18 +68,14 @@ async def run_process(function: Callable[..., _T], args: tuple[Any, ...], *, kil
             raise ChildDied(
                 f"the process of {_name(function)} has ended: {how_it_ended(process.exitcode or 0)}"
             ) from None
-        if not good:
-            raise value
-        return value  # type: ignore[no-any-return]  # what the function returned
-    finally:
-        ours.close()
-        try:
-            if process.pid is not None:
+        finally:
+            try:
                 await _end(process, kill_after)
-        finally:  # when cancelled once more, the group has ended too
-            if process.pid is not None:
+            finally:  # when cancelled once more, the group has ended too
                 guard.forget(process.pid)
-            guard.close()
+    if not good:
+        raise value
+    return value  # type: ignore[no-any-return]  # what the function returned
 
 
 async def _end(process: Any, kill_after: float) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pickle
 import signal
 import threading
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 
@@ -16,7 +18,8 @@ import pytest
 from harness import PATIENCE, WorkerProcess
 from programs import answered, caller, until
 
-from nullworker.consumer import ChildDied, Reservation, current, health_endpoint, reservations
+from nullworker.consumer import ChildDied, Reservation, blocking, current, health_endpoint, reservations
+from nullworker.processes import OrphanGuard
 
 
 @pytest.fixture
@@ -42,6 +45,36 @@ async def test_what_a_process_returns_or_raises_comes_back(worker: WorkerProcess
                 await reservation.run_process(blocking_jobs.unpicklable)
         assert reservation.released
         await found.aclose()
+
+
+async def test_a_function_that_cannot_be_sent_to_a_process_is_refused_with_its_own_error() -> None:
+    with pytest.raises((AttributeError, pickle.PicklingError), match="lambda"):
+        await blocking.run_process(lambda: None, (), kill_after=1.0)
+
+
+async def test_a_process_is_in_the_care_of_a_guard_for_as_long_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no longer: afterwards its number may be another's."""
+    calls: list[str] = []
+
+    class Guard(OrphanGuard):
+        def hold(self, group: int) -> None:
+            calls.append("hold")
+            super().hold(group)
+
+        def forget(self, group: int) -> None:
+            calls.append("forget")
+            assert not psutil.pid_exists(group)
+            super().forget(group)
+
+        def close(self) -> None:
+            calls.append("close")
+            super().close()
+
+    monkeypatch.setattr(blocking, "OrphanGuard", Guard)
+    assert await blocking.run_process(blocking_jobs.double, (21,), kill_after=1.0) == 42
+    with pytest.raises(ValueError, match="no such page"):
+        await blocking.run_process(blocking_jobs.raise_value_error, (), kill_after=1.0)
+    assert calls == ["hold", "forget", "close"] * 2
 
 
 @pytest.mark.parametrize("stubborn", [False, True], ids=["at_sigterm", "at_sigkill"])
@@ -77,6 +110,15 @@ async def test_a_process_is_killed_at_once_when_its_body_is_cancelled_again(work
             assert job.cancelled()
         assert not [pid for pid in map(int, file.read_text().split()) if psutil.pid_exists(pid)]
         await found.aclose()
+
+
+async def test_a_process_that_has_only_just_been_started_hears_sigterm_too() -> None:
+    """It has no group of its own yet."""
+    job = asyncio.ensure_future(blocking.run_process(time.sleep, (1000,), kill_after=1000.0))
+    await asyncio.sleep(0)
+    job.cancel()
+    await asyncio.wait([job], timeout=PATIENCE)
+    assert job.cancelled()
 
 
 async def test_a_cancellation_after_the_result_while_a_child_is_ended_is_heard(worker: WorkerProcess) -> None:
