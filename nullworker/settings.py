@@ -127,6 +127,13 @@ def _read_sink(text: str) -> str:
     return text
 
 
+def read_token(text: str) -> str:
+    """A token, which goes into a header. ValueError: it cannot."""
+    if not text.isprintable():
+        raise ValueError(text)
+    return text
+
+
 def _read_urls(text: str) -> tuple[str, ...]:
     urls = tuple(_read_url(part.strip()).rstrip("/") for part in text.split(",") if part.strip())
     urls = tuple(url for url in urls if url != OLD_API)
@@ -149,6 +156,7 @@ def read_seconds(text: str) -> float:
 
 
 _TEXT = Kind(str, "any text", "TEXT")
+_TOKEN = Kind(read_token, "printable text in one line", "TEXT")
 _BOOL = Kind(_read_bool, "true or false", "[true|false]", words=("true", "false"))
 _URL = Kind(_read_url, "an absolute http or https URL", "URL")
 _SINK = Kind(
@@ -202,7 +210,7 @@ class Settings:
     null_sink: str | None = _setting(
         None, _SINK, "URL to which every event is POSTed, such as that of `nullworker collect`; unset: none"
     )
-    null_sink_token: str | None = _setting(None, _TEXT, "bearer token sent to the sink")
+    null_sink_token: str | None = _setting(None, _TOKEN, "bearer token sent to the sink")
     null_sink_format: str = _setting(
         "cloudevents",
         _choice("cloudevents", "ndjson"),
@@ -258,7 +266,7 @@ class Settings:
         None, _TEXT, "address of a further port that serves only /metrics; needs NULL_METRICS_PORT"
     )
     null_metrics_port: int | None = _setting(None, _PORT, "number of that port; 0: any free one")
-    null_metrics_token: str | None = _setting(None, _TEXT, "bearer token required on that port; unset: none")
+    null_metrics_token: str | None = _setting(None, _TOKEN, "bearer token required on that port; unset: none")
     null_log_format: str = _setting("console", _choice("console", "json"), "format of the log lines on stderr")
     null_log_level: str = _setting(
         "info", _choice("debug", "info", "warning", "error"), "lowest level of the log lines shown"

@@ -13,6 +13,7 @@ from nullworker import logs
 from nullworker.cli.options import Seconds, log_format
 from nullworker.collector.server import Options, serve
 from nullworker.errors import BadSettings
+from nullworker.settings import read_token
 
 
 def _prices(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> tuple[float | None, dict[str, float]]:
@@ -109,7 +110,10 @@ def collect(
       nullworker collect --db fleet.db --price 0.40
     """
     loopback = _is_loopback(host)
-    token = (token or "").strip() or None
+    try:
+        token = read_token((token or "").strip()) or None
+    except ValueError:
+        raise BadSettings("--token (NULL_COLLECT_TOKEN) must be printable text in one line") from None
     if token is None and (public or not loopback):
         why = "--public" if public else f"--host {host}"
         raise BadSettings(f"{why} needs a token, or anybody could write into {db}: set NULL_COLLECT_TOKEN")

@@ -34,7 +34,7 @@ from nullworker.errors import (
 from nullworker.eventlog.cloudevents import BATCH_TYPE, KEY_HEADER
 from nullworker.http.control import local_only
 from nullworker.http.page import add_page
-from nullworker.http.responses import json_response, make_app, same_secret
+from nullworker.http.responses import is_bearer, json_response, make_app
 from nullworker.http.server import Server
 from nullworker.http.sockets import listen, raise_fd_limit, shares
 from nullworker.logs import get_log
@@ -102,9 +102,7 @@ class Collector:
 
     async def events(self, request: web.Request) -> web.Response:
         """POST /events: a batch of CloudEvents. 200 when it is on disk, whole."""
-        if self._token is not None and not same_secret(
-            request.headers.get("Authorization", ""), f"Bearer {self._token}"
-        ):
+        if self._token is not None and not is_bearer(request, self._token):
             raise Unauthorized("the bearer token is not the collector's", reason="token")
         if request.headers.get("Content-Encoding", "identity") != "identity":
             raise UnsupportedMedia("a compressed body is not supported")

@@ -22,7 +22,7 @@ from nullworker.http.auth import Authenticator
 from nullworker.http.control import ControlHandlers, control_app
 from nullworker.http.ended import EndedClaims
 from nullworker.http.external import ExternalHandlers, external_app, session_end_app
-from nullworker.http.responses import make_app, same_secret
+from nullworker.http.responses import is_bearer, make_app
 from nullworker.http.server import Server
 from nullworker.http.sessions import SessionHandlers
 from nullworker.http.sockets import listen, raise_fd_limit, shares, tls
@@ -199,8 +199,7 @@ async def _serve_metrics_late(settings: Settings, app: web.Application) -> None:
 
 def _metrics_app(exporter: Exporter, token: str | None) -> web.Application:
     def guard(request: web.BaseRequest) -> None:
-        given = request.headers.get("Authorization", "")
-        if token and not same_secret(given, f"Bearer {token}"):
+        if token and not is_bearer(request, token):
             raise Unauthorized("the token is not NULL_METRICS_TOKEN", reason="token")
 
     app = make_app("metrics", exporter, guard=guard)

@@ -128,6 +128,12 @@ def _http_error(request: web.BaseRequest, error: web.HTTPException) -> web.Respo
     return json_response({"error": error.reason}, error.status)
 
 
+def is_bearer(request: web.BaseRequest, token: str) -> bool:
+    """Whether a request has this bearer token; the scheme is the same in capitals and in small letters (RFC 9110)."""
+    scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+    return same_secret(given, token) and scheme.lower() == "bearer"
+
+
 def same_secret(given: str, ours: str) -> bool:
     """Compare a header with our secret in constant time; a header may hold any bytes (PEP 383)."""
     return hmac.compare_digest(given.encode(errors="surrogateescape"), ours.encode())

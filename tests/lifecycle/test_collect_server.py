@@ -68,6 +68,8 @@ async def test_token_and_key_are_asked_for(tmp_path: Path) -> None:
         batch = [event(SOURCE, 1, "queued", "r1", wall())]
         for token in (None, "", "wrong", TOKEN + "x"):
             assert (await collector.send(batch, token=token)).status == 401
+        for authorization, status in ((TOKEN, 401), (f"Basic {TOKEN}", 401), (f"bearer {TOKEN}", 200)):
+            assert (await collector.send(batch, Authorization=authorization)).status == status
         assert (await collector.send(batch, token=TOKEN)).status == 200
         forged = [event("nullworker/8/cd34", 1, "queued", "r9", wall()), event(SOURCE, 2, "held", "r1", wall())]
         answer = await collector.send(forged, token=TOKEN, key="of another worker")
@@ -76,7 +78,7 @@ async def test_token_and_key_are_asked_for(tmp_path: Path) -> None:
             (SOURCE, 1)
         ]
         _, metrics = await get(f"{collector.url}/metrics")
-        assert 'nullworker_collect_auth_failures_total{reason="token"} 4.0' in metrics
+        assert 'nullworker_collect_auth_failures_total{reason="token"} 6.0' in metrics
         assert 'nullworker_collect_auth_failures_total{reason="key"} 1.0' in metrics
         assert TOKEN not in json.dumps(collector.lines)
     assert TOKEN.encode() not in collector.db.read_bytes()
@@ -108,7 +110,7 @@ async def test_what_others_can_reach_needs_a_token(tmp_path: Path) -> None:
     [(("--price", "x"), "dollars an hour"), (("--price", "=1"), "dollars an hour"), (("--price", "a=-1"), "dollars"),
      (("--price", "nan"), "dollars an hour"), (("--keep", "soon"), "not a number of seconds"),
      (("--keep", "0"), "more than 0"), (("--silence", "-1"), "more than 0"), (("--silence", "0"), "more than 0"),
-     (("--port", "70000"), "--port")],
+     (("--token", "a\nb"), "printable text in one line"), (("--port", "70000"), "--port")],
 )  # fmt: skip
 async def test_wrong_options_are_named(tmp_path: Path, options: tuple[str, ...], words: str) -> None:
     said = await nullworker("collect", "--db", str(tmp_path / "f.db"), *options, code=2)

@@ -303,6 +303,15 @@ def test_a_sink_is_https_or_near(url: str) -> None:
     assert read_settings({**STANDALONE, "NULL_SINK": url}).null_sink == url
 
 
+@pytest.mark.parametrize("name", ["NULL_SINK_TOKEN", "NULL_METRICS_TOKEN"])
+def test_a_token_is_one_line_and_is_not_shown(name: str) -> None:
+    with pytest.raises(
+        BadSettings, match=f"{name}=.* is not allowed: it must be printable text in one line"
+    ) as refusal:
+        read_settings({**STANDALONE, name: "passw0rd\nof two lines"})
+    assert "passw0rd" not in str(refusal.value)
+
+
 def test_a_sink_takes_one_kind_of_credentials() -> None:
     with pytest.raises(BadSettings, match="unset one") as refusal:
         read_settings({**STANDALONE, "NULL_SINK": "https://user:passw0rd@example.com", "NULL_SINK_TOKEN": "t0ken"})
