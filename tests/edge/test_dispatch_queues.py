@@ -261,6 +261,11 @@ async def test_an_sqlite_query_that_gives_no_numbers_is_said(database: Path, que
         await once(f"sqlite:///{database}?query={query}")
 
 
+async def test_an_sqlite_query_may_take_a_while(database: Path) -> None:
+    rows = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i %2B 1 FROM n LIMIT 100000) SELECT count(*) FROM n"
+    assert await once(f"sqlite:///{database}?query={rows}") == Counts(100_000, None)
+
+
 async def test_an_sqlite_query_without_an_end_is_given_up(database: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "READ_SECONDS", 0.3)
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i %2B 1 FROM n) SELECT count(*) FROM n"
@@ -364,6 +369,15 @@ async def test_a_server_that_never_answers_is_given_up() -> None:
 def test_a_url_that_is_none_says_what_is_missing(url: str, said: str) -> None:
     with pytest.raises(BadSettings, match=said):
         open_queue(url)
+
+
+@pytest.mark.parametrize("url", ["redis://h", "nats://h", "amqp://h", "sqs://h", "sqlite:///f"])
+def test_the_example_for_a_url_that_lacks_something_is_one_that_works(url: str) -> None:
+    with pytest.raises(BadSettings) as refused:
+        open_queue(url)
+    _, _, examples = str(refused.value).partition(", as in ")
+    for example in examples.split(" or "):
+        open_queue(example)
 
 
 def test_no_password_is_in_what_is_shown() -> None:

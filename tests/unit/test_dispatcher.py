@@ -352,6 +352,26 @@ def test_the_status_and_the_log_tell_a_claims_life(monkeypatch: pytest.MonkeyPat
     play(monkeypatch, scene)
 
 
+def test_a_hold_without_a_known_price_costs_hours_and_no_dollars(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs = [300.0]
+        async with dispatching(world, tmp_path) as dispatcher:
+            exporter = Exporter(dispatcher)
+            await asyncio.sleep(200)
+            seen = scraped(exporter)
+            assert float(seen["hold_seconds_total"]) == pytest.approx(200, abs=6)
+            assert seen["dollars_total"] == "0.0"
+            await until(lambda: world.done == 1, 200)
+            await asyncio.sleep(30)
+            seen = scraped(exporter)
+            assert float(seen["hold_seconds_total"]) == pytest.approx(300, abs=15)
+            assert seen["dollars_total"] == "0.0"
+
+    play(monkeypatch, scene)
+
+
 def scraped(exporter: Exporter) -> dict[str, str]:
     text = generate_latest(exporter.registry).decode()
     samples = (line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("nullworker_dispatch_"))
@@ -365,6 +385,7 @@ def test_the_metrics_of_a_hold_before_in_and_after_it(monkeypatch: pytest.Monkey
             before = scraped(Exporter(dispatcher))
             for name in ("queue_waiting", "queue_in_flight", "desired"):
                 assert before[name] == "NaN"
+            assert before["paused"] == before["foreign"] == before["stalled"] == "0.0"
             assert (before["last_poll_timestamp_seconds"], before["hold_seconds_total"]) == ("0.0", "0.0")
         async with dispatching(world, tmp_path, limits=Limits(price=2.0)) as dispatcher:
             exporter = Exporter(dispatcher)
