@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from typing import Any
 
 import pytest
@@ -128,3 +129,21 @@ async def test_it_attaches_to_the_worker_whose_address_it_was_given() -> None:
         connection.start()
         await asyncio.to_thread(connection.join, 10)
     assert (connection.state, worker.asked) == ("over", ["POST /attach?reservation_id=r&extend=all"])
+
+
+async def test_a_close_in_the_moment_before_it_attaches_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would be attached to what is released, with nobody left who ends it."""
+    worker = Worker(ATTACHED)
+    async with answering(worker.answer) as place:
+        connection = LivenessConnection(f"http://{place}", "r", extend="1", changed=lambda: None)
+        keep = liveness.keep_from_children
+
+        def keep_and_close(sock: socket.socket) -> None:
+            keep(sock)
+            connection.close()
+
+        monkeypatch.setattr(liveness, "keep_from_children", keep_and_close)
+        connection.start()
+        await asyncio.to_thread(connection.join, 10)
+        assert not connection.is_alive()
+    assert (worker.asked, liveness._own) == ([], set())
