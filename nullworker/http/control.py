@@ -45,7 +45,7 @@ class ReleaseBody(msgspec.Struct):
 
     reservation_id: str | None = None
     result: Any | UnsetType = UNSET
-    reason: str = "explicit"
+    reason: str | None = None
 
 
 class ExtendBody(msgspec.Struct):
@@ -70,7 +70,8 @@ class ControlHandlers:
         """POST /release: the consumer is done."""
         body = await read_body(request)
         payload = decode(body, ReleaseBody) if body.strip() else ReleaseBody()
-        if payload.reason not in ("explicit", "consumer_exit"):
+        reason = "explicit" if payload.reason is None else payload.reason
+        if reason not in ("explicit", "consumer_exit"):
             raise Invalid("reason is wrong", reason="must be explicit or consumer_exit")
         if payload.result is not UNSET and (why := unfit(payload.result, MAX_RESULT_BYTES)):
             raise Invalid(f"result {why}", result=why)
@@ -80,7 +81,7 @@ class ControlHandlers:
         if held is None:
             self._exporter.releases.labels("none").inc()
             return json_response({"released": False, "reason": "no active reservation"})
-        self._service.release(held.id, reason=payload.reason, result=payload.result)
+        self._service.release(held.id, reason=reason, result=payload.result)
         self._exporter.releases.labels("released").inc()
         plain = payload.reservation_id is None and payload.result is UNSET
         return json_response({"released": True} if plain else {"released": True, "reservation_id": held.id})

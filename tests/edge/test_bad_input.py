@@ -162,6 +162,7 @@ async def test_invalid_bodies_of_the_control_port(worker: WorkerProcess, vast: F
     not_json = tuple(case for case in NOT_JSON if case.body.strip())  # an empty body is a plain release
     cases = (
         Case(b'{"reservation_id": 5}', 422, ("reservation_id",)),
+        Case(b'{"reason": ""}', 422, ("reason",)),
         Case(b'{"result": NaN}', 422, ("result",)),
         Case(b'{"result": "%s"}' % (b"x" * 64 * 1024), 422, ("result",)),
         Case(b'{"result": %s}' % nested(500), 422, ("result",)),

@@ -36,7 +36,7 @@ def epoch(text: str) -> float:
 
 
 async def test_a_plain_release_has_one_of_two_answers(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
-    bodies = (None, b"", b"{}", b" \n", b'{"reservation_id": null}', b'{"unknown": 1}')
+    bodies = (None, b"", b"{}", b" \n", b'{"reservation_id": null, "reason": null}', b'{"unknown": 1}')
     for body in bodies:
         nothing = await ask(worker, "POST", "/release", data=body)
         assert (nothing.status, nothing.body) == (200, {"released": False, "reason": "no active reservation"})
