@@ -12,7 +12,7 @@ import ipaddress
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -363,14 +363,16 @@ def settings_line(in_force: Mapping[str, str | float | bool]) -> str:
     return " ".join(f"{name}={text}" for name, text in texts.items()) or "the defaults"
 
 
-def unknown_names(values: Mapping[str, str]) -> dict[str, str | None]:
-    """Variables that begin with NULL_ and that no command knows, each with the nearest known name, if there is one."""
-    known = {variable(setting.name) for setting in fields(Settings)} | OTHER_NAMES
+def unknown_names(values: Mapping[str, str], own: Collection[str] = ()) -> dict[str, str | None]:
+    """Variables that begin with NULL_ and that no command knows, each with the nearest known name, if there is one.
+
+    `own`: the variables of the command that asks, which knows all that begin as they do.
+    """
+    others = tuple(each for each in OTHER_BEGINNINGS if not any(name.startswith(each) for name in own))
+    known = {variable(setting.name) for setting in fields(Settings)} | OTHER_NAMES | set(own)
     known = {name for name in known if name.startswith("NULL_")}
     unknown = sorted(
-        name
-        for name in values
-        if name.startswith("NULL_") and name not in known and not name.startswith(OTHER_BEGINNINGS)
+        name for name in values if name.startswith("NULL_") and name not in known and not name.startswith(others)
     )
     return {name: _nearest(name, known) for name in unknown}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import click
 
 from nullworker import logs
-from nullworker.cli.options import Seconds, log_format
+from nullworker.cli.options import Seconds, log_format, warn_of_unknown_variables
 from nullworker.collector.server import Options, serve
 from nullworker.errors import BadSettings
 from nullworker.settings import read_token
@@ -118,6 +118,7 @@ def collect(
         why = "--public" if public else f"--host {host}"
         raise BadSettings(f"{why} needs a token, or anybody could write into {db}: set NULL_COLLECT_TOKEN")
     logs.configure(log_format, "info")
+    warn_of_unknown_variables()
     price, by_instance = prices
     asyncio.run(
         serve(

@@ -13,7 +13,16 @@ import click
 
 from nullworker import logs
 from nullworker.aio import Interrupted, on_signals, run_until_signalled
-from nullworker.cli.options import COST, SECONDS, Number, Seconds, json_object, log_format, log_level
+from nullworker.cli.options import (
+    COST,
+    SECONDS,
+    Number,
+    Seconds,
+    json_object,
+    log_format,
+    log_level,
+    warn_of_unknown_variables,
+)
 from nullworker.client.vastai_sdk import STAND_IN_KEY
 from nullworker.clock import SystemClock
 from nullworker.dispatch.decision import Policy
@@ -210,6 +219,7 @@ def dispatch(
         metadata,
     )
     logs.configure(log_format, log_level)
+    warn_of_unknown_variables()
     opened = open_ledger(ledger)
     try:
         clock = SystemClock(opened.anchor(), not_before=opened.latest())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Callable
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -12,7 +13,8 @@ from urllib.parse import urlsplit
 import click
 
 from nullworker.control_client import ControlClient
-from nullworker.settings import read_seconds
+from nullworker.logs import get_log
+from nullworker.settings import read_seconds, unknown_names, unknown_setting
 
 
 class Number(click.FloatRange):
@@ -123,6 +125,17 @@ log_level = click.option(
     show_default=True,
     help="Lowest level of the log lines shown.",
 )
+
+
+def warn_of_unknown_variables() -> None:
+    """Log each variable that looks like one of this command, or like a setting, and is none: a limit would not be in
+    force, for example, and nobody would know.
+    """
+    options = click.get_current_context().command.params
+    named = (option.envvar for option in options if option.envvar)
+    own = {name for names in named for name in ([names] if isinstance(names, str) else names)}
+    for name, nearest in unknown_names(os.environ, own).items():
+        get_log(__name__).warning("unknown_setting", name=name, nearest=nearest, message=unknown_setting(name, nearest))
 
 
 def json_object(_: click.Context, __: click.Parameter, text: str | None) -> dict[str, Any] | None:

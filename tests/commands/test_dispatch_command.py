@@ -193,11 +193,14 @@ async def test_the_queue_comes_from_the_environment_and_no_secret_is_said(tmp_pa
     url = f"redis://me:hunter2@127.0.0.1:{port}/0?list=jobs"
     async with FakeAutoscaler(api_key="sesame") as vast:
         env = {"NULL_QUEUE": url, "NULL_DISPATCH_MAX": "1", "VAST_API_KEY": "sesame", "NULL_DISPATCH_INTERVAL": "0.2"}
+        env["NULL_DISPATCH_MAX_HOURS_A_DAY"] = "8"
         async with anew(Dispatch(tmp_path, vast.url, **env)) as dispatch:
             line = await dispatch.line("queue_unreadable")
             assert line["why"].startswith(f"redis://127.0.0.1:{port}/0?list=jobs cannot be read")
             shown = (await dispatch.ask("/status"))[1]
             assert shown["queue"] == f"redis://127.0.0.1:{port}/0?list=jobs"
+            misspelled = await dispatch.line("unknown_setting")
+            assert (misspelled["level"], misspelled["nearest"]) == ("warning", "NULL_DISPATCH_MAX_HOURS_PER_DAY")
             argv = await run("cat", f"/proc/{dispatch.process.pid}/cmdline")
             for text in (str(dispatch.lines), str(shown), argv):
                 assert "hunter2" not in text

@@ -278,6 +278,13 @@ def test_a_variable_that_looks_like_a_setting_and_is_none_is_found_with_the_near
     }
 
 
+def test_a_command_knows_every_variable_that_begins_as_its_own() -> None:
+    environ = {"NULL_DISPATCH_MXA": "1", "NULL_DISPATCH_MAX": "1", "NULL_COLLECT_X": "1", "NULL_SINC": "1"}
+    assert unknown_names(environ) == {"NULL_SINC": "NULL_SINK"}
+    own = {"NULL_DISPATCH_MAX", "NULL_DISPATCH_MIN"}
+    assert unknown_names(environ, own) == {"NULL_DISPATCH_MXA": "NULL_DISPATCH_MAX", "NULL_SINC": "NULL_SINK"}
+
+
 def test_no_variable_of_any_command_is_taken_for_a_mistake() -> None:
     context = click.Context(cli.cli)
     commands = [command for name in cli.COMMANDS if (command := cli.cli.get_command(context, name))]
