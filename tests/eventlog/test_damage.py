@@ -136,7 +136,8 @@ async def test_a_log_of_a_newer_version_is_refused(tmp_path: Path) -> None:
 @pytest.mark.process
 async def test_a_database_of_another_program_is_refused(tmp_path: Path, strange: Path) -> None:
     await refuses_to_start(tmp_path, "another program", "NULL_EVENT_LOG")
-    assert sqlite3.connect(strange).execute("SELECT count(*) FROM theirs").fetchall() == [(0,)]
+    with contextlib.closing(sqlite3.connect(strange)) as conn:
+        assert conn.execute("SELECT count(*) FROM theirs").fetchall() == [(0,)]
 
 
 # -- the file by itself ------------------------------------------------------------------------------------------
