@@ -67,16 +67,25 @@ def test_a_worker_that_refuses_for_good_is_asked_again_for_a_lifetime_after_the_
     play(monkeypatch, scene)
 
 
+@pytest.mark.parametrize("away", [None, 3600.0])
 def test_a_silent_worker_without_a_consumer_counts_as_held_until_a_lifetime_after_its_last_renewal(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, away: float | None
 ) -> None:
+    """Also if no dispatcher has run since."""
+
     async def scene(world: World) -> None:
         world.jobs, world.attaches = [5000.0], False
-        async with dispatching(world, tmp_path, limits=FREE, terms=Terms(lifetime=90.0, attach=0.0)) as dispatcher:
+        options: dict[str, Any] = {"limits": FREE, "terms": Terms(lifetime=90.0, attach=0.0)}
+        lost = "SELECT 1 FROM claims WHERE reason = 'lost'"
+        async with dispatching(world, tmp_path, **options) as dispatcher:
             await until(lambda: dispatcher.book.in_state("held"), 10)
             await asyncio.sleep(1000)
             world.unreachable = {world.url(1)}
-            await until(lambda: rows(tmp_path, "SELECT 1 FROM claims WHERE reason = 'lost'"), 200)
+            if away is None:
+                await until(lambda: rows(tmp_path, lost), 200)
+        await asyncio.sleep(away or 0)
+        async with dispatching(world, tmp_path, **options):
+            await until(lambda: rows(tmp_path, lost), 200)
         ((seconds,),) = rows(tmp_path, "SELECT held_seconds FROM claims WHERE reason = 'lost'")
         assert 1000 - 30 + 90 <= seconds <= 1000 + 90 + 1
 
@@ -142,6 +151,23 @@ def test_a_session_that_its_worker_does_not_know_any_more_has_ended_unknown(
             await until(lambda: not dispatcher.book.in_state("held"), 20)
         ((reason, seconds),) = rows(tmp_path, "SELECT reason, held_seconds FROM claims WHERE held_at LIMIT 1")
         assert (reason, seconds) == ("unknown", pytest.approx(105, abs=15))
+
+    play(monkeypatch, scene)
+
+
+def test_a_granted_claim_whose_worker_does_not_know_its_session_any_more_has_ended_unknown(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    async def scene(world: World) -> None:
+        world.jobs, world.loses_answers = [5000.0], True
+        async with dispatching(world, tmp_path, limits=FREE) as dispatcher:
+            await until(lambda: dispatcher.book.in_state("granted"), 10)
+            await asyncio.sleep(2)
+        world.loses_answers, world.finals["session-s1"] = False, {"error": "there is no session"}
+        async with dispatching(world, tmp_path, policy=Policy(1), limits=FREE):
+            await asyncio.sleep(5)
+        ends = rows(tmp_path, "SELECT session_id, reason FROM claims WHERE state = 'ended'")
+        assert ends == [("unknown", "unknown")]
 
     play(monkeypatch, scene)
 

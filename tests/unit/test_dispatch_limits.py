@@ -140,6 +140,7 @@ def test_a_limit_that_is_reached_in_the_middle_opens_nothing_until_the_day_has_m
             said = next(fields for word, fields in world.lines if word == "limit_reached")
             assert said["opens_again_at"].startswith("2027-01-16")
             assert said["message"] == "no worker is reserved"
+            assert (said["hours"], said["dollars"]) == (pytest.approx(2.0, abs=0.1), pytest.approx(2.0, abs=0.1))
             shown = dispatcher.status()["limit"]
             assert (shown["reached"], shown["opens_again_at"][:10]) == ("hours", "2027-01-16")
             waiting, world.jobs = world.jobs, []

@@ -58,6 +58,9 @@ def test_the_dearest_machine_that_is_rented_is_the_price_of_the_next_one(
         async with dispatching(world, tmp_path) as dispatcher:
             await asyncio.sleep(5)
             assert dispatcher.price() == 0.5
+            world.jobs, world.ready_at = [1.0], 1e9
+            await asyncio.sleep(300)
+            assert world.prices_read == 1  # a claim that has no worker yet has no price either
 
     play(monkeypatch, scene)
 
