@@ -225,7 +225,6 @@ def _open(path: Path, lock: int) -> Ledger:
         conn.execute("PRAGMA synchronous = FULL")
         conn.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
         conn.execute("PRAGMA secure_delete = ON")
-        conn.execute("PRAGMA recursive_triggers = ON")
         if conn.execute("PRAGMA user_version").fetchone()[0] == 0:
             marks = f"PRAGMA application_id = {LEDGER_APPLICATION_ID}; PRAGMA user_version = {schema.VERSION};"
             conn.executescript(f"BEGIN IMMEDIATE; {schema.SCRIPT} {marks} COMMIT;")

@@ -15,6 +15,7 @@ from nullworker.dispatch.ledger import open_ledger
 from nullworker.dispatch.server import server
 from nullworker.dispatch.vast import Vast
 from nullworker.http.sockets import listen
+from nullworker.testing import FakeAutoscaler
 
 
 class Jobs:
@@ -22,12 +23,13 @@ class Jobs:
 
     shown = "memory"
     secrets: tuple[str, ...] = ()
+    closed = False
 
     async def read(self) -> Counts:
         return Counts(0, 0)
 
     async def close(self) -> None:
-        """Nothing is open."""
+        self.closed = True
 
 
 @pytest.fixture
@@ -41,6 +43,16 @@ async def served(tmp_path: Path) -> AsyncIterator[tuple[Dispatcher, str]]:
         yield dispatcher, f"http://127.0.0.1:{listener.getsockname()[1]}"
         await site.stop()
     listener.close()
+    ledger.close()
+
+
+async def test_its_connections_are_closed_at_its_end(tmp_path: Path, vast: FakeAutoscaler) -> None:
+    queue, sdk, ledger = Jobs(), Vast("null", "key", vast.url), open_ledger(tmp_path / "ledger.db")
+    async with running(Plan(Policy(1)), queue, sdk, ledger, SystemClock()) as dispatcher:
+        await dispatcher.connect()
+        http = sdk._found.client._session
+        assert (queue.closed, http.closed) == (False, False)
+    assert (queue.closed, http.closed) == (True, True)
     ledger.close()
 
 

@@ -61,9 +61,10 @@ def test_a_queue_that_fails_for_ten_minutes_opens_and_ends_nothing_and_is_said_o
             await until(lambda: len(world.held) == 1, 30)
             world.queue_fault = fault
             world.jobs += [1.0] * 5
-            claims, renewals = world.claims, world.renewals
+            claims, renewals, reads = world.claims, world.renewals, world.reads
             await asyncio.sleep(TEN_MINUTES)
             assert (world.claims, len(world.held)) == (claims, 1)
+            assert world.reads - reads - 1 <= dispatcher.queue_errors <= world.reads - reads  # one may be under way
             assert world.renewals - renewals >= TEN_MINUTES / 10 - 2
             assert world.count("queue_unreadable") == 1
             assert dispatcher.readiness()["queue"] is not None
