@@ -55,6 +55,18 @@ class ExtendBody(msgspec.Struct):
     reservation_id: str | None = None
 
 
+def _meant(request: web.Request, payload: ReleaseBody | ExtendBody) -> str | None:
+    """The reservation that a caller names in the body, or in the query as for /attach; None: whichever is held.
+
+    Raises:
+        Conflict: both name one, and not the same.
+    """
+    asked = request.query.get("reservation_id")
+    if asked is None or payload.reservation_id in (None, asked):
+        return payload.reservation_id if asked is None else asked
+    raise Conflict("the query and the body name two reservations; name one")
+
+
 class ControlHandlers:
     """The handlers of the control port."""
 
@@ -75,29 +87,29 @@ class ControlHandlers:
             raise Invalid("reason is wrong", reason="must be explicit or consumer_exit")
         if payload.result is not UNSET and (why := unfit(payload.result, MAX_RESULT_BYTES)):
             raise Invalid(f"result {why}", result=why)
-        held = self._service.book.held
-        if payload.reservation_id is not None and (held is None or held.id != payload.reservation_id):
-            return self._not_held(payload.reservation_id)
+        meant, held = _meant(request, payload), self._service.book.held
+        if meant is not None and (held is None or held.id != meant):
+            return self._not_held(meant)
         if held is None:
             self._exporter.releases.labels("none").inc()
             return json_response({"released": False, "reason": "no active reservation"})
         self._service.release(held.id, reason=reason, result=payload.result)
         self._exporter.releases.labels("released").inc()
-        plain = payload.reservation_id is None and payload.result is UNSET
+        plain = meant is None and payload.result is UNSET
         return json_response({"released": True} if plain else {"released": True, "reservation_id": held.id})
 
     async def extend(self, request: web.Request) -> web.Response:
         """POST /extend: move the deadline."""
         payload = decode(await read_body(request), ExtendBody)
-        held = self._service.book.held
+        meant, held = _meant(request, payload), self._service.book.held
         if held is None:
             self._exporter.extensions.labels("none").inc()
             raise Conflict("nothing is held")
-        if payload.reservation_id not in (None, held.id):
-            known = find(self._service, self._log, payload.reservation_id)
+        if meant is not None and meant != held.id:
+            known = find(self._service, self._log, meant)
             self._exporter.extensions.labels("unknown" if known is None else "stale").inc()
             if known is None:
-                raise NotFound(f"there is no reservation {payload.reservation_id}")
+                raise NotFound(f"there is no reservation {meant}")
             raise Conflict(f"it is not held: {_fate(known)}", state=known["state"])
         extended = self._service.extend(held.id, payload.seconds)
         self._exporter.extensions.labels("extended").inc()

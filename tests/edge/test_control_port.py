@@ -68,6 +68,20 @@ async def test_a_release_by_id_ends_only_that_reservation(worker: WorkerProcess,
     assert counted == {"released": 1, "none": 0, "stale": 2, "unknown": 1}
 
 
+async def test_an_id_in_the_query_is_meant_as_one_in_the_body_is(worker: WorkerProcess, vast: FakeAutoscaler) -> None:
+    over = await reserve(worker, vast, duration=0)
+    held = await reserve(worker, vast)
+    for path, body in (("/release", {}), ("/extend", {"seconds": 5})):
+        for meant, status in ((over.id, 200 if path == "/release" else 409), ("nobody", 404), ("", 404)):
+            assert (await post(f"{worker.control}{path}?reservation_id={meant}", body)).status == status
+        two = await post(f"{worker.control}{path}?reservation_id={held.id}", {**body, "reservation_id": over.id})
+        assert (two.status, list(two.body)) == (409, ["error"])
+        assert (await worker.get("/reservation"))["id"] == held.id
+    assert (await post(f"{worker.control}/extend?reservation_id={held.id}", {"seconds": 5})).status == 200
+    done = await ask(worker, "POST", f"/release?reservation_id={held.id}")
+    assert done.body == {"released": True, "reservation_id": held.id}
+
+
 # -- extend ------------------------------------------------------------------------------------------------------
 
 
