@@ -184,7 +184,9 @@ class Disk:
         conn = sqlite3.connect(self.path, isolation_level=None, timeout=0)
         try:
             conn.execute("BEGIN IMMEDIATE")
-            self.whole_since, self.only_locked = None, True
+            if self.whole_since is not None and self.whole_since < self._loop.time() - 1.0:
+                self.only_locked = True  # else the worker may not know yet that it is whole again
+            self.whole_since = None
             yield
         finally:
             conn.close()

@@ -265,12 +265,14 @@ class Reporter:
 
     async def _flush(self) -> None:
         # the usual timeout: a call that ended together with the time limit could swallow its cancellation
-        owed = True
-        while owed:
-            delivery, owed = await self._send_outcomes(CALL_SECONDS)
-            if delivery == "failed":
-                break
-        await self._send_status(CALL_SECONDS)
+        told = -1
+        while told < self._service.seq:  # the deadline of a session that stays held may pass meanwhile
+            told, owed = self._service.seq, True
+            while owed:
+                delivery, owed = await self._send_outcomes(CALL_SECONDS)
+                if delivery == "failed":
+                    break
+            await self._send_status(CALL_SECONDS)
 
     def _finished_since(self, seq: int) -> Iterator[list[queries.Finished]]:
         while batch := queries.finished(self._log.conn, after=seq, limit=1000):

@@ -199,6 +199,19 @@ def test_the_last_reports_are_the_outcomes_and_then_a_status(office: Office) -> 
     office.live(story)
 
 
+def test_a_flush_tells_also_what_ends_meanwhile(office: Office) -> None:
+    """The deadline of a session that stays held over the stop."""
+
+    async def story() -> None:
+        held = office.service.claim(Claim(request_idx=7))
+        office.autoscaler.during = lambda: office.service.release(held.id)
+        await office.reporter.flush(2.0)
+        assert office.autoscaler.told() == [(7, "Success")]
+        assert office.reporter.backlog == 0
+
+    office.loop.run_until_complete(story())
+
+
 def test_a_flush_ends_in_time_whatever_the_autoscaler_does(office: Office, logged: Callable[[], list[str]]) -> None:
     async def story() -> None:
         office.autoscaler.takes = 100.0
