@@ -118,6 +118,12 @@ async def test_a_handler_of_runpod_is_called_with_a_job_and_its_result_is_kept(t
     assert json.loads((await told(redis, "get", "result:b"))[0])["status"] == "FAILED"
 
 
+async def test_an_error_of_redis_is_not_taken_for_a_job(tmp_path: Path, redis: str) -> None:
+    await told(redis, "set", "jobs", "a string")
+    await run(program(tmp_path, "job.sh", CODE["sh job"]), REDIS_URL=redis, code=1)
+    assert await told(redis, "llen", "jobs:busy") == ["0"]
+
+
 @pytest.mark.slow
 async def test_a_redis_queue_is_worked_off_by_workers_of_the_stand_in(tmp_path: Path, redis: str) -> None:
     program(tmp_path, "job.sh", CODE["sh job"])
