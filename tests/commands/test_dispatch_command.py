@@ -71,7 +71,7 @@ async def test_a_killed_dispatcher_goes_on_and_sigterm_leaves_what_is_held(tmp_p
             await dispatch.start()
             await dispatch.line("claim_adopted", nth=2, where=lambda line: line["state"] == "held")
             assert await dispatch.terminate() == 0
-            assert dispatch.lines[-1]["message"] == "sessions stay held"
+            assert (await dispatch.line("dispatcher_stopped"))["message"] == "sessions stay held"
             await dispatch.start()
             await until(lambda: jobs.states() == {"done": 6} and not dispatch.rows("SELECT * FROM open_claims"))
         held = [row for row in dispatch.rows() if row["held_at"]]

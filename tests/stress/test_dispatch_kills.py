@@ -16,4 +16,4 @@ async def test_every_job_is_done_once_whoever_is_killed(tmp_path: Path) -> None:
     assert account.faults == []
     assert account.most_held <= 3
     assert account.killed["dispatcher"] == 2
-    assert account.holds >= 6
+    assert account.runs >= 6  # and maybe fewer holds: work that was killed after a job comes back for another
