@@ -354,6 +354,7 @@ async def test_a_server_that_never_answers_is_given_up() -> None:
         ("postgres://host/db", "--command"),
         ("redis://host:port/0?list=jobs", "no URL"),
         ("redis://host/0", "needs the parameter list="),
+        ("redis://host/jobs?list=jobs", "/jobs must be the number of a database"),
         ("redis://host/0?stream=jobs", "needs the parameter group="),
         ("redis://host/0?list=jobs&socket_timeout=soon", "socket_timeout"),
         ("redis://host/0?list=jobs&sokcet_timeout=3", "unexpected keyword argument 'sokcet_timeout'"),

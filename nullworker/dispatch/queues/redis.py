@@ -22,6 +22,9 @@ class RedisQueue:
         self._library = library("redis.asyncio", "redis")
         self._client: Any = None
         self.shown, self.secrets = address.shown, address.secrets
+        path = address.parts.path.strip("/")
+        if path and not path.isdecimal():  # the library would read database 0
+            raise BadSettings(f"--queue (NULL_QUEUE) {self.shown}: /{path} must be the number of a database, as /0")
         try:
             self._library.ConnectionPool.from_url(self._url).make_connection()  # connects to nothing yet
         except (ValueError, TypeError) as error:
