@@ -25,6 +25,9 @@ YEAR_SECONDS = 31_536_000
 #: Seconds of the longest hold, unless a reservation may be longer: a consumer that hangs should not cost a week.
 DAY = 86_400.0
 
+#: Maximum cost of a grant, and so of the load that one request may report.
+MAX_COST = 1_000_000
+
 #: The SDK skips this entry of REPORT_ADDR: the old API takes no reports (vastai 1.9.1, server/lib/metrics.py).
 OLD_API = "https://cloud.vast.ai/api/v0"
 

@@ -7,13 +7,14 @@ import json
 import math
 import os
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any
 from urllib.parse import urlsplit
 
 import click
 
 from nullworker.control_client import ControlClient
 from nullworker.logs import get_log
+from nullworker.settings import MAX_COST as MAX_COST
 from nullworker.settings import read_seconds, unknown_names, unknown_setting
 
 
@@ -62,8 +63,6 @@ class Seconds(click.FloatRange):
 
 
 SECONDS = Seconds()
-#: The load of one request at most: what `nullworker.http.auth` accepts, which imports too much for `--help`.
-MAX_COST: Final = 1_000_000
 COST = Number(0, MAX_COST, min_open=True)
 
 

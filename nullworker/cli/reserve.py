@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from nullworker.aio import on_signals
-from nullworker.cli.options import MAX_COST, SECONDS, Seconds, json_object
+from nullworker.cli.options import SECONDS, Seconds, json_object
 from nullworker.cli.state_file import StateFile
 from nullworker.client.held_session import hold_session
 from nullworker.client.hold import hold, hold_at
@@ -24,7 +24,7 @@ from nullworker.client.outcome import HoldCancelled, is_result_failed
 from nullworker.client.session import LIFETIME_SECONDS, SessionLost
 from nullworker.client.vastai_sdk import STAND_IN_KEY, WAIT_SECONDS, Say
 from nullworker.client.worker_http import Answer, HoldError, Refused
-from nullworker.settings import is_absolute_http_url
+from nullworker.settings import MAX_COST, is_absolute_http_url
 
 __all__ = ["HoldError", "hold", "hold_at", "hold_session", "reserve"]
 

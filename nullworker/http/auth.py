@@ -18,14 +18,13 @@ from nullworker.autoscaler.keys import KeyRing
 from nullworker.errors import Invalid, Unauthorized
 from nullworker.http.bodies import MAX_DEPTH, T, decode, explain, is_deeper
 from nullworker.logs import get_log
+from nullworker.settings import MAX_COST as MAX_COST
 
 log = get_log(__name__)
 
 #: Maximum size of a part of a wrong envelope that is searched for the error; it costs 0.4 us per byte, for an
 #: unverified caller.
 EXPLAINED_BYTES: Final = 16 * 1024
-#: Maximum cost of a grant, and so of the load that one request may report.
-MAX_COST: Final = 1_000_000
 ALLOWED_COST: Final = f"must be a number from 0 to {MAX_COST}"
 
 Number = Annotated[str, Meta(pattern=r"^\s*[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?\s*$")]
