@@ -2,43 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
+from ledgers import StillClock
+from ledgers import opened_ledger as opened_ledger
+from ledgers import still_clock as still_clock
 
 from nullworker.dispatch.book import RECOVERY_BYTES, Book
 from nullworker.dispatch.claims import Ended, says_failed
 from nullworker.dispatch.decision import Counts
-from nullworker.dispatch.ledger import Ledger, open_ledger
+from nullworker.dispatch.ledger import Ledger
 from nullworker.errors import LogUnavailable
 
-T = 1_800_000_000.0
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.time = T
-
-    def now(self) -> float:
-        return self.time
-
 
 @pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = open_ledger(tmp_path / "ledger.db")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    return FakeClock()
-
-
-@pytest.fixture
-def book(ledger: Ledger, clock: FakeClock) -> Book:
+def book(ledger: Ledger, clock: StillClock) -> Book:
     return Book(ledger, clock)
 
 
@@ -91,7 +70,7 @@ def test_an_end_has_failed_or_worked(book: Book, final: dict[str, Any] | None, f
     assert (over.failed, over.worked) == (failed, worked)
 
 
-def test_a_claim_was_held_for_as_long_as_its_worker_says_or_as_the_ledger_saw(book: Book, clock: FakeClock) -> None:
+def test_a_claim_was_held_for_as_long_as_its_worker_says_or_as_the_ledger_saw(book: Book, clock: StillClock) -> None:
     told, seen = (book.claim(Counts(2, 0)) for _ in range(2))
     for each in (told, seen):
         book.granted(each.id, "http://w", "{}")

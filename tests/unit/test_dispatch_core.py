@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from ledgers import StillClock
+from ledgers import opened_ledger as opened_ledger
+from ledgers import still_clock as still_clock
 
 from nullworker.dispatch.claims import Claim, Ended
 from nullworker.dispatch.core import Core
 from nullworker.dispatch.decision import Counts, Policy
-from nullworker.dispatch.ledger import Ledger, open_ledger
+from nullworker.dispatch.ledger import Ledger
 from nullworker.dispatch.limits import Limits
 from nullworker.errors import LogUnavailable
 
-T = 1_800_000_000.0
 DONE = {"state": "released", "reason": "consumer_exit", "result": {"exit_code": 0}}
 FAILED = {"state": "released", "reason": "consumer_exit", "result": {"exit_code": 1}}
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.time = T
-
-    def now(self) -> float:
-        return self.time
-
-
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = open_ledger(tmp_path / "ledger.db")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def start(ledger: Ledger, clock: Clock) -> Callable[..., Core]:
+def start(ledger: Ledger, clock: StillClock) -> Callable[..., Core]:
     def begin(most: int = 8, **options: Any) -> Core:
         return Core(ledger, clock, Policy(most), **options)
 
@@ -53,7 +34,7 @@ def hold(core: Core, claim: Claim) -> None:
     core.book.held(claim.id, claim.id, 300.0, core.counts)
 
 
-def flap(core: Core, clock: Clock, final: dict[str, Any]) -> None:
+def flap(core: Core, clock: StillClock, final: dict[str, Any]) -> None:
     """A claim is held now, and over a second later."""
     claim = core.book.claim(core.counts)
     hold(core, claim)
@@ -72,7 +53,7 @@ def test_claims_are_opened_with_the_numbers_and_the_metadata(start: Any) -> None
     assert core.counts == Counts(3, 1)
 
 
-def test_the_claims_that_count_are_those_of_before_the_read(start: Any, clock: Clock) -> None:
+def test_the_claims_that_count_are_those_of_before_the_read(start: Any, clock: StillClock) -> None:
     """A hold that has taken a job and ended while the queue was read is in neither of its numbers."""
     core = start()
     core.step(Counts(1, 0), core.snapshot())
@@ -94,7 +75,7 @@ def test_the_newest_pending_claims_are_given_up(start: Any) -> None:
     assert list(core.book.claims) == [opened[0].id]
 
 
-def test_the_claim_that_reclaims_is_marked(start: Any, clock: Clock) -> None:
+def test_the_claim_that_reclaims_is_marked(start: Any, clock: StillClock) -> None:
     core = start()
     for _ in range(3):
         assert core.step(Counts(0, 2), core.snapshot()).opened == ()
@@ -117,7 +98,9 @@ def test_a_ledger_that_cannot_be_written_opens_nothing_and_says_why(
     assert (step.opened, step.trouble, core.book.claims) == ((), "the disk is full", {})
 
 
-def test_a_limit_bounds_what_is_opened_and_gives_pending_claims_up_when_it_is_over(start: Any, clock: Clock) -> None:
+def test_a_limit_bounds_what_is_opened_and_gives_pending_claims_up_when_it_is_over(
+    start: Any, clock: StillClock
+) -> None:
     core = start(limits=Limits(hours=0.25), lifetime=300.0)
     opened = core.step(Counts(8, 0), core.snapshot()).opened
     assert len(opened) == 3
@@ -136,7 +119,7 @@ def test_dollars_of_a_limit_are_counted_at_the_price_of_the_next_machine(start: 
     assert len(core.step(Counts(8, 0), core.snapshot()).opened) == 2
 
 
-def test_a_restart_remembers_a_pause_and_how_long_it_was(start: Any, clock: Clock) -> None:
+def test_a_restart_remembers_a_pause_and_how_long_it_was(start: Any, clock: StillClock) -> None:
     core = start(1)
     for _ in range(3):
         core.step(Counts(5, 0), core.snapshot())
@@ -148,7 +131,7 @@ def test_a_restart_remembers_a_pause_and_how_long_it_was(start: Any, clock: Cloc
     assert (decision.paused, decision.pause_seconds, decision.opens) == (1, 40.0, 0)
 
 
-def test_a_restart_takes_no_healthy_short_holds_for_useless_ones(start: Any, clock: Clock) -> None:
+def test_a_restart_takes_no_healthy_short_holds_for_useless_ones(start: Any, clock: StillClock) -> None:
     core = start()
     for waiting in (9, 8, 7, 6):
         core.counts = Counts(waiting, 0)
@@ -168,7 +151,7 @@ def test_a_restart_takes_no_healthy_short_holds_for_useless_ones(start: Any, clo
     [((9, 9, 9), 3), ((9, 8, 9), 2), ((9, 8, 9, 8), 1), ((9, 10, 8), 1), ((9,), 1)],
 )
 def test_a_restart_judges_each_hold_by_the_looks_before_later_ones(
-    start: Any, clock: Clock, looks: tuple[int, ...], paused: int
+    start: Any, clock: StillClock, looks: tuple[int, ...], paused: int
 ) -> None:
     """The queue is as long as at first. A hold after which it fell has done a job, and so have those before it."""
     core = start()
@@ -181,7 +164,7 @@ def test_a_restart_judges_each_hold_by_the_looks_before_later_ones(
 
 
 def test_a_restart_believes_a_result_that_tells_of_jobs_and_no_queue_where_it_tells_of_a_failure(
-    start: Any, clock: Clock
+    start: Any, clock: StillClock
 ) -> None:
     core = start()
     for result, paused in (({"runs": 2}, 0), ({"exit_code": 1}, 1)):
@@ -191,7 +174,7 @@ def test_a_restart_believes_a_result_that_tells_of_jobs_and_no_queue_where_it_te
         assert again.step(Counts(9, 0), again.snapshot()).decision.paused == paused
 
 
-def test_an_end_that_was_not_judged_yet_moves_with_a_clock_that_is_set(start: Any, clock: Clock) -> None:
+def test_an_end_that_was_not_judged_yet_moves_with_a_clock_that_is_set(start: Any, clock: StillClock) -> None:
     core = start(1)
     core.step(Counts(5, 0), core.snapshot())
     core.book.ended(next(iter(core.book.claims)), "not_needed")
@@ -202,7 +185,7 @@ def test_an_end_that_was_not_judged_yet_moves_with_a_clock_that_is_set(start: An
     assert pause.until == clock.time + 5.0
 
 
-def test_a_hold_that_ends_is_judged_at_the_next_step_and_only_there(start: Any, clock: Clock) -> None:
+def test_a_hold_that_ends_is_judged_at_the_next_step_and_only_there(start: Any, clock: StillClock) -> None:
     core = start(1)
     core.step(Counts(5, 0), core.snapshot())
     core.book.ended(next(iter(core.book.claims)), "not_needed")
@@ -212,7 +195,7 @@ def test_a_hold_that_ends_is_judged_at_the_next_step_and_only_there(start: Any, 
     assert core.step(Counts(5, 0), core.snapshot()).decision.paused == 0
 
 
-def test_a_restart_passes_over_claims_that_were_never_held(start: Any, clock: Clock) -> None:
+def test_a_restart_passes_over_claims_that_were_never_held(start: Any, clock: StillClock) -> None:
     core = start()
     core.book.ended(core.book.claim(Counts(9, 0)).id, "not_needed")
     core.counts = Counts(9, 0)

@@ -8,13 +8,14 @@ import multiprocessing
 import os
 import sqlite3
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ledgers import T
+from ledgers import opened_ledger as opened_ledger
 
 from nullworker.clock import Anchor
 from nullworker.dispatch import schema
@@ -39,7 +40,6 @@ from nullworker.dispatch.ledger import Credential, HeldTime, Ledger, open_ledger
 from nullworker.errors import CannotStart, IllegalMove, LogDamaged, LogUnavailable
 from nullworker.eventlog.opening import open_log
 
-T = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 SECRET = "c2lnbmF0dXJlLW9mLWEtZ3JhbnQ"
 DATA: dict[EventKind, Any] = {
     "pending": Pending(3, 1, metadata={"job": "7"}),
@@ -59,13 +59,6 @@ WAYS: dict[str | None, list[EventKind]] = {
     "held": ["pending", "granted", "held"],
     "ended": ["pending", "ended"],
 }
-
-
-@pytest.fixture
-def ledger(tmp_path: Path) -> Iterator[Ledger]:
-    opened = open_ledger(tmp_path / "ledger.db")
-    yield opened
-    opened.close()
 
 
 def event(kind: EventKind, claim_id: str = "c1", at: float = T) -> Event:
