@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 from dispatching import Dispatch, fleet
-from harness import PATIENCE, ROOT, anew
-from programs import Program, free_port, nullworker, run
+from harness import PATIENCE, anew
+from programs import Program, free_port, nullworker, python_path, run
 
 from nullworker.testing import FakeAutoscaler
 
@@ -81,17 +81,18 @@ async def test_a_killed_dispatcher_goes_on_and_sigterm_leaves_what_is_held(tmp_p
 
 
 async def test_a_signal_as_soon_as_the_port_is_open_is_a_stop_in_order(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
+    path = python_path(
+        tmp_path,
         "import os, signal, nullworker.http.sockets as sockets\n"
         "listen = sockets.listen\n"
         "def stopped_at_once(*arguments, **named):\n"
         "    listener = listen(*arguments, **named)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return listener\n"
-        "sockets.listen = stopped_at_once\n"
+        "sockets.listen = stopped_at_once\n",
     )
     queue = ("--command", "echo 0 0", "--max", "1")
-    dispatch = Dispatch(tmp_path, "http://127.0.0.1:1", *queue, PYTHONPATH=f"{tmp_path}:{ROOT}")
+    dispatch = Dispatch(tmp_path, "http://127.0.0.1:1", *queue, PYTHONPATH=path)
     await dispatch.spawn()
     assert await dispatch.exit_code() == 0
     assert dispatch.lines[-1]["event"] == "dispatcher_stopped"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from harness import ROOT, WorkerProcess, post
+from programs import python_path
 
 COMMANDS = (["history"], ["events"], ["history", "--json"], ["--help"], ["--version"], ["serve", "--help"])
 
@@ -42,8 +43,8 @@ def test_no_folder_for_what_is_temporary(tmp_path: Path) -> None:
         "def none(*_, **__): raise FileNotFoundError(2, 'No usable temporary directory found in [...]')\n"
         "tempfile._get_default_tempdir = none\n"
     )
-    (tmp_path / "sitecustomize.py").write_text(script)
-    code, err = ran(tmp_path, "dev", "--port", "0", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    path = python_path(tmp_path, script)
+    code, err = ran(tmp_path, "dev", "--port", "0", PYTHONPATH=path)
     assert (code, err) == (1, "nullworker: No usable temporary directory found in [...]\n")
 
 

@@ -18,7 +18,7 @@ import pytest
 import trustme
 from claims import data_of, reserve
 from harness import ROOT, WorkerProcess, anew, post, secured, signed
-from programs import inherited
+from programs import inherited, python_path
 
 from nullworker.testing import FakeAutoscaler
 
@@ -110,19 +110,20 @@ async def test_the_line_of_the_start_has_each_port_that_was_chosen(tmp_path: Pat
 
 async def test_a_dead_dns_does_not_delay_the_exit(tmp_path: Path) -> None:
     """getaddrinfo takes 10 s and more then, and nothing can interrupt it: 17.4 s were seen."""
-    (tmp_path / "sitecustomize.py").write_text(
+    path = python_path(
+        tmp_path,
         "import socket, time\n"
         "found = socket.getaddrinfo\n"
         "def dead(host, *more, **named):\n"
         "    if host and 'example' in str(host):\n"
         "        time.sleep(60)\n"
         "    return found(host, *more, **named)\n"
-        "socket.getaddrinfo = dead\n"
+        "socket.getaddrinfo = dead\n",
     )
     names: Any = {"REPORT_ADDR": "http://run.example", "BACKEND_HEALTH_URL": "http://health.example/"}
     names |= {"NULL_SINK": "https://sink.example/", "NULL_METRICS_HOST": "metrics.example", "NULL_METRICS_PORT": "0"}
     worker = WorkerProcess(tmp_path, CONTAINER_ID="7", MASTER_TOKEN="x", NULL_DRAIN_SECONDS="0", **names)
-    worker.env["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    worker.env["PYTHONPATH"] = path
     async with worker:
         await asyncio.sleep(1)  # all of them are asked for
         began = time.monotonic()
@@ -133,7 +134,8 @@ async def test_a_dead_dns_does_not_delay_the_exit(tmp_path: Path) -> None:
 
 async def test_a_metrics_address_that_comes_later_is_listened_on(tmp_path: Path) -> None:
     """`localhost` has no address for a while, as the name of a machine in a private network."""
-    (tmp_path / "sitecustomize.py").write_text(
+    path = python_path(
+        tmp_path,
         "import socket, nullworker.http.ports as ports\n"
         "listen, left = ports.listen, [1, 2]\n"
         "def late(port, *, host, variable):\n"
@@ -141,11 +143,11 @@ async def test_a_metrics_address_that_comes_later_is_listened_on(tmp_path: Path)
         "        left.pop()\n"
         "        raise ports.CannotStart('it is not there') from socket.gaierror(-2, 'unknown')\n"
         "    return listen(port, host=host, variable=variable)\n"
-        "ports.listen = late\n"
+        "ports.listen = late\n",
     )
     env: Any = {"NULL_METRICS_HOST": "localhost", "NULL_METRICS_PORT": "0", "NULL_METRICS_TOKEN": "t"}
     worker = WorkerProcess(tmp_path, **env)
-    worker.env["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    worker.env["PYTHONPATH"] = path
     async with worker:
         await worker.line("metrics_site_not_up", nth=2)
         port = (await worker.line("metrics_site_up"))["port"]
@@ -316,16 +318,17 @@ async def test_a_drain_cancels_the_queue_and_refuses_new_claims(worker: WorkerPr
 
 
 async def test_a_signal_as_soon_as_the_ports_are_open_is_a_stop_in_order(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
+    path = python_path(
+        tmp_path,
         "import os, signal, nullworker.http.ports as ports\n"
         "opened = ports.Ports.__init__\n"
         "def stopped_at_once(self, settings):\n"
         "    opened(self, settings)\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "ports.Ports.__init__ = stopped_at_once\n"
+        "ports.Ports.__init__ = stopped_at_once\n",
     )
     worker = WorkerProcess(tmp_path)
-    worker.env["PYTHONPATH"] = f"{tmp_path}:{ROOT}"
+    worker.env["PYTHONPATH"] = path
     await worker.spawn()
     assert await worker.exit_code() == 0
     assert [line["event"] for line in worker.lines][-1] == "worker_stopped"

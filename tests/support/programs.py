@@ -95,6 +95,12 @@ async def until(true: Callable[[], bool]) -> None:
         await asyncio.sleep(0.01)
 
 
+def python_path(folder: Path, code: str) -> str:
+    """PYTHONPATH of a program with which `code` runs before all else."""
+    (folder / "sitecustomize.py").write_text(code)
+    return f"{folder}:{ROOT}"
+
+
 def free_port() -> int:
     """A port that nobody has now; for what must have the same one after a restart.
 
